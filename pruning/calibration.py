@@ -1,0 +1,148 @@
+"""Calibration tokens: from text or JSONL files, or from what is always at hand (no file, no network)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pruning.console import Reporter
+from pruning.errors import CalibrationError
+
+GENERATION_BATCH = 16
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, or the `text` (else `content`) field of every line of a JSONL file.
+
+    Raises:
+        CalibrationError: Unreadable, not UTF-8, or JSONL without such a field.
+    """
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise CalibrationError(f"cannot read calibration file {path}: {reason}") from error
+    if path.suffix != ".jsonl":
+        return raw
+    texts = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            texts.append(row.get("text") or row["content"])
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CalibrationError(f"{path}:{number}: expected a JSON object with a 'text' field") from error
+    return "\n\n".join(texts)
+
+
+def windows(ids: Sequence[int], length: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` windows of `length` tokens, evenly spread with a seeded offset, without overlap.
+
+    Returns:
+        int64 [count, length].
+    """
+    available = len(ids) // length
+    order = torch.randperm(available, generator=generator)[:count].sort().values
+    rows = torch.tensor(ids[: available * length], dtype=torch.int64).view(available, length)
+    return rows[order]
+
+
+def from_files(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
+) -> Tensor:
+    """Calibration windows drawn evenly from every file.
+
+    Returns:
+        int64 [ceil(tokens / length), length], the files' windows interleaved.
+
+    Raises:
+        CalibrationError: A file holds too few tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = -(-tokens // length)
+    shares = [total // len(files) + (i < total % len(files)) for i in range(len(files))]
+    parts = []
+    for path, share in zip(files, shares, strict=True):
+        if not share:
+            continue
+        text = read_text(path)[: share * length * 40]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < share * length:
+            raise CalibrationError(
+                f"calibration file {path} holds {len(ids)} tokens, fewer than the {share * length} asked of it; "
+                f"lower --calibration-tokens (now {tokens}) or give more text"
+            )
+        parts.append(windows(ids, length, share, generator))
+    return interleave(parts)
+
+
+def interleave(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of several [n_i, T] tensors in turn, so that any prefix is a mix."""
+    rows = []
+    for i in range(max(len(part) for part in parts)):
+        rows.extend(part[i] for part in parts if i < len(part))
+    return torch.stack(rows)
+
+
+def standard_library_text() -> str:
+    """English prose and code that every Python carries: the topics of `help()`."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+@torch.inference_mode()
+def self_generated(
+    model: PreTrainedModel, count: int, length: int, seed: int, reporter: Reporter
+) -> Tensor:
+    """Text the model itself samples from its first token on, at temperature 1.
+
+    Args:
+        model: Dense model.
+        count: Rows wanted.
+        length: T.
+        seed: For torch's generator.
+        reporter: For progress.
+
+    Returns:
+        int64 [count, length].
+
+    Source: data-free calibration by the model's own samples, arXiv 2410.17170 (self-calibration).
+    """
+    start = model.config.bos_token_id
+    if start is None:
+        start = model.config.eos_token_id if isinstance(model.config.eos_token_id, int) else 0
+    rows = []
+    with torch.random.fork_rng(devices=[]), reporter.progress("self-generated text", -(-count // GENERATION_BATCH)) as step:
+        torch.manual_seed(seed)
+        for first in range(0, count, GENERATION_BATCH):
+            size = min(GENERATION_BATCH, count - first)
+            prompt = torch.full((size, 1), start, dtype=torch.int64, device=model.device)
+            out = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=0.95,
+                max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=start,
+            )  # fmt: skip
+            rows.append(out.cpu())
+            step.advance()
+    return torch.cat(rows)
+
+
+def built_in(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int, reporter: Reporter
+) -> Tensor:
+    """The default: half the model's own text, half the standard library's.
+
+    Returns:
+        int64 [ceil(tokens / length), length].
+    """
+    total = -(-tokens // length)
+    library = min(total // 2, 200_000 // length)
+    parts = [self_generated(model, total - library, length, seed, reporter)]
+    if library:
+        ids = tokenizer(standard_library_text(), add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(windows(ids, length, library, torch.Generator().manual_seed(seed)))
+    return interleave(parts)

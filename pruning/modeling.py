@@ -1,0 +1,174 @@
+"""transformers side of a depth-pruned model: stand-ins for sublayers, surgery, and the checkpoint's classes."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pruning.configuration import config_class, register_configs
+from pruning.families import FAMILIES, Family
+from pruning.plan import KINDS, Kind
+
+RMS_EPSILON = 1e-6
+
+
+def rms_normalise(hidden: Tensor) -> Tensor:
+    """Scale each token to unit root mean square: x / sqrt(mean(x^2) + 1e-6), computed in float32.
+
+    Args:
+        hidden: Residual stream [..., D].
+
+    Returns:
+        Same shape and dtype.
+
+    Source: arXiv 1910.07467, without the gain (the adapter's matrix carries it).
+    """
+    wide = hidden.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)).to(hidden.dtype)
+
+
+class BiasEmulation(nn.Module):
+    """A constant update [D]: the mean of what the sublayer added (arXiv 2407.16286, emulated update)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Update that broadcasts over [..., D]."""
+        return self.bias
+
+
+class LowRankEmulation(nn.Module):
+    """An affine map of rank r of the normalised residual stream: up(down(rms(x))) + bias."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, hidden_size, bias=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Update [..., D] for the residual stream [..., D]."""
+        return self.up(self.down(rms_normalise(hidden)))
+
+
+def build_emulation(spec: Mapping[str, Any] | None, hidden_size: int) -> nn.Module | None:
+    """Build the module a checkpoint's `emulation` entry names; None where there is none."""
+    if spec is None:
+        return None
+    if spec["kind"] == "bias":
+        return BiasEmulation(hidden_size)
+    return LowRankEmulation(hidden_size, int(spec["rank"]))
+
+
+class AttentionStandIn(nn.Module):
+    """Takes the place of a removed attention module; has no KV cache."""
+
+    def __init__(self, emulation: nn.Module | None) -> None:
+        super().__init__()
+        self.emulation = emulation
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """The update (zero where nothing emulates it) and no attention weights."""
+        if self.emulation is None:
+            return hidden_states.new_zeros(()), None
+        return self.emulation(hidden_states), None
+
+
+class FFNStandIn(nn.Module):
+    """Takes the place of a removed FFN module."""
+
+    def __init__(self, emulation: nn.Module | None) -> None:
+        super().__init__()
+        self.emulation = emulation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The update (zero where nothing emulates it)."""
+        return hidden_states.new_zeros(()) if self.emulation is None else self.emulation(hidden_states)
+
+
+def stand_in(kind: Kind, emulation: nn.Module | None) -> nn.Module:
+    """The stand-in for a sublayer of this kind."""
+    return AttentionStandIn(emulation) if kind == "attention" else FFNStandIn(emulation)
+
+
+def places(family: Family, kind: Kind) -> tuple[str, str]:
+    """Attribute names of a sublayer's module and of the norm before it."""
+    if kind == "attention":
+        return family.attention, family.attention_norm
+    return family.ffn, family.ffn_norm
+
+
+def replace_sublayer(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None) -> None:
+    """Take a sublayer and its norm out of a block, in place."""
+    module, norm = places(family, kind)
+    setattr(block, module, stand_in(kind, emulation))
+    setattr(block, norm, nn.Identity())
+
+
+def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
+    """The model's block list."""
+    return cast(nn.ModuleList, model.get_submodule(family.blocks))
+
+
+def number_cache_layers(blocks: Sequence[nn.Module], family: Family) -> None:
+    """Renumber the kept attention layers 0, 1, ... so that a KV cache holds only those."""
+    index = 0
+    for block in blocks:
+        attention = getattr(block, family.attention)
+        if not isinstance(attention, AttentionStandIn):
+            attention.layer_idx = index
+            index += 1
+
+
+def apply_block_configs(model: nn.Module, family: Family, block_configs: Sequence[Mapping[str, Any]]) -> None:
+    """Give a freshly built model the shape its `block_configs` describe, in place."""
+    blocks = blocks_of(model, family)
+    hidden_size = model.config.hidden_size  # type: ignore[union-attr]
+    for block, block_config in zip(blocks, block_configs, strict=True):
+        for kind in KINDS:
+            if block_config[kind]["no_op"]:
+                emulation = build_emulation(block_config[kind]["emulation"], hidden_size)
+                replace_sublayer(block, family, kind, emulation)
+    number_cache_layers(list(blocks), family)
+
+
+def _define(family: Family) -> type[PreTrainedModel]:
+    module = importlib.import_module(f"transformers.models.{family.model_type}")
+    base = getattr(module, f"{family.name}ForCausalLM")
+
+    def init(self: Any, config: Any) -> None:
+        base.__init__(self, config)
+        apply_block_configs(self, family, config.block_configs)
+
+    namespace = {
+        "__init__": init,
+        "__module__": __name__,
+        "__doc__": f"{family.name} without the sublayers that `config.block_configs` marks as removed.",
+        "config_class": config_class(family),
+        "config": None,
+        "__annotations__": {"config": config_class(family)},
+    }
+    del namespace["config"]
+    return type(family.architecture, (base,), namespace)
+
+
+_classes: dict[str, type[PreTrainedModel]] = {}
+
+
+def model_class(family: Family) -> type[PreTrainedModel]:
+    """The `PreTrainedModel` class of a depth-pruned family."""
+    if family.model_type not in _classes:
+        _classes[family.model_type] = _define(family)
+        globals()[family.architecture] = _classes[family.model_type]
+    return _classes[family.model_type]
+
+
+def register_models() -> None:
+    """Register configurations and models with transformers' auto classes (idempotent)."""
+    register_configs()
+    for family in FAMILIES.values():
+        AutoModelForCausalLM.register(config_class(family), model_class(family), exist_ok=True)

@@ -1,0 +1,114 @@
+"""What is kept, removed or emulated, and the bytes that follow from it. Pure Python."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pruning.errors import RecipeError
+
+Kind = Literal["attention", "ffn"]
+EmulationKind = Literal["none", "bias", "low_rank"]
+KINDS: tuple[Kind, Kind] = ("attention", "ffn")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Sublayer:
+    """One attention or FFN sublayer of one block."""
+
+    block: int
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.block}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which sublayers are gone, and by what each is emulated.
+
+    Attributes:
+        num_blocks: L, blocks of the dense model.
+        removed: Sublayer -> kind of emulation ("none": nothing takes its place).
+        rank: r of the low-rank adapters.
+    """
+
+    num_blocks: int
+    removed: Mapping[Sublayer, EmulationKind]
+    rank: int = 0
+
+    def state(self, sublayer: Sublayer) -> Literal["kept", "removed", "emulated"]:
+        """State of one sublayer."""
+        if sublayer not in self.removed:
+            return "kept"
+        return "removed" if self.removed[sublayer] == "none" else "emulated"
+
+    def blocks_kept(self) -> list[int]:
+        """Blocks that keep or emulate at least one sublayer, in order."""
+        return [
+            block
+            for block in range(self.num_blocks)
+            if any(self.state(Sublayer(block, kind)) != "removed" for kind in KINDS)
+        ]
+
+    def kept(self, kind: Kind) -> list[int]:
+        """Blocks whose sublayer of this kind is kept."""
+        return [b for b in range(self.num_blocks) if Sublayer(b, kind) not in self.removed]
+
+    def block_configs(self) -> list[dict[str, dict[str, object]]]:
+        """The plan in the checkpoint's form: one entry for each block that is not dropped."""
+        return [
+            {kind: self._sublayer_config(Sublayer(block, kind)) for kind in KINDS} for block in self.blocks_kept()
+        ]
+
+    def _sublayer_config(self, sublayer: Sublayer) -> dict[str, object]:
+        emulation = self.removed.get(sublayer)
+        if emulation is None:
+            return {"no_op": False, "emulation": None}
+        if emulation == "none":
+            return {"no_op": True, "emulation": None}
+        if emulation == "bias":
+            return {"no_op": True, "emulation": {"kind": "bias"}}
+        return {"no_op": True, "emulation": {"kind": "low_rank", "rank": self.rank}}
+
+
+def parse_amount(amount: str | int, total: int, what: str) -> int:
+    """Turn a count (`10`) or a share (`33%`) into a number of sublayers.
+
+    Args:
+        amount: Count or share, as typed.
+        total: How many there are.
+        what: Name for the message.
+
+    Returns:
+        A number from 1 to `total`; a share is rounded to the nearest count, half up.
+
+    Raises:
+        RecipeError: Malformed, zero, or more than there are.
+    """
+    text = str(amount).strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+    if not match or (not match[2] and "." in match[1]):
+        raise RecipeError(f"--{what} {text!r} is neither a count such as 10 nor a share such as 33%")
+    if match[2]:
+        share = float(match[1])
+        if share > 100:
+            raise RecipeError(f"--{what} {text}: a share cannot be over 100%")
+        count = int(total * share / 100 + 0.5)
+    else:
+        count = int(match[1])
+    if count < 1:
+        raise RecipeError(f"--{what} {text} removes nothing of {total}; ask for at least 1")
+    if count > total:
+        raise RecipeError(f"--{what} {text}: the model has only {total}")
+    return count
+
+
+def kv_bytes_per_token(kept_attention: int, num_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
+    """KV cache bytes one token takes: 2 (K and V) · kept attention layers · K heads · head dim · dtype bytes."""
+    return 2 * kept_attention * num_kv_heads * head_dim * dtype_bytes
+
+
+def lowest(scores: Mapping[Sublayer, float], count: int, among: Sequence[Sublayer]) -> list[Sublayer]:
+    """The `count` sublayers of least importance, ties by position."""
+    return sorted(sorted(among, key=lambda s: (scores[s], s))[:count])
