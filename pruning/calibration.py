@@ -96,9 +96,7 @@ def standard_library_text() -> str:
 
 
 @torch.inference_mode()
-def self_generated(
-    model: PreTrainedModel, count: int, length: int, seed: int, reporter: Reporter
-) -> Tensor:
+def self_generated(model: PreTrainedModel, count: int, length: int, seed: int, reporter: Reporter) -> Tensor:
     """Text the model itself samples from its first token on, at temperature 1.
 
     Args:
@@ -117,7 +115,10 @@ def self_generated(
     if start is None:
         start = model.config.eos_token_id if isinstance(model.config.eos_token_id, int) else 0
     rows = []
-    with torch.random.fork_rng(devices=[]), reporter.progress("self-generated text", -(-count // GENERATION_BATCH)) as step:
+    with (
+        torch.random.fork_rng(devices=[]),
+        reporter.progress("self-generated text", -(-count // GENERATION_BATCH)) as step,
+    ):
         torch.manual_seed(seed)
         for first in range(0, count, GENERATION_BATCH):
             size = min(GENERATION_BATCH, count - first)
@@ -132,7 +133,12 @@ def self_generated(
 
 
 def built_in(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int, reporter: Reporter
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    length: int,
+    seed: int,
+    reporter: Reporter,
 ) -> Tensor:
     """The default: half the model's own text, half the standard library's.
 

@@ -75,7 +75,9 @@ def convert_gguf(gguf: Path, reporter: Reporter) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
     except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
         raise ModelError(f"cannot read GGUF file {gguf}: {' '.join(str(error).split())}") from error
-    fields = {k: v for k, v in dense.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    fields = {
+        k: v for k, v in dense.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+    }
     plain = type(dense.config)(**fields)
     plain.dtype = torch.float32
     with torch.device("meta"):
@@ -122,23 +124,27 @@ def load_dense(name: str, dtype: str, device: str, reporter: Reporter) -> DenseM
     if not weights:
         raise ModelError(f"{name} has no .safetensors weights")
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load {name}: {' '.join(str(error).split())}") from error
     return DenseModel(name, directory, model.eval().to(device), tokenizer, family, _hash_files(weights))
 
 
-def _read_config(directory: Path, name: str):  # noqa: ANN202
+def _read_config(directory: Path, name: str):
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration of {name}: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(
+            f"cannot read the configuration of {name}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:

@@ -31,7 +31,9 @@ class _Capture(nn.Module):
 
 
 @contextmanager
-def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None = None) -> Iterator[None]:
+def removed(
+    block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None = None
+) -> Iterator[None]:
     """Let a block run without one sublayer (or with its emulation) inside the `with`; restored after it."""
     names = places(family, kind)
     saved = [getattr(block, name) for name in names]
@@ -75,7 +77,9 @@ class Evaluator:
         assert isinstance(hidden, Tensor)
         return hidden, [capture.kwargs for capture in captures]  # type: ignore[misc]
 
-    def run_block(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gone: Mapping[Kind, Any]) -> Tensor:
+    def run_block(
+        self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gone: Mapping[Kind, Any]
+    ) -> Tensor:
         """One block [b, T, D] -> [b, T, D] without the kinds in `gone` (values: their emulation or None)."""
         block = self.blocks[index]
         with ExitStack() as stack:
@@ -107,7 +111,9 @@ class Evaluator:
             out.append(self.head_loss(self._from(0, hidden, kwargs, gone), batch))
         return torch.cat(out)
 
-    def _from(self, first: int, hidden: Tensor, kwargs: list[dict[str, Any]], gone: Mapping[Sublayer, Any]) -> Tensor:
+    def _from(
+        self, first: int, hidden: Tensor, kwargs: list[dict[str, Any]], gone: Mapping[Sublayer, Any]
+    ) -> Tensor:
         for index in range(first, len(self.blocks)):
             here = {s.kind: emulation for s, emulation in gone.items() if s.block == index}
             hidden = self.run_block(index, hidden, kwargs[index], here)

@@ -1,0 +1,132 @@
+"""The contract between the two programs: `pruning.json`, its version, and the hash of every file."""
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pruning.errors import CheckpointError
+
+MANIFEST = "pruning.json"
+FORMAT_VERSION = 1
+
+
+class Manifest(BaseModel):
+    """What `pruning.json` holds.
+
+    Attributes:
+        format_version: Of this file and of the directory's layout.
+        base: `model`, `weight_hash` and `dtype` of the dense model.
+        recipe: The resolved recipe that made the checkpoint.
+        removed: Sublayer name -> kind of emulation.
+        importance: Metric name -> sublayer name -> value.
+        quality: Losses in nats/token, dense and pruned, and where they were measured.
+        bytes: Weights and KV cache per token, dense and pruned.
+        stages: Seconds and peak memory of each stage.
+        files: SHA-256 of every other file.
+        digest: SHA-256 of this document without this field.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    shoal_version: str
+    base: dict[str, Any]
+    recipe: dict[str, Any]
+    num_blocks: int
+    removed: dict[str, str]
+    importance: dict[str, dict[str, float]]
+    quality: dict[str, Any]
+    bytes: dict[str, int]
+    stages: dict[str, dict[str, float]]
+    files: dict[str, str]
+    digest: str = ""
+
+    def render(self) -> bytes:
+        """The exact bytes of the file, digest included."""
+        fields = self.model_dump(exclude={"digest"})
+        body = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        fields["digest"] = hashlib.sha256(body).hexdigest()
+        return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Hash every file of the directory and write `pruning.json`."""
+    manifest.files = {p.name: hash_file(p) for p in sorted(directory.iterdir()) if p.name != MANIFEST}
+    (directory / MANIFEST).write_bytes(manifest.render())
+
+
+def is_pruned(directory: Path) -> bool:
+    """Whether a directory is, or claims to be, a checkpoint of ours."""
+    if (directory / MANIFEST).exists():
+        return True
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and str(config.get("model_type", "")).startswith("depth_pruned_")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `pruning.json` itself.
+
+    Raises:
+        CheckpointError: Missing, altered, or of a version this release does not know.
+    """
+    try:
+        raw = (directory / MANIFEST).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{directory} has no readable {MANIFEST}; export it again") from error
+    try:
+        fields = json.loads(raw)
+        version = fields["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / MANIFEST} is damaged; export it again") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{directory} has checkpoint format version {version!r}; this release reads version {FORMAT_VERSION}: "
+            "install the release of shoal that wrote it, or export again"
+        )
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise CheckpointError(f"{directory / MANIFEST} is damaged; export it again") from error
+    if manifest.render() != raw:
+        raise CheckpointError(
+            f"{directory / MANIFEST} was altered (its digest does not match); export it again"
+        )
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """Check every file of a checkpoint against the manifest.
+
+    Raises:
+        CheckpointError: A file is missing, altered, unlisted where it could be loaded, or outside the directory.
+    """
+    manifest = read_manifest(directory)
+    for name, expected in manifest.files.items():
+        if PurePosixPath(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{directory / MANIFEST} names {name!r}, which is not a plain file name")
+        path = directory / name
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a symbolic link; a checkpoint holds plain files only")
+        if not path.is_file():
+            raise CheckpointError(f"{directory} lacks {name}; copy it again or export again")
+        if hash_file(path) != expected:
+            raise CheckpointError(
+                f"{path} does not match its SHA-256 in {MANIFEST}; copy it again or export again"
+            )
+    for path in directory.iterdir():
+        loadable = path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".py", ".gguf", ".pkl"}
+        if loadable and path.name not in manifest.files:
+            raise CheckpointError(f"{path} is not listed in {MANIFEST}; remove it")
+    return manifest

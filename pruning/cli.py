@@ -1,0 +1,96 @@
+"""`prune-export`: flags to a recipe, the recipe to the pipeline, errors to one line and an exit code."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts import App, Parameter
+from pydantic import ValidationError
+from rich.console import Console
+from rich.text import Text
+
+from pruning import __version__
+from pruning.console import Reporter
+from pruning.errors import Interrupted, ShoalError
+from pruning.recipe import Recipe
+
+DEFAULTS = Recipe()
+
+
+def _one_line(error: Exception) -> Text:
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ValidationError):
+        first = cause.errors(include_url=False)[0]
+        flag = ".".join(map(str, first["loc"])).replace("_", "-")
+        return Text(f"error: --{flag}: {first['msg']} (got {first['input']!r})")
+    return Text("error: " + " ".join(str(error).split()))
+
+
+app = App(
+    name="prune-export",
+    help="Score the layers of a decoder LLM, remove the least important, emulate them, export a checkpoint.",
+    version=__version__,
+    error_console=Console(stderr=True, soft_wrap=True),
+    error_formatter=_one_line,
+)
+
+
+@app.default
+def export(
+    model: str,
+    *,
+    output: Path | None = None,
+    recipe: Annotated[Recipe, Parameter(name="*")] = DEFAULTS,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Prune MODEL and write a checkpoint.
+
+    Args:
+        model: Hugging Face id or directory, a GGUF file, or smollm2-135m (embedded).
+        output: Directory to write.
+        recipe: What to remove and how to recover it.
+        overwrite: Replace a directory that is not empty.
+        dry_run: Print the plan and the predicted bytes; write nothing.
+    """
+    from pruning.errors import RecipeError
+    from pruning.pipeline import run
+
+    if output is None and not dry_run:
+        raise RecipeError("--output DIR is missing; say where the checkpoint goes (or --dry-run)")
+    run(model, output or Path(), recipe, overwrite=overwrite, dry_run=dry_run, reporter=Reporter())
+
+
+@app.command(name="list")
+def list_metrics() -> None:
+    """Print the importance metrics and model families."""
+    from pruning.families import FAMILIES
+    from pruning.importance import METRICS
+
+    for name, row in METRICS.items():
+        print(f"{name:16}{row.cost:14}{row.source:18}{row.help}")
+    print("families: " + ", ".join(sorted(FAMILIES)))
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    recipe: cyclopts.types.ExistingFile | None = None,
+) -> None:
+    """Read `--recipe FILE` (YAML) first; flags win over it."""
+    if recipe is not None:
+        app.config = [cyclopts.config.Yaml(recipe, must_exist=True, use_commands_as_keys=False)]
+    app(tokens)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app.meta()
+    except ShoalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)

@@ -1,0 +1,90 @@
+"""Write a pruned model as a checkpoint directory."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning.configuration import config_class
+from pruning.families import Family
+from pruning.modeling import blocks_of, number_cache_layers, replace_sublayer
+from pruning.plan import Plan, Sublayer
+
+MAX_SHARD_SIZE = "4GB"
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "generation_config.json",
+    "*.jinja",
+    "*.model",
+)
+
+
+def apply_plan(
+    model: PreTrainedModel, family: Family, plan: Plan, emulations: Mapping[Sublayer, nn.Module | None]
+) -> None:
+    """Cut the removed sublayers out of a dense model in place, and drop the blocks that are wholly removed."""
+    blocks = blocks_of(model, family)
+    for sublayer in plan.removed:
+        replace_sublayer(blocks[sublayer.block], family, sublayer.kind, emulations.get(sublayer))
+    kept = [blocks[index] for index in plan.blocks_kept()]
+    parent, _, name = family.blocks.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.ModuleList(kept))
+    number_cache_layers(kept, family)
+
+
+def pruned_config(model: PreTrainedModel, family: Family, plan: Plan) -> Any:
+    """The configuration of the checkpoint: the base model's fields and `block_configs`."""
+    fields = model.config.to_dict()
+    for name in (
+        "model_type",
+        "architectures",
+        "_name_or_path",
+        "transformers_version",
+        "quantization_config",
+    ):
+        fields.pop(name, None)
+    blocks = plan.blocks_kept()
+    fields["num_hidden_layers"] = len(blocks)
+    if fields.get("layer_types"):
+        fields["layer_types"] = [fields["layer_types"][index] for index in blocks]
+    config = config_class(family)(**fields, block_configs=plan.block_configs())
+    config.architectures = [family.architecture]
+    config.dtype = model.dtype
+    return config
+
+
+def state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors to store; a tied output projection is stored once."""
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+
+def write_weights(tensors: dict[str, Tensor], directory: Path) -> int:
+    """Write sharded safetensors with their index; return the tensors' bytes."""
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, directory / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy tokenizer and generation files untouched."""
+    for pattern in COPIED:
+        for path in source.glob(pattern):
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, directory / path.name)
