@@ -82,7 +82,7 @@ def from_files(
 
 def interleave(parts: Sequence[Tensor]) -> Tensor:
     """Rows of several [n_i, T] tensors in turn, so that any prefix is a mix."""
-    rows = []
+    rows: list[Tensor] = []
     for i in range(max(len(part) for part in parts)):
         rows.extend(part[i] for part in parts if i < len(part))
     return torch.stack(rows)

@@ -23,7 +23,7 @@ class Manifest(BaseModel):
         removed: Sublayer name -> kind of emulation.
         importance: Metric name -> sublayer name -> value.
         quality: Losses in nats/token, dense and pruned, and where they were measured.
-        bytes: Weights and KV cache per token, dense and pruned.
+        sizes: Bytes of weights and KV cache per token, dense and pruned.
         stages: Seconds and peak memory of each stage.
         files: SHA-256 of every other file.
         digest: SHA-256 of this document without this field.
@@ -39,7 +39,7 @@ class Manifest(BaseModel):
     removed: dict[str, str]
     importance: dict[str, dict[str, float]]
     quality: dict[str, Any]
-    bytes: dict[str, int]
+    sizes: dict[str, int]
     stages: dict[str, dict[str, float]]
     files: dict[str, str]
     digest: str = ""
@@ -100,9 +100,7 @@ def read_manifest(directory: Path) -> Manifest:
     except ValidationError as error:
         raise CheckpointError(f"{directory / MANIFEST} is damaged; export it again") from error
     if manifest.render() != raw:
-        raise CheckpointError(
-            f"{directory / MANIFEST} was altered (its digest does not match); export it again"
-        )
+        raise CheckpointError(f"{directory / MANIFEST} was altered (its digest does not match); export it again")
     return manifest
 
 
@@ -122,9 +120,7 @@ def verify(directory: Path) -> Manifest:
         if not path.is_file():
             raise CheckpointError(f"{directory} lacks {name}; copy it again or export again")
         if hash_file(path) != expected:
-            raise CheckpointError(
-                f"{path} does not match its SHA-256 in {MANIFEST}; copy it again or export again"
-            )
+            raise CheckpointError(f"{path} does not match its SHA-256 in {MANIFEST}; copy it again or export again")
     for path in directory.iterdir():
         loadable = path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".py", ".gguf", ".pkl"}
         if loadable and path.name not in manifest.files:

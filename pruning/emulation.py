@@ -60,9 +60,7 @@ class NormalEquations:
     def error(self, matrix: Tensor, bias: Tensor) -> float:
         """Weighted sum of squares of y - x W - b over these rows, W [D, M], b [M]."""
         cross = (matrix * self.xy).sum() + bias @ self.y_sum
-        square = (
-            ((self.xx @ matrix) * matrix).sum() + 2 * bias @ (self.x_sum @ matrix) + self.weight * bias @ bias
-        )
+        square = ((self.xx @ matrix) * matrix).sum() + 2 * bias @ (self.x_sum @ matrix) + self.weight * bias @ bias
         return float(self.yy - 2 * cross + square)
 
 
@@ -154,10 +152,7 @@ def fit_plan(
             for kind in KINDS:
                 sublayer = Sublayer(index, kind)
                 other: dict[Kind, None] = {"ffn" if kind == "attention" else "attention": None}
-                targets = [
-                    evaluator.run_block(index, h, kw[index], other)
-                    for h, kw in zip(dense, kwargs, strict=True)
-                ]
+                targets = [evaluator.run_block(index, h, kw[index], other) for h, kw in zip(dense, kwargs, strict=True)]
                 if sublayer in removed:
                     module = _fit(pruned, targets, removed[sublayer], rank)
                     fitted[sublayer] = module
@@ -166,8 +161,7 @@ def fit_plan(
                     pruned = list(targets)
                 else:
                     pruned = [
-                        evaluator.run_block(index, h, kw[index], other)
-                        for h, kw in zip(pruned, kwargs, strict=True)
+                        evaluator.run_block(index, h, kw[index], other) for h, kw in zip(pruned, kwargs, strict=True)
                     ]
                 dense = targets
             step.advance()

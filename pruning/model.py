@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pruning.console import Reporter
@@ -75,9 +82,7 @@ def convert_gguf(gguf: Path, reporter: Reporter) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
     except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
         raise ModelError(f"cannot read GGUF file {gguf}: {' '.join(str(error).split())}") from error
-    fields = {
-        k: v for k, v in dense.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
-    }
+    fields = {k: v for k, v in dense.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     plain = type(dense.config)(**fields)
     plain.dtype = torch.float32
     with torch.device("meta"):
@@ -124,22 +129,18 @@ def load_dense(name: str, dtype: str, device: str, reporter: Reporter) -> DenseM
     if not weights:
         raise ModelError(f"{name} has no .safetensors weights")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, local_files_only=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load {name}: {' '.join(str(error).split())}") from error
     return DenseModel(name, directory, model.eval().to(device), tokenizer, family, _hash_files(weights))
 
 
-def _read_config(directory: Path, name: str):
+def _read_config(directory: Path, name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"cannot read the configuration of {name}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ModelError(f"cannot read the configuration of {name}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _from_hub(name: str) -> Path:

@@ -127,7 +127,7 @@ def number_cache_layers(blocks: Sequence[nn.Module], family: Family) -> None:
 def apply_block_configs(model: nn.Module, family: Family, block_configs: Sequence[Mapping[str, Any]]) -> None:
     """Give a freshly built model the shape its `block_configs` describe, in place."""
     blocks = blocks_of(model, family)
-    hidden_size = model.config.hidden_size  # type: ignore[union-attr]
+    hidden_size = model.config.hidden_size
     for block, block_config in zip(blocks, block_configs, strict=True):
         for kind in KINDS:
             if block_config[kind]["no_op"]:

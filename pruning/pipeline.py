@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,9 +125,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 def kv_bytes(dense: DenseModel, kept_attention: int) -> int:
     """KV cache bytes per token with so many attention layers."""
     config = dense.model.config
-    return kv_bytes_per_token(
-        kept_attention, config.num_key_value_heads, config.head_dim, dense.model.dtype.itemsize
-    )
+    return kv_bytes_per_token(kept_attention, config.num_key_value_heads, config.head_dim, dense.model.dtype.itemsize)
 
 
 def predicted_bytes(dense: DenseModel, wanted: Counts, recipe: Recipe) -> dict[str, int]:
@@ -221,7 +220,7 @@ def run(
             removed={str(s): kind for s, kind in plan.removed.items()},
             importance={recipe.importance: scores},
             quality=quality,
-            bytes=sizes,
+            sizes=sizes,
             stages=dict(reporter.stages),
             files={},
         )
@@ -235,9 +234,7 @@ def run(
     return manifest
 
 
-def _cut_and_measure(
-    dense: DenseModel, plan: Plan, emulations: dict, held_out: Tensor
-) -> dict[str, float | str]:
+def _cut_and_measure(dense: DenseModel, plan: Plan, emulations: dict, held_out: Tensor) -> dict[str, Any]:
     family: Family = dense.family
     before = loss(dense.model, family, held_out)
     apply_plan(dense.model, family, plan, emulations)

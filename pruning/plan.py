@@ -57,10 +57,7 @@ class Plan:
 
     def block_configs(self) -> list[dict[str, dict[str, object]]]:
         """The plan in the checkpoint's form: one entry for each block that is not dropped."""
-        return [
-            {kind: self._sublayer_config(Sublayer(block, kind)) for kind in KINDS}
-            for block in self.blocks_kept()
-        ]
+        return [{kind: self._sublayer_config(Sublayer(block, kind)) for kind in KINDS} for block in self.blocks_kept()]
 
     def _sublayer_config(self, sublayer: Sublayer) -> dict[str, object]:
         emulation = self.removed.get(sublayer)

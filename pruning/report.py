@@ -28,10 +28,11 @@ def command(manifest: Manifest, output: str = "DIR") -> str:
 
 def write_card(directory: Path, manifest: Manifest) -> None:
     """Write README.md, the model card."""
-    quality, sizes = manifest.quality, manifest.bytes
+    quality, sizes = manifest.quality, manifest.sizes
     dense, pruned = quality["dense_loss"], quality["pruned_loss"]
     rows = [
-        ("perplexity (held-out calibration text)", f"{math.exp(dense):.3f}", f"{math.exp(pruned):.3f}", math.exp(pruned - dense)),
+        ("perplexity (held-out calibration text)", f"{math.exp(dense):.3f}", f"{math.exp(pruned):.3f}",
+         math.exp(pruned - dense)),
         ("weight bytes", sizes["weights_dense"], sizes["weights"], sizes["weights"] / sizes["weights_dense"]),
         ("KV cache bytes per token", sizes["kv_per_token_dense"], sizes["kv_per_token"],
          sizes["kv_per_token"] / sizes["kv_per_token_dense"]),

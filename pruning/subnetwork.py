@@ -31,9 +31,7 @@ class _Capture(nn.Module):
 
 
 @contextmanager
-def removed(
-    block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None = None
-) -> Iterator[None]:
+def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None = None) -> Iterator[None]:
     """Let a block run without one sublayer (or with its emulation) inside the `with`; restored after it."""
     names = places(family, kind)
     saved = [getattr(block, name) for name in names]
@@ -75,11 +73,9 @@ class Evaluator:
             setattr(owner, name, saved)
         hidden = captures[0].inputs
         assert isinstance(hidden, Tensor)
-        return hidden, [capture.kwargs for capture in captures]  # type: ignore[misc]
+        return hidden, [capture.kwargs for capture in captures]
 
-    def run_block(
-        self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gone: Mapping[Kind, Any]
-    ) -> Tensor:
+    def run_block(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gone: Mapping[Kind, Any]) -> Tensor:
         """One block [b, T, D] -> [b, T, D] without the kinds in `gone` (values: their emulation or None)."""
         block = self.blocks[index]
         with ExitStack() as stack:
@@ -96,9 +92,7 @@ class Evaluator:
         flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         losses = [
             functional.cross_entropy(head(part).float(), target, reduction="none")
-            for part, target in zip(
-                flat.split(HEAD_CHUNK_TOKENS), flat_targets.split(HEAD_CHUNK_TOKENS), strict=True
-            )
+            for part, target in zip(flat.split(HEAD_CHUNK_TOKENS), flat_targets.split(HEAD_CHUNK_TOKENS), strict=True)
         ]
         return torch.cat(losses).view(targets.shape).double().mean(1).cpu()
 
@@ -111,9 +105,7 @@ class Evaluator:
             out.append(self.head_loss(self._from(0, hidden, kwargs, gone), batch))
         return torch.cat(out)
 
-    def _from(
-        self, first: int, hidden: Tensor, kwargs: list[dict[str, Any]], gone: Mapping[Sublayer, Any]
-    ) -> Tensor:
+    def _from(self, first: int, hidden: Tensor, kwargs: list[dict[str, Any]], gone: Mapping[Sublayer, Any]) -> Tensor:
         for index in range(first, len(self.blocks)):
             here = {s.kind: emulation for s, emulation in gone.items() if s.block == index}
             hidden = self.run_block(index, hidden, kwargs[index], here)
