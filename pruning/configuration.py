@@ -32,8 +32,8 @@ def as_fields(value: Any) -> Any:
 
 def base_config_class(family: Family) -> type[PretrainedConfig]:
     """The configuration class of the dense family."""
-    module = importlib.import_module(f"transformers.models.{family.model_type}")
-    return getattr(module, f"{family.name}Config")
+    module = importlib.import_module(family.transformers_module)
+    return getattr(module, family.config or f"{family.name}Config")
 
 
 def config_class(family: Family) -> type[PretrainedConfig]:

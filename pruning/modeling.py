@@ -95,18 +95,18 @@ def stand_in(kind: Kind, emulation: nn.Module | None) -> nn.Module:
     return AttentionStandIn(emulation) if kind == "attention" else FFNStandIn(emulation)
 
 
-def places(family: Family, kind: Kind) -> tuple[str, str]:
-    """Attribute names of a sublayer's module and of the norm before it."""
-    if kind == "attention":
-        return family.attention, family.attention_norm
-    return family.ffn, family.ffn_norm
+def places(family: Family, kind: Kind) -> tuple[str, ...]:
+    """Attribute names of a sublayer's module and of the norms that are its own."""
+    module = family.attention if kind == "attention" else family.ffn
+    return (module, *(norm for norm in family.norms(kind) if norm))
 
 
 def replace_sublayer(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None) -> None:
-    """Take a sublayer and its norm out of a block, in place."""
-    module, norm = places(family, kind)
+    """Take a sublayer and its norms out of a block, in place."""
+    module, *norms = places(family, kind)
     setattr(block, module, stand_in(kind, emulation))
-    setattr(block, norm, nn.Identity())
+    for norm in norms:
+        setattr(block, norm, nn.Identity())
 
 
 def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
@@ -137,7 +137,7 @@ def apply_block_configs(model: nn.Module, family: Family, block_configs: Sequenc
 
 
 def _define(family: Family) -> type[PreTrainedModel]:
-    module = importlib.import_module(f"transformers.models.{family.model_type}")
+    module = importlib.import_module(family.transformers_module)
     base = getattr(module, f"{family.name}ForCausalLM")
 
     def init(self: Any, config: Any) -> None:

@@ -20,7 +20,7 @@ from pruning.export import apply_plan, copy_companions, pruned_config, state_dic
 from pruning.families import Family
 from pruning.importance import metric
 from pruning.model import DenseModel, load_dense
-from pruning.modeling import blocks_of
+from pruning.modeling import blocks_of, places
 from pruning.plan import KINDS, EmulationKind, Kind, Plan, Sublayer, kv_bytes_per_token, parse_amount
 from pruning.recipe import Recipe
 from pruning.report import write_card
@@ -132,11 +132,7 @@ def predicted_bytes(dense: DenseModel, wanted: Counts, recipe: Recipe) -> dict[s
     """Weight and KV bytes before any scoring: sublayers of one kind are all of one size."""
     family, config = dense.family, dense.model.config
     block = blocks_of(dense.model, family)[0]
-    sizes = {
-        "attention": weight_bytes(getattr(block, family.attention))
-        + weight_bytes(getattr(block, family.attention_norm)),
-        "ffn": weight_bytes(getattr(block, family.ffn)) + weight_bytes(getattr(block, family.ffn_norm)),
-    }
+    sizes = {kind: sum(weight_bytes(getattr(block, name)) for name in places(family, kind)) for kind in KINDS}
     dense_bytes = weight_bytes(dense.model)
     gone = {"attention": wanted.attention + wanted.blocks, "ffn": wanted.ffn + wanted.blocks}
     parameters = {

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pruning.families import Family
-from pruning.modeling import blocks_of, places, stand_in
+from pruning.modeling import blocks_of, places, replace_sublayer
 from pruning.plan import Kind, Sublayer
 
 HEAD_CHUNK_TOKENS = 512
@@ -35,8 +35,7 @@ def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module |
     """Let a block run without one sublayer (or with its emulation) inside the `with`; restored after it."""
     names = places(family, kind)
     saved = [getattr(block, name) for name in names]
-    setattr(block, names[0], stand_in(kind, emulation))
-    setattr(block, names[1], nn.Identity())
+    replace_sublayer(block, family, kind, emulation)
     try:
         yield
     finally:

@@ -1,0 +1,1 @@
+"""Serving stage: the vLLM plugin and the OpenAI-compatible server."""

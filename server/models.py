@@ -1,0 +1,223 @@
+"""Depth-pruned models in vLLM: the stock classes, with each block built without its removed sublayers.
+
+While a stock model builds its blocks, the attention and FFN class names in its module are replaced by
+`Absent` wherever `block_configs` says so: the dense module is never allocated and vLLM finds no `Attention` to give
+a KV cache to. A stand-in then takes the place, and the stock `forward` of the block runs unchanged.
+
+Blocks come in two kinds. A *fused* block carries (update, residual) and its norms add the two; a removed sublayer
+hands the pending update on, so neither a norm nor an addition is spent on it. A *plain* block adds by itself and gets
+a zero. Adapters are replicated under tensor parallelism: at rank 64 they are 2% of a block, and sharding them would
+cost an all-reduce to save less than that.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning.families import FAMILIES, Family
+from server.loader import check_directory
+from server.vllm_models import RMSNorm, is_first_worker
+
+RMS_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """Where a stock vLLM model can be opened.
+
+    Attributes:
+        causal: Class of the whole model, `module:Class` under `vllm.model_executor.models`.
+        layers: Module whose `make_layers` builds the blocks.
+        attention: Class its blocks construct for attention, `module:Class`, looked up at construction.
+        ffn: The same for the FFN.
+        fused: Whether blocks carry (update, residual).
+    """
+
+    causal: str
+    layers: str
+    attention: str
+    ffn: str
+    fused: bool = True
+
+
+SEAMS: Mapping[str, Seam] = {
+    "llama": Seam("llama:LlamaForCausalLM", "llama", "llama:LlamaAttention", "llama:LlamaMLP"),
+    "mistral": Seam("mistral:MistralForCausalLM", "llama", "mistral:MistralAttention", "llama:LlamaMLP"),
+    "phi3": Seam("phi3:Phi3ForCausalLM", "llama", "llama:LlamaAttention", "llama:LlamaMLP"),
+    "qwen2": Seam("qwen2:Qwen2ForCausalLM", "qwen2", "qwen2:Qwen2Attention", "qwen2:Qwen2MLP"),
+    "qwen3": Seam("qwen3:Qwen3ForCausalLM", "qwen2", "qwen3:Qwen3Attention", "qwen3:Qwen3MLP"),
+    "gemma2": Seam("gemma2:Gemma2ForCausalLM", "gemma2", "gemma2:Gemma2Attention", "gemma2:Gemma2MLP"),
+    "gemma3_text": Seam("gemma3:Gemma3ForCausalLM", "gemma3", "gemma3:Gemma3Attention", "gemma3:Gemma3MLP"),
+    "granite": Seam(
+        "granite:GraniteForCausalLM", "granite", "granite:GraniteAttention", "granite:GraniteMLP", fused=False
+    ),
+    "stablelm": Seam(
+        "stablelm:StablelmForCausalLM", "stablelm", "stablelm:StablelmAttention", "stablelm:StablelmMLP", fused=False
+    ),
+}
+
+
+class Absent(nn.Module):
+    """Built where a removed attention or FFN would have been; holds nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+
+class Bias(nn.Module):
+    """A constant update [D]."""
+
+    def __init__(self, hidden_size: int, fused: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
+        self.fused = fused
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Pending update plus bias (fused), or the bias for every token: [tokens, D]."""
+        return hidden + self.bias if self.fused else self.bias.expand_as(hidden)
+
+
+class LowRank(nn.Module):
+    """An affine map of rank r of the normalised residual stream, as `pruning.modeling.LowRankEmulation`."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, hidden_size, bias=True)
+
+    def forward(self, normalised: Tensor) -> Tensor:
+        """Update [tokens, D]."""
+        return self.up(self.down(normalised))
+
+
+class SkippedNorm(nn.Module):
+    """Norm before a sublayer that does not read its input: hands the pending update on."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
+        """(update, residual) as they came; in block 0 of a fused model nothing is pending yet."""
+        if residual is not None:
+            return hidden, residual
+        return torch.zeros_like(hidden) if self.fused else hidden
+
+
+class StandIn(nn.Module):
+    """Takes the place of a removed attention or FFN module."""
+
+    def __init__(self, emulation: nn.Module | None, fused: bool) -> None:
+        super().__init__()
+        self.emulation = emulation
+        self.fused = fused
+
+    def forward(self, hidden_states: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The update [tokens, D]; without emulation the pending one (fused) or zero."""
+        if self.emulation is not None:
+            return self.emulation(hidden_states)
+        return hidden_states if self.fused else torch.zeros_like(hidden_states)
+
+
+def install(block: nn.Module, family: Family, kind: str, spec: Any, hidden_size: int, fused: bool) -> None:
+    """Put the stand-in of a removed sublayer, and what its norms become, into a block."""
+    place = family.attention if kind == "attention" else family.ffn
+    before, after = family.norms(kind)
+    emulation: nn.Module | None = None
+    norm: nn.Module = SkippedNorm(fused)
+    if spec is not None and spec["kind"] == "bias":
+        emulation = Bias(hidden_size, fused)
+    elif spec is not None:
+        emulation = LowRank(hidden_size, int(spec["rank"]))
+        norm = RMSNorm(hidden_size, eps=RMS_EPSILON, has_weight=False)
+    setattr(block, place, StandIn(emulation, fused))
+    setattr(block, before, norm)
+    if after is not None:
+        setattr(block, after, nn.Identity())
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"vllm.model_executor.models.{name}")
+
+
+@contextmanager
+def _replaced(targets: Mapping[str, Any]) -> Iterator[None]:
+    """Bind `module:name` of vLLM's models to other objects inside the `with`."""
+    saved = [(_module(t.partition(":")[0]), t.partition(":")[2], value) for t, value in targets.items()]
+    old = [getattr(module, name) for module, name, _ in saved]
+    for module, name, value in saved:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(saved, old, strict=True):
+            setattr(module, name, value)
+
+
+def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam, config: Any) -> Callable[..., Any]:
+    """`make_layers` that builds block i as `config.block_configs[i]` says."""
+
+    def build(layer: Callable[..., nn.Module], prefix: str) -> nn.Module:
+        spec = config.block_configs[int(prefix.rpartition(".")[2])]
+        gone = [kind for kind in ("attention", "ffn") if spec[kind]["no_op"]]
+        with _replaced({getattr(seam, kind): Absent for kind in gone}):
+            block = layer(prefix=prefix)
+        for kind in gone:
+            install(block, family, kind, spec[kind]["emulation"], config.hidden_size, seam.fused)
+        return block
+
+    def make(count: int, layer: Callable[..., nn.Module], prefix: str) -> Any:
+        return make_layers(count, lambda prefix: build(layer, prefix), prefix=prefix)
+
+    return make
+
+
+def _llama_block() -> type[nn.Module]:
+    """A Llama block that looks its attention class up when built, not when defined."""
+    llama = _module("llama")
+
+    class Block(llama.LlamaDecoderLayer):  # type: ignore[name-defined]
+        def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__(vllm_config, prefix, attn_layer_type=llama.LlamaAttention)
+
+    return Block
+
+
+def _define(family: Family) -> type[nn.Module]:
+    seam = SEAMS[family.model_type]
+    module, _, name = seam.causal.partition(":")
+    base = getattr(_module(module), name)
+
+    def init(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        if is_first_worker():
+            check_directory(vllm_config.model_config.model, str(vllm_config.load_config.load_format))
+        make = _pruning_layers(_module(seam.layers).make_layers, family, seam, config)
+        extra = {"layer_type": _llama_block()} if seam.attention == "llama:LlamaAttention" else {}
+        with _replaced({f"{seam.layers}:make_layers": make}):
+            base.__init__(self, vllm_config=vllm_config, prefix=prefix, **extra)
+
+    return type(
+        family.architecture,
+        (base,),
+        {
+            "__init__": init,
+            "__module__": __name__,
+            "__doc__": f"{family.name} without the sublayers that `config.block_configs` marks as removed.",
+            "has_noops": True,
+        },
+    )
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Make `DepthPruned<Name>ForCausalLM` when vLLM first asks for it."""
+    for family in FAMILIES.values():
+        if family.architecture == name:
+            globals()[name] = _define(family)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

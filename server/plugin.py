@@ -1,0 +1,16 @@
+"""vLLM's entry point: makes `depth_pruned_*` checkpoints known. Imports neither torch nor vLLM's internals early."""
+
+from pruning.families import FAMILIES
+
+
+def register() -> None:
+    """Register configurations and lazy model classes in this process (idempotent; vLLM calls it in every process)."""
+    from vllm import ModelRegistry
+
+    from pruning.configuration import register_configs
+
+    register_configs()
+    known = ModelRegistry.get_supported_archs()
+    for family in FAMILIES.values():
+        if family.architecture not in known:
+            ModelRegistry.register_model(family.architecture, f"server.models:{family.architecture}")
