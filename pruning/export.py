@@ -31,18 +31,25 @@ COPIED = (
 def apply_plan(
     model: PreTrainedModel, family: Family, plan: Plan, emulations: Mapping[Sublayer, nn.Module | None]
 ) -> None:
-    """Cut the removed sublayers out of a dense model in place, and drop the blocks that are wholly removed."""
+    """Cut the removed sublayers out of a dense model in place, and drop the blocks that are wholly removed.
+
+    The model's own configuration follows, so that it picks the right mask for every block that stays.
+    """
     blocks = blocks_of(model, family)
     for sublayer in plan.removed:
         replace_sublayer(blocks[sublayer.block], family, sublayer.kind, emulations.get(sublayer))
-    kept = [blocks[index] for index in plan.blocks_kept()]
+    indices = plan.blocks_kept()
+    kept = [blocks[index] for index in indices]
     parent, _, name = family.blocks.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(kept))
     number_cache_layers(kept, family)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[index] for index in indices]
+    model.config.num_hidden_layers = len(kept)
 
 
 def pruned_config(model: PreTrainedModel, family: Family, plan: Plan) -> Any:
-    """The configuration of the checkpoint: the base model's fields and `block_configs`."""
+    """The configuration of the checkpoint: the fields of a model that `apply_plan` has cut, and `block_configs`."""
     fields = model.config.to_dict()
     for name in (
         "model_type",
@@ -52,10 +59,6 @@ def pruned_config(model: PreTrainedModel, family: Family, plan: Plan) -> Any:
         "quantization_config",
     ):
         fields.pop(name, None)
-    blocks = plan.blocks_kept()
-    fields["num_hidden_layers"] = len(blocks)
-    if fields.get("layer_types"):
-        fields["layer_types"] = [fields["layer_types"][index] for index in blocks]
     config = config_class(family)(**fields, block_configs=plan.block_configs())
     config.architectures = [family.architecture]
     config.dtype = model.dtype

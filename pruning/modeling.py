@@ -136,9 +136,13 @@ def apply_block_configs(model: nn.Module, family: Family, block_configs: Sequenc
     number_cache_layers(list(blocks), family)
 
 
+def base_model_class(family: Family) -> type[PreTrainedModel]:
+    """The dense family's `<Name>ForCausalLM`."""
+    return getattr(importlib.import_module(family.transformers_module), f"{family.name}ForCausalLM")
+
+
 def _define(family: Family) -> type[PreTrainedModel]:
-    module = importlib.import_module(family.transformers_module)
-    base = getattr(module, f"{family.name}ForCausalLM")
+    base = base_model_class(family)
 
     def init(self: Any, config: Any) -> None:
         base.__init__(self, config)

@@ -1,0 +1,161 @@
+"""Small real models of every family, and checkpoints made from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import pruning
+from pruning.checkpoint import Manifest, write_manifest
+from pruning.configuration import base_config_class
+from pruning.emulation import fit_plan
+from pruning.export import apply_plan, pruned_config, state_dict, write_weights
+from pruning.families import FAMILIES
+from pruning.modeling import base_model_class
+from pruning.plan import Plan, Sublayer
+from pruning.subnetwork import Evaluator
+
+VOCABULARY = 320
+BLOCKS = 6
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "mistral": {"head_dim": 32, "sliding_window": 16},
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
+    "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 4.0},
+    "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+}
+
+
+def pico_config(model_type: str, **fields: Any) -> Any:
+    """A tiny configuration of a family."""
+    return base_config_class(FAMILIES[model_type])(**{**SIZES, **OWN_SIZES.get(model_type, {}), **fields})
+
+
+def pico_model(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """A tiny random model of a family whose logits are decided enough for greedy decoding to be stable."""
+    torch.manual_seed(seed)
+    family = FAMILIES[model_type]
+    model = base_model_class(family)(pico_config(model_type, **fields)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.data += 0.2 * noise
+        else:
+            parameter.data = noise * (0.5 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1)
+    return model.requires_grad_(False)
+
+
+def pico_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes."""
+    special = ["<pad>", "<s>", "</s>"]
+    letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+MIXED_PLAN = Plan(
+    BLOCKS,
+    {
+        Sublayer(0, "attention"): "bias",
+        Sublayer(1, "ffn"): "none",
+        Sublayer(2, "attention"): "low_rank",
+        Sublayer(2, "ffn"): "bias",
+        Sublayer(3, "attention"): "none",
+        Sublayer(3, "ffn"): "none",
+        Sublayer(4, "attention"): "none",
+        Sublayer(4, "ffn"): "low_rank",
+    },
+    rank=4,
+)
+
+
+def tokens(rows: int = 8, length: int = 48, seed: int = 1) -> torch.Tensor:
+    """Random token windows, int64 [rows, length]."""
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: Path) -> Path:
+    """Prune a tiny model in place by a plan and write the checkpoint."""
+    from pruning.console import Reporter
+
+    family = FAMILIES[model_type]
+    emulations = fit_plan(Evaluator(model, family, tokens()), plan.removed, plan.rank, Reporter())
+    apply_plan(model, family, plan, emulations)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_weights(state_dict(model), directory)
+    pruned_config(model, family, plan).save_pretrained(directory)
+    manifest = Manifest(
+        shoal_version=pruning.__version__,
+        base={"model": model_type, "weight_hash": "", "dtype": "float32"},
+        recipe={},
+        num_blocks=plan.num_blocks,
+        removed={str(s): kind for s, kind in plan.removed.items()},
+        importance={},
+        quality={"dense_loss": 1.0, "pruned_loss": 1.0, "text": "none"},
+        sizes={"weights_dense": 2, "weights": 1, "kv_per_token_dense": 2, "kv_per_token": 1},
+        stages={},
+        files={},
+    )
+    write_manifest(directory, manifest)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pico() -> Callable[..., PreTrainedModel]:
+    """Factory of tiny random models: `pico("llama")`."""
+    pruning.register()
+    return pico_model
+
+
+@pytest.fixture(scope="session")
+def pico_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Factory of dense model directories with a tokenizer: `pico_directory("llama")`."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama") -> Path:
+        if model_type not in made:
+            directory = tmp_path_factory.mktemp(f"dense-{model_type}")
+            pico_model(model_type).save_pretrained(directory)
+            pico_tokenizer().save_pretrained(directory)
+            made[model_type] = directory
+        return made[model_type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, PreTrainedModel]]:
+    """Factory of (checkpoint directory, the model in memory it was written from): `pico_checkpoint("llama")`."""
+    pruning.register()
+    made: dict[str, tuple[Path, PreTrainedModel]] = {}
+
+    def make(model_type: str = "llama") -> tuple[Path, PreTrainedModel]:
+        if model_type not in made:
+            model = pico_model(model_type)
+            directory = tmp_path_factory.mktemp(f"pruned-{model_type}")
+            made[model_type] = export_pico(model, model_type, MIXED_PLAN, directory), model
+        return made[model_type]
+
+    return make

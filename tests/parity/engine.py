@@ -1,0 +1,44 @@
+"""Run vLLM on several checkpoints, one after another in one process; print JSON lines. Started by `test_vllm.py`."""
+
+import gc
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+def main(job: dict) -> None:
+    """Greedy tokens, prompt log-probabilities and the KV cache of every checkpoint in `job["models"]`."""
+    for model in job["models"]:
+        llm = LLM(
+            model,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=128,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            **job["options"],
+        )
+        params = SamplingParams(
+            temperature=0, max_tokens=job["max_tokens"], prompt_logprobs=0, ignore_eos=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        cache = llm.llm_engine.vllm_config.cache_config
+        result = {
+            "model": model,
+            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+            "prompt_logprobs": [
+                [next(iter(entry.values())).logprob for entry in o.prompt_logprobs if entry] for o in outputs
+            ],
+            "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        }
+        print("RESULT " + json.dumps(result), flush=True)
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,59 @@
+"""vLLM computes what transformers computes, for every family, from the same checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pruning.families import FAMILIES
+
+PROMPTS = [
+    [5, 77, 130, 9, 260, 31, 8, 200, 14, 90, 61, 44, 17, 300, 23, 6, 99, 101, 210, 3, 55, 12, 13, 240],
+    [250, 4, 9],
+]
+NEW_TOKENS = 16
+NEAR_TIE = 1e-3
+
+
+def run_engine(models: list[Path], **options) -> dict[str, dict]:
+    """What vLLM makes of the prompts with each model; one process for all."""
+    job = {"models": [str(m) for m in models], "prompts": PROMPTS, "max_tokens": NEW_TOKENS, "options": options}
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    command = [sys.executable, str(Path(__file__).with_name("engine.py")), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line.partition("RESULT ")[2] for line in done.stdout.splitlines() if "RESULT " in line]
+    return {result["model"]: result for result in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def served(pico_checkpoint) -> dict[str, dict]:
+    directories = {family: pico_checkpoint(family)[0] for family in FAMILIES}
+    results = run_engine(list(directories.values()), distributed_executor_backend="uni")
+    return {family: results[str(directory)] for family, directory in directories.items()}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_prompt_logprobs_and_greedy_tokens_agree(model_type, served, pico_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(pico_checkpoint(model_type)[0])
+    for prompt, logprobs, tokens in zip(
+        PROMPTS, served[model_type]["prompt_logprobs"], served[model_type]["tokens"], strict=True
+    ):
+        ids = torch.tensor([prompt + tokens])
+        with torch.inference_mode():
+            logits = model(ids).logits[0].float()
+        expected = logits[: len(prompt) - 1].log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
+        assert (torch.tensor(logprobs) - expected).abs().max() < 1e-3
+        chosen = logits[len(prompt) - 1 : -1]
+        gap = chosen.max(-1).values - chosen[range(len(tokens)), tokens]
+        assert gap.max() < NEAR_TIE
