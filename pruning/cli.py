@@ -79,15 +79,15 @@ def launch(
     recipe: cyclopts.types.ExistingFile | None = None,
 ) -> None:
     """Read `--recipe FILE` (YAML) first; flags win over it."""
-    if recipe is not None:
-        app.config = [cyclopts.config.Yaml(recipe, must_exist=True, use_commands_as_keys=False)]
+    files = [recipe] if recipe is not None else []
+    app.config = [cyclopts.config.Yaml(path, must_exist=True, use_commands_as_keys=False) for path in files]
     app(tokens)
 
 
 def main() -> None:
     """Entry point of the console script."""
     try:
-        app.meta()
+        app.meta(sys.argv[1:])
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

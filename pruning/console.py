@@ -75,4 +75,7 @@ class Step:
 
 def quiet_libraries() -> None:
     """Keep other libraries' warnings and bars out of our output."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)

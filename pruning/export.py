@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.configuration import config_class
+from pruning.errors import StorageError
 from pruning.families import Family
 from pruning.modeling import blocks_of, number_cache_layers, replace_sublayer
 from pruning.plan import Plan, Sublayer
@@ -74,11 +76,18 @@ def state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def write_weights(tensors: dict[str, Tensor], directory: Path) -> int:
-    """Write sharded safetensors with their index; return the tensors' bytes."""
+    """Write sharded safetensors with their index; return the tensors' bytes.
+
+    Raises:
+        StorageError: A shard cannot be written, for example because the disk is full.
+    """
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     for filename, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].contiguous() for name in names}
-        save_file(shard, directory / filename, metadata={"format": "pt"})
+        try:
+            save_file(shard, directory / filename, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise StorageError(f"cannot write {filename} ({error}); free some space; nothing was kept") from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -96,13 +97,33 @@ def convert_gguf(gguf: Path, reporter: Reporter) -> Path:
     return target
 
 
-def load_dense(name: str, dtype: str, device: str, reporter: Reporter) -> DenseModel:
-    """Load what the user named.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that was found, not yet loaded.
+
+    Attributes:
+        name: What the user typed.
+        directory: Where the weights and tokenizer are.
+        config: Its configuration.
+        family: Where its parts are.
+    """
+
+    name: str
+    directory: Path
+    config: PretrainedConfig
+    family: Family
+
+    @property
+    def weights(self) -> list[Path]:
+        """The weight files, by name."""
+        return sorted(self.directory.glob("*.safetensors"))
+
+
+def find_model(name: str, reporter: Reporter) -> Source:
+    """Find what the user named and read its configuration; a GGUF file is converted first.
 
     Args:
         name: `smollm2-135m`, a directory, a `.gguf` file or a Hugging Face id.
-        dtype: "auto" or a torch dtype name such as "float32".
-        device: "cpu", "cuda", ... or "auto".
         reporter: For progress.
 
     Raises:
@@ -120,20 +141,40 @@ def load_dense(name: str, dtype: str, device: str, reporter: Reporter) -> DenseM
     else:
         directory = _from_hub(name)
     config = _read_config(directory, name)
-    family = family_of(config.model_type)
+    source = Source(name, directory, config, family_of(config.model_type))
+    if not source.weights:
+        raise ModelError(f"{name} has no .safetensors weights")
+    return source
+
+
+def load_model(source: Source, dtype: str, device: str) -> DenseModel:
+    """Load the weights and the tokenizer.
+
+    Args:
+        source: Where they are.
+        dtype: "auto" (float32 on CPU, else the model's own) or a torch dtype name.
+        device: "cpu", "cuda", ... or "auto".
+
+    Raises:
+        ModelError: They cannot be loaded, or there is no such device.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"{name} has no .safetensors weights")
+    local = {"local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load {name}: {' '.join(str(error).split())}") from error
-    return DenseModel(name, directory, model.eval().to(device), tokenizer, family, _hash_files(weights))
+        model = AutoModelForCausalLM.from_pretrained(source.directory, config=source.config, dtype=dtype, **local)
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, **local)
+        model = model.eval().to(device)
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+        raise ModelError(f"cannot load {source.name}: {' '.join(str(error).split())[:300]}") from error
+    return DenseModel(source.name, source.directory, model, tokenizer, source.family, _hash_files(source.weights))
+
+
+def load_dense(name: str, dtype: str, device: str, reporter: Reporter) -> DenseModel:
+    """Find and load what the user named; see `find_model` and `load_model`."""
+    return load_model(find_model(name, reporter), dtype, device)
 
 
 def _read_config(directory: Path, name: str) -> PretrainedConfig:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pruning
 from pruning import search
-from pruning.calibration import built_in, from_files
+from pruning.calibration import built_in, from_files, read_text
 from pruning.checkpoint import Manifest, verify, write_manifest
 from pruning.console import Reporter, quiet_libraries
 from pruning.emulation import fit_plan
@@ -19,7 +19,7 @@ from pruning.evaluate import loss
 from pruning.export import apply_plan, copy_companions, pruned_config, state_dict, write_weights
 from pruning.families import Family
 from pruning.importance import metric
-from pruning.model import DenseModel, load_dense
+from pruning.model import DenseModel, find_model, load_model
 from pruning.modeling import blocks_of, places
 from pruning.plan import KINDS, EmulationKind, Kind, Plan, Sublayer, kv_bytes_per_token, parse_amount
 from pruning.recipe import Recipe
@@ -181,13 +181,16 @@ def run(
     metric(recipe.importance)
     if not dry_run:
         check_output(output, overwrite)
-    with reporter.stage("load"):
-        dense = load_dense(model, recipe.dtype, recipe.device, reporter)
-    num_blocks = dense.model.config.num_hidden_layers
+    source = find_model(model, reporter)
+    num_blocks = source.config.num_hidden_layers
     wanted = counts(recipe, num_blocks)
+    if recipe.rank > source.config.hidden_size:
+        raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
+    for path in recipe.calibration:
+        read_text(path)
+    with reporter.stage("load"):
+        dense = load_model(source, recipe.dtype, recipe.device)
     sizes = predicted_bytes(dense, wanted, recipe)
-    if recipe.rank > dense.model.config.hidden_size:
-        raise RecipeError(f"--rank {recipe.rank} is over the hidden size {dense.model.config.hidden_size}")
     if not dry_run:
         check_free_space(output, int(sizes["weights"] * 1.05) + 2**24)
     with reporter.stage("calibrate"):

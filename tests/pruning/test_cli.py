@@ -1,0 +1,168 @@
+"""What a user sees: a checkpoint, or one line and exit code 2 with nothing written."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pruning.checkpoint import verify
+from pruning.cli import main
+
+QUICK = ["--calibration-tokens", "512", "--score-tokens", "128", "--sequence-length", "64", "--rank", "8"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 60)
+    return path
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["prune-export", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_prunes_a_directory(monkeypatch, pico_directory, text, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(monkeypatch, pico_directory(), "--output", output, "--calibration", text, "--attention", 2, *QUICK) == 0
+    manifest = verify(output)
+    assert len(manifest.removed) == 2
+    assert manifest.sizes["kv_per_token"] * 6 == manifest.sizes["kv_per_token_dense"] * 4
+    assert {"load", "calibrate", "score", "emulate"} <= set(manifest.stages)
+    assert len(manifest.importance["leave-one-out"]) == 6
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    assert (output / "tokenizer.json").read_bytes() == (pico_directory() / "tokenizer.json").read_bytes()
+    assert "perplexity" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_bytes(monkeypatch, pico_directory, text, tmp_path):
+    for name in ("a", "b"):
+        arguments = ["--calibration", text, "--attention", 2, "--ffn", 1, *QUICK]
+        assert run(monkeypatch, pico_directory(), "--output", tmp_path / name, *arguments) == 0
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_recipe_file_is_read_and_flags_win(monkeypatch, pico_directory, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"attention: 3\nemulation: none\ncalibration: [{text}]\nsequence_length: 64\n"
+                      "calibration_tokens: 512\nscore_tokens: 128\n")  # fmt: skip
+    output = tmp_path / "out"
+    assert run(monkeypatch, pico_directory(), "--recipe", recipe, "--attention", 1, "--output", output) == 0
+    manifest = verify(output)
+    assert list(manifest.removed.values()) == ["none"]
+    assert manifest.recipe["attention"] in (1, "1")
+
+
+def test_whole_blocks_go(monkeypatch, pico_directory, text, tmp_path):
+    output = tmp_path / "out"
+    assert run(monkeypatch, pico_directory(), "--output", output, "--calibration", text, "--blocks", 2, *QUICK) == 0
+    assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 4
+
+
+def test_dry_run_writes_nothing(monkeypatch, pico_directory, text, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["--dry-run", "--output", output, "--calibration", text, "--attention", "33%", *QUICK]
+    assert run(monkeypatch, pico_directory(), *arguments) == 0
+    assert "KV cache" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--attention", "7"], "has only 6"),
+        (["--attention", "6"], "at least one must stay"),
+        (["--attention", "0"], "removes nothing"),
+        (["--attention", "101%"], "over 100%"),
+        (["--attention", "2", "--importance", "cosin"], "did you mean 'cosine'"),
+        (["--attention", "2", "--emulation", "magic"], "--emulation"),
+        (["--attention", "2", "--rank", "4096"], "--rank 4096"),
+        (["--attention", "2", "--calibration", "/no/such/file.txt"], "/no/such/file.txt"),
+        (["--attention", "2", "--calibration-tokens", "1000000"], "fewer than"),
+        (["--attention", "2", "--recipe", "/no/such.yaml"], "does not exist"),
+        (["--attentoin", "2"], "--attention"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, pico_directory, text, tmp_path, capsys, arguments, says):
+    if "--calibration" not in arguments:
+        arguments = [*arguments, "--calibration", str(text)]
+    if "--calibration-tokens" not in arguments:
+        arguments = [*arguments, "--calibration-tokens", "512"]
+    output = tmp_path / "out"
+    assert run(monkeypatch, pico_directory(), "--output", output, *arguments) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert says in last
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_recipe_keys_are_refused(monkeypatch, pico_directory, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("attention: 2\nrnak: 8\n")
+    assert run(monkeypatch, pico_directory(), "--recipe", recipe, "--output", tmp_path / "out") == 2
+    assert "rnak" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["/no/such/model", "no-such-model-anywhere"])
+def test_no_such_model(monkeypatch, tmp_path, capsys, model):
+    assert run(monkeypatch, model, "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: no such model {model!r}")
+
+
+def test_an_unsupported_family_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    assert run(monkeypatch, tmp_path, "--output", tmp_path / "out") == 2
+    assert "'mamba' is not supported" in capsys.readouterr().err
+
+
+def test_output_that_is_not_empty_stays_as_it_is(monkeypatch, pico_directory, tmp_path, capsys):
+    (tmp_path / "precious").write_text("mine")
+    assert run(monkeypatch, pico_directory(), "--output", tmp_path) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_write_that_fails_leaves_nothing(monkeypatch, pico_directory, text, tmp_path, capsys):
+    """A limit on file size stands for a disk that fills up while the weights are written."""
+    import signal
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        code = run(
+            monkeypatch, pico_directory(), "--output", tmp_path / "out", "--calibration", text, "--attention", 2, *QUICK
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == 2
+    assert "error: cannot write" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys; sys.argv = ['prune-export', '--help']\n"
+        "from pruning.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--calibration" in done.stdout
+    assert time.perf_counter() - start < 10
