@@ -1,6 +1,15 @@
 """Small real models of every family, and checkpoints made from them."""
 
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +168,73 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
         return made[model_type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M pruned by the command line with its defaults (10 of 30 attention layers).
+
+    `SHOAL_TEST_CHECKPOINT` names one made before, to save minutes while developing.
+    """
+    if made := os.environ.get("SHOAL_TEST_CHECKPOINT"):
+        return Path(made)
+    directory = tmp_path_factory.mktemp("smollm2") / "smollm2-135m-pruned"
+    command = [Path(sys.executable).with_name("prune-export"), "smollm2-135m", "--output", directory]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (directory.parent / "log").write_text(done.stderr)
+    return directory
+
+
+@dataclass
+class LiveServer:
+    """A running `prune-serve`."""
+
+    url: str
+    model: str
+    process: subprocess.Popen[str]
+    checkpoint: Path
+    log: Path
+
+
+@contextmanager
+def serve(checkpoint: Path, log: Path, *flags: str, engine: Sequence[str] = ()) -> Iterator[LiveServer]:
+    """Start `prune-serve` on a free port and wait until it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("prune-serve")
+    command = [program, checkpoint, "--host", "127.0.0.1", "--port", str(port), *flags, "--", *engine]
+    with log.open("w") as stream:
+        process = subprocess.Popen(list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 400
+        while not _answers(f"{url}/health/ready"):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield LiveServer(url, checkpoint.name, process, checkpoint, log)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@pytest.fixture(scope="session")
+def live_server(smollm2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One real server with the pruned SmolLM2 for the whole session."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(smollm2_checkpoint, log, engine=["--max-model-len", "2048"]) as server:
+        yield server

@@ -1,0 +1,111 @@
+"""The main job: export, serve, chat, measure, stop; with the real model, the real engine and a real client."""
+
+import json
+import re
+import signal
+
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pruning.checkpoint import verify
+
+pytestmark = pytest.mark.engine
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write a sentence about the sea.",
+    "What is 2 + 2?",
+    "Who wrote Hamlet?",
+    "Explain photosynthesis in one sentence.",
+    "Give me a recipe for pancakes.",
+    "What is a prime number?",
+    "Translate 'good morning' into French.",
+    "Why do leaves fall in autumn?",
+]
+FRANCE = [{"role": "user", "content": QUESTIONS[0]}]
+
+
+@pytest.fixture(scope="module")
+def client(live_server):
+    return openai.OpenAI(base_url=f"{live_server.url}/v1", api_key="none", max_retries=0)
+
+
+def test_a_third_of_the_attention_layers_is_gone(smollm2_checkpoint):
+    manifest = verify(smollm2_checkpoint)
+    assert sum(name.startswith("attention.") for name in manifest.removed) == 10
+    assert manifest.num_blocks == 30
+
+
+def test_the_pruned_model_knows_the_capital_of_france(client, live_server):
+    answer = client.chat.completions.create(model=live_server.model, messages=FRANCE, temperature=0, max_tokens=32)
+    assert "Paris" in answer.choices[0].message.content
+
+
+def test_streaming_gives_the_same_text(client, live_server):
+    options = {"model": live_server.model, "messages": FRANCE, "temperature": 0, "max_tokens": 32}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    parts = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**options, stream=True)]
+    assert "".join(parts) == whole
+    assert len([p for p in parts if p]) > 3
+
+
+def test_kv_cache_holds_exactly_half_as_many_tokens_again(live_server):
+    found = re.search(r"KV cache: ([\d,]+) tokens .*?([\d,]+)", live_server.log.read_text())
+    pruned, dense = (int(number.replace(",", "")) for number in found.groups())
+    assert pruned * 20 == dense * 30
+    engine = re.search(r"KV cache size: ([\d,]+) tokens", live_server.log.read_text())
+    assert int(engine[1].replace(",", "")) == pruned
+
+
+def test_metrics_are_exported(client, live_server):
+    client.chat.completions.create(model=live_server.model, messages=FRANCE, max_tokens=4)
+    text = client._client.get(f"{live_server.url}/metrics").text
+    samples = {(s.name, tuple(sorted(s.labels.items()))): s.value
+               for family in text_string_to_metric_families(text) for s in family.samples}  # fmt: skip
+    kv = {labels: value for (name, labels), value in samples.items() if name == "shoal_kv_bytes_per_token"}
+    assert kv[(("variant", "dense"),)] * 20 == kv[(("variant", "served"),)] * 30
+    assert any(name == "vllm:request_success_total" and value > 0 for (name, _), value in samples.items())
+
+
+def test_greedy_tokens_of_vllm_and_transformers_agree(client, live_server):
+    tokenizer = AutoTokenizer.from_pretrained(live_server.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(live_server.checkpoint)
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        answer = client.completions.create(
+            model=live_server.model, prompt=prompt, temperature=0, max_tokens=64,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )  # fmt: skip
+        tokens = answer.choices[0].token_ids
+        assert len(tokens) == 64
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        gap = logits.max(-1).values - logits[torch.arange(64), tokens]
+        assert gap.max() < 1e-3, f"{question}: parts from transformers by {gap.max():.2e}"
+
+
+def test_a_checkpoint_that_was_tampered_with_is_not_served(smollm2_checkpoint, tmp_path):
+    import shutil
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    damaged = shutil.copytree(smollm2_checkpoint, tmp_path / "damaged")
+    config = json.loads((damaged / "config.json").read_text())
+    config["rms_norm_eps"] *= 10
+    (damaged / "config.json").write_text(json.dumps(config))
+    command = [Path(sys.executable).with_name("prune-serve"), damaged, "--port", "1"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "config.json does not match its SHA-256" in done.stderr.strip().splitlines()[-1]
+
+
+def test_zz_stops_cleanly(live_server):
+    """Last in the session: SIGTERM ends the server with exit code 0."""
+    live_server.process.send_signal(signal.SIGTERM)
+    assert live_server.process.wait(60) == 0
