@@ -14,23 +14,32 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def _call(module: str, function: str) -> None:
-    getattr(importlib.import_module(module), function)()
+_CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
 
 
-_WHEN_LOADED: dict[str, tuple[str, str]] = {
-    "transformers.models.auto.configuration_auto": ("pruning.configuration", "register_configs"),
-    "transformers.models.auto.modeling_auto": ("pruning.modeling", "register_models"),
-}
+def register() -> None:
+    """Register with transformers' auto classes now (idempotent)."""
+    importlib.import_module("pruning.modeling").register_models()
+
+
+def _loaded(name: str) -> None:
+    """Register once transformers' module `name` is complete, unless our own modules are being imported right now."""
+    if "pruning.configuration" in sys.modules:
+        return
+    if name == _MODELS:
+        register()
+    elif _MODELS not in sys.modules:
+        importlib.import_module(_MODELS)
 
 
 class _Registrar:
-    """Import hook that registers our classes right after transformers' auto modules are loaded."""
+    """Import hook that calls `_loaded` right after either of transformers' auto modules."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in _WHEN_LOADED:
+        if name not in (_CONFIGURATIONS, _MODELS):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -38,19 +47,12 @@ class _Registrar:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _call(*_WHEN_LOADED[name])
+                _loaded(name)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def register() -> None:
-    """Register now (idempotent): for code that imported transformers' auto classes before this package."""
-    for call in _WHEN_LOADED.values():
-        _call(*call)
-
-
-for _name, _pending in _WHEN_LOADED.items():
-    if _name in sys.modules:
-        _call(*_pending)
+if _CONFIGURATIONS in sys.modules:
+    register()
 sys.meta_path.insert(0, _Registrar())
