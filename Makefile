@@ -29,9 +29,9 @@ $(DIR)/pruning.json:
 test: setup ## Run the tests, on real models and the real engine
 	$(BIN)/python -m pytest
 
-check: setup lint ## Lint, types, import contracts, dependencies, spelling
+check: lint ## The same
 
-lint: setup
+lint: setup ## Formatting, lint, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

