@@ -1,69 +1,73 @@
-"""vLLM's OpenAI-compatible application with Shoal's routes, from engine start to shutdown."""
+"""The application: vLLM's own with Shoal's routes and middleware around it, run to its end."""
 
+import logging
+import signal
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from fastapi import FastAPI, Response
+import uvicorn
+import uvloop
+from fastapi import FastAPI
 
-from server.facts import Facts, read_facts
+from pruning.checkpoint import Manifest, is_pruned, read_manifest
+from server import vllm_compat
+from server.inventory import Inventory, take_inventory
+from server.lifecycle import Gate, Lifecycle, supervise
 from server.metrics import publish
-from server.vllm_compat import build_app, build_async_engine_client, init_app_state, serve, setup_server
+from server.settings import Settings
+
+logger = logging.getLogger("shoal.app")
 
 
-def kv_tokens(engine_client: Any) -> int:
-    """Tokens the running engine's KV cache holds."""
-    cache = engine_client.vllm_config.cache_config
-    return int(cache.num_gpu_blocks) * int(cache.block_size)
+def assemble(app: FastAPI, settings: Settings, lifecycle: Lifecycle) -> FastAPI:
+    """Add Shoal's routes and middleware to vLLM's application (the last middleware is the outermost)."""
+    app.router.routes[:0] = lifecycle.routes()
+    app.add_middleware(Gate, lifecycle=lifecycle, retry_after_seconds=settings.retry_after_seconds)
+    return app
 
 
-def kv_line(tokens: int, facts: Facts | None) -> str:
-    """The line printed at start."""
-    if facts is None:
-        return f"KV cache: {tokens:,} tokens (dense model)"
-    return f"KV cache: {tokens:,} tokens (the dense model would hold {facts.dense_tokens(tokens):,} in the same bytes)"
+def announce(inventory: Inventory, args: Namespace) -> None:
+    """Print what the cache holds and a line to try."""
+    scheme = "https" if args.ssl_certfile else "http"
+    host = "localhost" if args.host in ("0.0.0.0", "::", None, "") else args.host
+    print(inventory.line())
+    print(
+        f"Try: curl {scheme}://{host}:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d "
+        f'\'{{"model": "{args.served_model_name[0]}", "temperature": 0, '
+        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}\'',
+        flush=True,
+    )
 
 
-def curl_line(args: Namespace) -> str:
-    """A request to try."""
-    host = args.host or "localhost"
-    body = f'{{"model": "{args.served_model_name[0]}", "temperature": 0, "messages": [{{"role": "user", "content": '
-    body += '"What is the capital of France?"}]}'
-    return f"Try: curl http://{host}:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+async def serve(args: Namespace, settings: Settings, sock: Any, client_config: dict[str, Any] | None = None) -> int:
+    """Start the engine, serve until the end, and return the exit code."""
+    lifecycle = Lifecycle()
+    directory = Path(args.model)
+    manifest: Manifest | None = read_manifest(directory) if is_pruned(directory) else None
+    async with vllm_compat.open_engine(args, client_config) as engine:
+        inventory = take_inventory(directory, manifest, vllm_compat.engine_facts(engine))
+        publish(inventory)
+        app = assemble(await vllm_compat.stock_app(engine, args), settings, lifecycle)
+        # vLLM's error handlers stop `state.server` at the first error of a dead engine; ours is stopped by `supervise`.
+        app.state.server = SimpleNamespace(should_exit=False)
+        config = uvicorn.Config(
+            app, log_level=settings.log_level, timeout_graceful_shutdown=2, **vllm_compat.uvicorn_options(args)
+        )
+        config.load()
+        server = vllm_compat.http_server(config, client_config)
+        return await supervise(
+            lifecycle, [(server, [sock])], engine, settings.grace_seconds, lambda: announce(inventory, args)
+        )
 
 
-def add_routes(app: FastAPI, engine_client: Any) -> None:
-    """Health routes: live while the engine is, ready once the server answers."""
-
-    @app.get("/health/live")
-    @app.get("/health/ready")
-    @app.get("/health/startup")
-    async def health() -> Response:
-        return Response(status_code=503 if engine_client.errored else 200)
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
-async def run(args: Namespace) -> bool:
-    """Serve until told to stop.
-
-    Returns:
-        Whether the engine was still alive at the end.
-    """
-    _, sock = setup_server(args, reuse_port=False)
-    facts = read_facts(Path(args.model))
-    async with build_async_engine_client(args) as engine_client:
-        tasks = await engine_client.get_supported_tasks()
-        app = build_app(args, tasks, engine_client.model_config)
-        await init_app_state(engine_client, app.state, args, tasks)
-        add_routes(app, engine_client)
-        tokens = kv_tokens(engine_client)
-        if facts is not None:
-            publish(facts, tokens)
-        print(kv_line(tokens, facts), flush=True)
-        print(curl_line(args), flush=True)
-        last = await serve(app, sock, args)
-        alive = not engine_client.errored
-    try:
-        await last
-    finally:
-        sock.close()
-    return alive
+def run(args: Namespace, settings: Settings) -> int:
+    """Serve in this process and return the exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)  # until the event loop takes it over
+    with vllm_compat.listen(args) as sock:
+        return uvloop.run(serve(args, settings, sock))

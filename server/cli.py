@@ -1,91 +1,103 @@
-"""`prune-serve`: our flags to settings, everything after `--` to vLLM, errors to one line and an exit code."""
+"""`prune-serve`: settings and vLLM arguments to a running server, errors to one line and an exit code."""
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
+from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
 from pruning import __version__
-from pruning.errors import ShoalError
+from pruning.errors import Interrupted, ShoalError
+from server.settings import PREFIX, Settings
 
-ENGINE_DIED = 1
+
+def _invalid(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    return f"--{name.replace('_', '-')} ({PREFIX}{name.upper()}): {first['msg']} (got {first['input']!r})"
 
 
 def _one_line(error: Exception) -> Text:
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ValidationError):
+        return Text("error: " + _invalid(cause))
     return Text("error: " + " ".join(str(error).split()))
 
 
 app = App(
     name="prune-serve",
-    help="Serve a depth-pruned (or dense) model behind an OpenAI-compatible HTTP endpoint.",
+    help="Serve a pruned checkpoint or any dense model over vLLM's OpenAI-compatible HTTP API.",
     version=__version__,
     error_console=Console(stderr=True, soft_wrap=True),
     error_formatter=_one_line,
 )
 
 
-def engine_defaults(given: tuple[str, ...]) -> list[str]:
-    """Arguments for vLLM on a CPU that the user did not give: float32, no compilation."""
-    flags = {argument.partition("=")[0] for argument in given}
-    defaults = [] if flags & {"--dtype"} else ["--dtype", "float32"]
-    return defaults if flags & {"--enforce-eager", "--compilation-config", "-O"} else [*defaults, "--enforce-eager"]
-
-
 @app.default
 def serve(
-    model: str,
+    directory: str,
     *engine: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    served_model_name: str | None = None,
-    skip_verification: bool = False,
-) -> None:
-    """Serve MODEL.
+    settings: Annotated[Settings | None, Parameter(name="*")] = None,
+) -> int:
+    """Serve DIRECTORY until SIGTERM.
 
     Args:
-        model: A checkpoint of prune-export, or any model directory vLLM serves.
-        engine: Arguments after `--` go to vLLM as they are.
-        host: Address to listen on.
-        port: Port to listen on.
-        served_model_name: Name clients use. Default: the directory's name.
-        skip_verification: Do not check the checkpoint's files against their hashes.
+        directory: A checkpoint of prune-export, or any Hugging Face directory or id.
+        engine: After `--`: arguments of `vllm serve`, such as --max-model-len 8192.
+        settings: How to serve.
     """
+    settings = settings or Settings()
+    _check(directory, settings)
+    from server.app import run
+    from server.vllm_compat import parse_arguments
+
+    return run(parse_arguments([directory, *engine], _defaults(directory, settings)), settings)
+
+
+def _check(directory: str, settings: Settings) -> None:
+    """Refuse a damaged checkpoint before vLLM is even imported."""
     from pruning.checkpoint import is_pruned, verify
-    from pruning.errors import CheckpointError
+    from server.errors import SettingsError
     from server.loader import SKIP_VERIFICATION
 
-    path = Path(model)
-    if path.exists() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{model} is not a model directory (it has no config.json)")
-    if is_pruned(path):
-        if not skip_verification:
-            verify(path)
-        os.environ[SKIP_VERIFICATION] = "1"  # checked here, or not to be checked: the engine need not hash it again
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    path = Path(directory)
+    looks_local = path.is_absolute() or directory.startswith(("./", "../", "~")) or directory.count("/") != 1
+    if not path.is_dir() and looks_local:
+        raise SettingsError(f"{directory} is not a directory; give a checkpoint, a model directory or owner/name")
+    if settings.skip_verification:
+        os.environ[SKIP_VERIFICATION] = "1"
+    elif path.is_dir() and is_pruned(path):
+        verify(path)
 
-    import uvloop
 
-    from server.app import run
-    from server.vllm_compat import is_cpu, parse
-
-    arguments = ["--model", model, "--host", host, "--port", str(port)]
-    arguments += ["--served-model-name", served_model_name or path.resolve().name, *engine]
-    if is_cpu():
-        arguments += engine_defaults(engine)
-    if not uvloop.run(run(parse(arguments))):
-        sys.exit(ENGINE_DIED)
+def _defaults(directory: str, settings: Settings) -> dict[str, Any]:
+    """What vLLM's arguments are where the user names none."""
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "served_model_name": [Path(directory).resolve().name, *settings.served_model_name],
+        "allowed_origins": settings.cors_origins,
+        "uvicorn_log_level": settings.log_level,
+        "enable_log_requests": settings.log_prompts,
+        # Reached by Ctrl-C, which a terminal sends to the engine processes too.
+        "shutdown_timeout": int(settings.grace_seconds),
+    }
 
 
 def main() -> None:
     """Entry point of the console script."""
     try:
-        app(sys.argv[1:])
+        sys.exit(app())
+    except ValidationError as error:
+        print(f"error: {_invalid(error)}", file=sys.stderr)
+        sys.exit(2)
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(0)
+        print("interrupted while starting", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)

@@ -1,0 +1,50 @@
+"""What can go wrong while serving: errors of the command line and the bodies an OpenAI client understands.
+
+UserError (pruning)  exit 2
+└── SettingsError        a Shoal setting or a vLLM argument
+ShoalError (pruning) exit 1
+└── EngineError          the engine did not start, or died
+"""
+
+from starlette.responses import JSONResponse
+
+from pruning.errors import ShoalError, UserError
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class SettingsError(UserError):
+    """A setting, a flag or a vLLM argument is wrong; nothing was started."""
+
+
+class EngineError(ShoalError):
+    """The engine did not start or died."""
+
+
+def error_response(
+    status: int, code: str, message: str, *, retry_after: float | None = None, retry: bool = True
+) -> JSONResponse:
+    """An OpenAI error body as an ASGI application.
+
+    Args:
+        status: HTTP status.
+        code: Machine-readable reason, such as `queue_full`.
+        message: One sentence for people.
+        retry_after: Seconds after which to try again; rounded up to whole seconds.
+        retry: False tells OpenAI's clients not to send the same request again.
+    """
+    headers = {}
+    if retry_after is not None:
+        headers["Retry-After"] = str(max(1, int(-(-retry_after // 1))))
+    if not retry:
+        headers["x-should-retry"] = "false"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = {"error": {"message": message, "type": TYPES[status], "param": None, "code": code}}
+    return JSONResponse(body, status, headers)

@@ -1,0 +1,86 @@
+"""Every Shoal setting of the server: one table, filled from flags, `SHOAL_*` variables and a YAML file."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, FilePath, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+PREFIX = "SHOAL_"
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseSettings):
+    """How to serve. Flags win over `SHOAL_*` variables, those over the YAML file, that over the defaults."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    config: FilePath | None = Field(None, description="YAML file with any of these settings.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: Port = Field(8000, description="Port of the API.")
+    ops_port: Port | None = Field(
+        None, description="Port for /metrics and /health; they then leave the API port. Unset: on the API port."
+    )
+    served_model_name: list[str] = Field(
+        default_factory=list, description="Further names clients may use; the first is the directory's base name."
+    )
+    skip_verification: bool = Field(False, description="Do not check the checkpoint's SHA-256 manifest.")
+    page: bool = Field(True, description="Serve the page at /.")
+
+    api_keys_file: FilePath | None = Field(
+        None, description="File of `name:key` lines; requests then need one of the keys. Reloaded when it changes."
+    )
+    requests_per_minute: PositiveFloat | None = Field(None, description="Requests a key may make per minute.")
+    tokens_per_minute: PositiveFloat | None = Field(
+        None, description="Prompt and output tokens a key may use per minute."
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list, description="Origins browsers may call from; none by default."
+    )
+
+    max_queued_requests: int | None = Field(
+        256, ge=0, description="Requests that may wait beyond those the engine runs at once; more get 503."
+    )
+    max_prompt_tokens: PositiveInt | None = Field(None, description="Prompt tokens of one request; more get 429.")
+    max_output_tokens: PositiveInt | None = Field(
+        None, description="Output tokens a request may ask for; more get 429. Also the default when it names none."
+    )
+    max_body_bytes: PositiveInt = Field(4 * 2**20, description="Bytes of a request body; more get 429.")
+    retry_after_seconds: PositiveFloat = Field(1.0, description="Retry-After of a 503 for a full queue, in seconds.")
+
+    grace_seconds: NonNegativeFloat = Field(
+        30.0, description="Seconds running requests may take to finish after SIGTERM."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Form of a log line.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_prompts: bool = Field(False, description="Let vLLM log prompts and sampling parameters.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, variables, then the YAML file that either of them names."""
+        path = init_settings().get("config") or os.environ.get(f"{PREFIX}CONFIG")
+        if path is None or not Path(path).is_file():
+            return init_settings, env_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=path)
+
+
+def table() -> str:
+    """The settings as a Markdown table, for `docs/server.md`."""
+    lines = ["| flag | variable | default | meaning |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = (
+            ""
+            if default is None or default == []
+            else f"`{str(default).lower() if default in (True, False) else default}`"
+        )
+        lines.append(f"| `--{name.replace('_', '-')}` | `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
+    return "\n".join(lines)
