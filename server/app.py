@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from pruning.checkpoint import Manifest, is_pruned, read_manifest
 from server import vllm_compat
@@ -21,11 +22,13 @@ from server.settings import Settings
 logger = logging.getLogger("shoal.app")
 
 
-def assemble(app: FastAPI, settings: Settings, lifecycle: Lifecycle) -> FastAPI:
-    """Add Shoal's routes and middleware to vLLM's application (the last middleware is the outermost)."""
+def assemble(app: FastAPI, settings: Settings, lifecycle: Lifecycle) -> ASGIApp:
+    """Add Shoal's routes to vLLM's application and put our middleware around it.
+
+    vLLM hands the application over with its middleware stack already built, so ours wraps the whole.
+    """
     app.router.routes[:0] = lifecycle.routes()
-    app.add_middleware(Gate, lifecycle=lifecycle, retry_after_seconds=settings.retry_after_seconds)
-    return app
+    return Gate(app, lifecycle, settings.retry_after_seconds)
 
 
 def announce(inventory: Inventory, args: Namespace) -> None:
@@ -49,11 +52,14 @@ async def serve(args: Namespace, settings: Settings, sock: Any, client_config: d
     async with vllm_compat.open_engine(args, client_config) as engine:
         inventory = take_inventory(directory, manifest, vllm_compat.engine_facts(engine))
         publish(inventory)
-        app = assemble(await vllm_compat.stock_app(engine, args), settings, lifecycle)
+        stock = await vllm_compat.stock_app(engine, args)
         # vLLM's error handlers stop `state.server` at the first error of a dead engine; ours is stopped by `supervise`.
-        app.state.server = SimpleNamespace(should_exit=False)
+        stock.state.server = SimpleNamespace(should_exit=False)
         config = uvicorn.Config(
-            app, log_level=settings.log_level, timeout_graceful_shutdown=2, **vllm_compat.uvicorn_options(args)
+            assemble(stock, settings, lifecycle),
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=2,
+            **vllm_compat.uvicorn_options(args),
         )
         config.load()
         server = vllm_compat.http_server(config, client_config)
