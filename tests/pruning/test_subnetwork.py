@@ -1,11 +1,13 @@
 import os
-import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
 from torch.nn import functional
 
+import pruning
 from pruning.export import apply_plan
 from pruning.families import FAMILIES
 from pruning.modeling import BiasEmulation
@@ -125,28 +127,37 @@ def test_gate_gradients_equal_finite_differences(pico):
         assert float(gradient[block, column]) == pytest.approx(difference, abs=2e-3)
 
 
-def _worker(rank, port, path, model):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    from pruning import parallel
+WORKER = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+from pruning import parallel
+from pruning.families import FAMILIES
+from pruning.plan import Sublayer
+from pruning.subnetwork import Evaluator
 
-    parallel.start()
-    table = Evaluator(model, FAMILIES["llama"], tokens(), batch_size=1).values(PLANS)
-    if rank == 1:
-        torch.save(table, path)
-    distributed.destroy_process_group()
+torch.set_num_threads(1)
+parallel.start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.randint(3, 320, (6, 24), generator=torch.Generator().manual_seed(1))
+plans = [{}, *({Sublayer(block, "attention"): None} for block in range(6))]
+table = Evaluator(model, FAMILIES["llama"], ids, batch_size=1).values(plans)
+rank, processes = parallel.process()
+torch.save((table, processes), f"{sys.argv[2]}.{rank}")
+"""
 
 
-def test_two_processes_give_the_same_bits(pico, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    model = pico("llama")
-    multiprocessing.spawn(_worker, (port, tmp_path / "table.pt", model), nprocs=2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone = Evaluator(model, FAMILIES["llama"], tokens(), batch_size=1).values(PLANS)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(torch.load(tmp_path / "table.pt"), alone)
+def test_two_processes_give_the_same_bits(pico_directory, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(pruning.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    tables = []
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        paths = [str(tmp_path / "worker.py"), str(pico_directory("llama")), str(tmp_path / f"of{processes}")]
+        subprocess.run([sys.executable, *launcher, *paths], env=environment, check=True, timeout=120)
+        for rank in range(processes):
+            table, seen = torch.load(tmp_path / f"of{processes}.{rank}")
+            assert seen == processes
+            tables.append(table)
+    assert torch.equal(tables[0], tables[1])
+    assert torch.equal(tables[0], tables[2])
