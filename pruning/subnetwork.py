@@ -1,19 +1,32 @@
 """Evaluate any subnetwork of a model without copying or editing it, reusing what subnetworks share."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from pruning import parallel
 from pruning.families import Family
 from pruning.modeling import blocks_of, places, replace_sublayer
-from pruning.plan import Kind, Sublayer
+from pruning.objective import Head, Objective
+from pruning.plan import KINDS, Kind, Sublayer
 
-HEAD_CHUNK_TOKENS = 512
+STATE_BYTES = 2**30
+FORWARD_TOKENS = {"cpu": 512, "cuda": 16384}
+
+Gone = Mapping[Sublayer, nn.Module | None]
+"""Removed sublayers and what emulates each (None: nothing)."""
+
+Visitor = Callable[[int, Sublayer, Tensor, Tensor], None]
+"""Called with the batch's number, a sublayer, and the residual stream before and after it, [b, T, D] each."""
+
+Arguments = list[dict[str, Any]]
+"""Keyword arguments that the model gives to each block."""
 
 
 class _Capture(nn.Module):
@@ -43,23 +56,85 @@ def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module |
             setattr(block, name, module)
 
 
+@dataclass(slots=True)
+class _State:
+    """A residual stream [b, T, D] and the plans that still share it."""
+
+    hidden: Tensor
+    plans: list[int]
+
+
+class Residency:
+    """Where the parts of a model are: here, all in memory. `streaming.Streamed` loads them when they are needed."""
+
+    keeps_blocks = True
+
+    def block(self, index: int) -> AbstractContextManager[None]:
+        """Hold a block in memory inside the `with`."""
+        return nullcontext()
+
+    def embedding(self) -> AbstractContextManager[None]:
+        """Hold what comes before block 0."""
+        return nullcontext()
+
+    def head(self) -> AbstractContextManager[None]:
+        """Hold what comes after the last block."""
+        return nullcontext()
+
+
 class Evaluator:
     """Runs subnetworks of one model over calibration windows.
+
+    All plans asked for at once go through the model in lock step: they share one residual stream until the first
+    sublayer in which they differ, and streams that meet the same sublayer are batched.
 
     Args:
         model: Dense model, left as it is.
         family: Where its parts are.
-        tokens: int64 [n, T].
-        batch_size: Windows in one forward.
+        tokens: int64 [n, T], or batches [b_i, T_i].
+        batch_size: Windows in one batch, where `tokens` is one tensor.
+        counted: Which next tokens the objectives count, bool [n, T-1] or batches of it; all by default.
+        state_bytes: Bound on the residual streams held at once.
+        residency: Where the weights are.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, tokens: Tensor, batch_size: int = 4) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        tokens: Tensor | Sequence[Tensor],
+        batch_size: int = 4,
+        *,
+        counted: Sequence[Tensor] | None = None,
+        state_bytes: int = STATE_BYTES,
+        residency: Residency | None = None,
+    ) -> None:
         self.model, self.family = model, family
         self.blocks = list(blocks_of(model, family))
-        self.batches = list(tokens.split(batch_size))
+        self.batches = list(tokens.split(batch_size)) if isinstance(tokens, Tensor) else list(tokens)
+        self.counted = list(counted) if counted is not None else None
+        self.state_bytes = state_bytes
+        self.residency = residency or Residency()
+        self._head = Head(model, family)
+        self._dense: dict[int, Tensor] = {}
 
-    @torch.inference_mode()
-    def embed(self, batch: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    @property
+    def windows(self) -> int:
+        """n, windows in all batches."""
+        return sum(len(batch) for batch in self.batches)
+
+    def mine(self) -> list[int]:
+        """Numbers of the batches that this process computes."""
+        rank, processes = parallel.process()
+        return list(range(rank, len(self.batches), processes))
+
+    def span(self, number: int) -> slice:
+        """Where batch `number` lies among all windows."""
+        first = sum(len(batch) for batch in self.batches[:number])
+        return slice(first, first + len(self.batches[number]))
+
+    @torch.no_grad()
+    def embed(self, batch: Tensor) -> tuple[Tensor, Arguments]:
         """What enters block 0, float [b, T, D], and the keyword arguments the model gives to every block."""
         captures = nn.ModuleList([_Capture(block) for block in self.blocks])
         parent, _, name = self.family.blocks.rpartition(".")
@@ -83,58 +158,230 @@ class Evaluator:
             out = block(hidden, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def run_sublayer(
+        self, sublayer: Sublayer, hidden: Tensor, kwargs: Mapping[str, Any], emulation: nn.Module | None = None
+    ) -> Tensor:
+        """The residual stream [b, T, D] after one sublayer, or after its emulation."""
+        other: Kind = "ffn" if sublayer.kind == "attention" else "attention"
+        gone: dict[Kind, Any] = {other: None}
+        if emulation is not None:
+            gone[sublayer.kind] = emulation
+        return self.run_block(sublayer.block, hidden, kwargs, gone)
+
     def head_loss(self, hidden: Tensor, batch: Tensor) -> Tensor:
         """Next-token cross-entropy of every window, float64 [b] in nats/token; logits come in chunks."""
-        hidden = self.model.get_submodule(self.family.norm)(hidden)[:, :-1]
-        targets = batch[:, 1:].to(hidden.device)
-        head = self.model.get_submodule(self.family.head)
-        flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        losses = [
-            functional.cross_entropy(head(part).float(), target, reduction="none")
-            for part, target in zip(flat.split(HEAD_CHUNK_TOKENS), flat_targets.split(HEAD_CHUNK_TOKENS), strict=True)
-        ]
-        return torch.cat(losses).view(targets.shape).double().mean(1).cpu()
+        return self._head.cross_entropy(hidden, batch[:, 1:]).double().mean(1).cpu()
 
     @torch.inference_mode()
-    def loss(self, gone: Mapping[Sublayer, nn.Module | None]) -> Tensor:
+    def values(
+        self, plans: Sequence[Gone], objective: Objective = "loss", advance: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Objective of many subnetworks.
+
+        Args:
+            plans: Subnetworks.
+            objective: "loss" (next-token cross-entropy), "kl" (dense || plan) or "logits" (distance to the dense
+                model's).
+            advance: Called `len(plans)` times for every batch.
+
+        Returns:
+            float64 [len(plans), n]: means over the counted tokens of every window, nats/token (loss, kl).
+        """
+        table = torch.zeros(len(plans), self.windows, dtype=torch.float64)
+        order = sorted(range(len(plans)), key=lambda p: (min(plans[p], default=_LAST), p))
+        if objective != "loss":
+            self._remember_dense()
+        for numbers in self._rounds():
+            for group in self._groups(order, numbers):
+                chosen = [plans[p] for p in group]
+                for number, finals in self._finals(numbers, chosen):
+                    rows = self._score(finals, number, objective)
+                    table[group, self.span(number)] = rows
+                    for _ in group if advance else ():
+                        advance()  # type: ignore[misc]
+        return parallel.gather(table)
+
+    def loss(self, gone: Gone) -> Tensor:
         """Loss of one subnetwork, float64 [n] (nats/token, one value a window)."""
-        out = []
-        for batch in self.batches:
-            hidden, kwargs = self.embed(batch)
-            out.append(self.head_loss(self._from(0, hidden, kwargs, gone), batch))
-        return torch.cat(out)
+        return self.values([gone])[0]
 
-    def _from(self, first: int, hidden: Tensor, kwargs: list[dict[str, Any]], gone: Mapping[Sublayer, Any]) -> Tensor:
-        for index in range(first, len(self.blocks)):
-            here = {s.kind: emulation for s, emulation in gone.items() if s.block == index}
-            hidden = self.run_block(index, hidden, kwargs[index], here)
-        return hidden
-
-    @torch.inference_mode()
     def leave_one_out(
         self, candidates: Iterable[Sublayer], base: Collection[Sublayer] = (), advance: Any = None
     ) -> tuple[Tensor, dict[Sublayer, Tensor]]:
         """Loss of `base` removed, and of `base` and one candidate removed, for every candidate.
 
-        The prefix up to the candidate is computed once a batch, so all candidates of L blocks cost about half of
-        L full forwards.
-
         Returns:
             Base loss float64 [n] and candidate -> loss float64 [n], nats/token.
         """
         candidates = sorted(candidates)
-        gone: dict[Sublayer, Any] = dict.fromkeys(base)
-        base_losses: list[Tensor] = []
-        losses: dict[Sublayer, list[Tensor]] = {candidate: [] for candidate in candidates}
-        for batch in self.batches:
-            prefix, kwargs = self.embed(batch)
+        gone: dict[Sublayer, None] = dict.fromkeys(base)
+        table = self.values([gone, *({**gone, candidate: None} for candidate in candidates)], advance=advance)
+        return table[0], dict(zip(candidates, table[1:], strict=True))
+
+    @torch.inference_mode()
+    def walk(self, visit: Visitor, gone: Gone | None = None) -> None:
+        """Run one subnetwork and show every kept sublayer's input and output to `visit`."""
+        gone = gone or {}
+        for numbers in self._rounds():
+            streams = self._embedded(numbers)
             for index in range(len(self.blocks)):
-                for candidate in (c for c in candidates if c.block == index):
-                    final = self._from(index, prefix, kwargs, {**gone, candidate: None})
-                    losses[candidate].append(self.head_loss(final, batch))
-                    if advance is not None:
-                        advance()
-                here = {s.kind: None for s in gone if s.block == index}
-                prefix = self.run_block(index, prefix, kwargs[index], here)
-            base_losses.append(self.head_loss(prefix, batch))
-        return torch.cat(base_losses), {c: torch.cat(parts) for c, parts in losses.items()}
+                with self.residency.block(index):
+                    for number in numbers:
+                        hidden, kwargs = streams[number]
+                        for kind in KINDS:
+                            sublayer = Sublayer(index, kind)
+                            if sublayer in gone and gone[sublayer] is None:
+                                continue
+                            after = self.run_sublayer(sublayer, hidden, kwargs[index], gone.get(sublayer))
+                            if sublayer not in gone:
+                                visit(number, sublayer, hidden, after)
+                            hidden = after
+                        streams[number] = hidden, kwargs
+
+    def gate_gradients(self, gates: Tensor, number: int) -> Tensor:
+        """Gradient of the loss by a gate on every sublayer's update: x + g f(x).
+
+        Args:
+            gates: float32 [L, 2], attention and ffn.
+            number: Of the batch.
+
+        Returns:
+            d(mean loss of the window)/d gate, float64 [b, L, 2], nats/token.
+        """
+        batch = self.batches[number]
+        hidden, kwargs = self.embed(batch)
+        # One gate per window, so that one backward pass gives every window's own gradient.
+        wide = gates.to(hidden.device, hidden.dtype).repeat(len(batch), 1, 1).requires_grad_(True)
+        with torch.enable_grad():
+            for index in range(len(self.blocks)):
+                hidden = checkpoint(self._gated, index, hidden, kwargs[index], wide[:, index], use_reentrant=False)
+            loss = self._head.cross_entropy(hidden, batch[:, 1:]).mean(1).sum()
+            (gradient,) = torch.autograd.grad(loss, wide)
+        return gradient.double().cpu()
+
+    def _gated(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor) -> Tensor:
+        for column, kind in enumerate(KINDS):
+            after = self.run_sublayer(Sublayer(index, kind), hidden, kwargs)
+            hidden = hidden + gates[:, column, None, None] * (after - hidden)
+        return hidden
+
+    def _rounds(self) -> list[list[int]]:
+        """Batches that go through the blocks together: one at a time, or all when blocks come from disk."""
+        mine = self.mine()
+        return [[number] for number in mine] if self.residency.keeps_blocks else [mine]
+
+    def _groups(self, order: list[int], numbers: list[int]) -> list[list[int]]:
+        size = self.model.config.hidden_size * self.model.dtype.itemsize
+        held = sum(self.batches[number].numel() for number in numbers) * size
+        many = max(1, self.state_bytes // max(1, held))
+        return [order[first : first + many] for first in range(0, len(order), many)]
+
+    def _embedded(self, numbers: list[int]) -> dict[int, tuple[Tensor, Arguments]]:
+        with self.residency.embedding():
+            return {number: self.embed(self.batches[number]) for number in numbers}
+
+    def _finals(self, numbers: list[int], plans: Sequence[Gone]) -> Iterator[tuple[int, list[Tensor]]]:
+        """For every batch, what leaves the last block under each plan, [b, T, D]."""
+        entering = self._embedded(numbers)
+        arguments = {number: kwargs for number, (_, kwargs) in entering.items()}
+        states = {number: [_State(hidden, list(range(len(plans))))] for number, (hidden, _) in entering.items()}
+        del entering
+        for index in range(len(self.blocks)):
+            with self.residency.block(index):
+                for number in numbers:
+                    for kind in KINDS:
+                        kwargs = arguments[number][index]
+                        states[number] = self._advance(Sublayer(index, kind), states[number], kwargs, plans)
+        with self.residency.head():
+            for number in numbers:
+                finals: list[Any] = [None] * len(plans)
+                for state in states.pop(number):
+                    for plan in state.plans:
+                        finals[plan] = state.hidden
+                yield number, finals
+
+    def _advance(
+        self, sublayer: Sublayer, states: list[_State], kwargs: Mapping[str, Any], plans: Sequence[Gone]
+    ) -> list[_State]:
+        """Take every stream through one sublayer, splitting those whose plans differ in it."""
+        out: list[_State] = []
+        keeping: list[_State] = []
+        for state in states:
+            variants: dict[int, tuple[nn.Module, list[int]]] = {}
+            kept, cut = [], []
+            for plan in state.plans:
+                if sublayer not in plans[plan]:
+                    kept.append(plan)
+                elif (emulation := plans[plan][sublayer]) is None:
+                    cut.append(plan)
+                else:
+                    variants.setdefault(id(emulation), (emulation, []))[1].append(plan)
+            if cut:
+                out.append(_State(state.hidden, cut))
+            for emulation, members in variants.values():
+                out.append(_State(self.run_sublayer(sublayer, state.hidden, kwargs, emulation), members))
+            if kept:
+                keeping.append(_State(state.hidden, kept))
+        self._run_together(sublayer, keeping, kwargs)
+        return out + keeping
+
+    def _run_together(self, sublayer: Sublayer, states: list[_State], kwargs: Mapping[str, Any]) -> None:
+        """Advance streams through one sublayer, several in a forward while they are small, in place."""
+        if not states:
+            return
+        rows, length = states[0].hidden.shape[:2]
+        device = states[0].hidden.device.type
+        many = max(1, FORWARD_TOKENS.get(device, 4096) // (rows * length))
+        for first in range(0, len(states), many):
+            part = states[first : first + many]
+            if len(part) == 1:
+                part[0].hidden = self.run_sublayer(sublayer, part[0].hidden, kwargs)
+                continue
+            together = torch.cat([state.hidden for state in part])
+            after = self.run_sublayer(sublayer, together, _tile(kwargs, rows, len(part)))
+            for state, hidden in zip(part, after.split(rows), strict=True):
+                state.hidden = hidden
+
+    def _remember_dense(self) -> None:
+        missing = [number for number in self.mine() if number not in self._dense]
+        for numbers in [missing] if not self.residency.keeps_blocks else [[number] for number in missing]:
+            if numbers:
+                for number, finals in self._finals(numbers, [{}]):
+                    self._dense[number] = finals[0]
+
+    def _score(self, finals: list[Tensor], number: int, objective: Objective) -> Tensor:
+        """Rows float64 [plans, b] of the table; equal finals are scored once."""
+        distinct = {id(hidden): hidden for hidden in finals}
+        if objective == "loss":
+            targets = self.batches[number][:, 1:]
+            scored = {key: self._head.cross_entropy(hidden, targets) for key, hidden in distinct.items()}
+        elif objective == "kl":
+            found = self._head.divergence(self._dense[number], list(distinct.values()))
+            scored = dict(zip(distinct, found, strict=True))
+        else:
+            dense = self._dense[number]
+            scored = {key: self._head.logit_distance(dense, hidden) for key, hidden in distinct.items()}
+        return torch.stack([self._reduce(scored[id(hidden)], number) for hidden in finals])
+
+    def _reduce(self, values: Tensor, number: int) -> Tensor:
+        wide = values.double().cpu()
+        if self.counted is None:
+            return wide.mean(1)
+        counted = self.counted[number].double()
+        return (wide * counted).sum(1) / counted.sum(1)
+
+
+_LAST = Sublayer(2**31, "ffn")
+
+
+def _tile(value: Any, rows: int, times: int) -> Any:
+    """Repeat the batch dimension of a block's arguments; those with one row broadcast by themselves."""
+    if isinstance(value, Tensor):
+        return (
+            value.repeat(times, *[1] * (value.dim() - 1)) if value.dim() > 1 and value.shape[0] == rows > 1 else value
+        )
+    if isinstance(value, tuple | list):
+        return type(value)(_tile(item, rows, times) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _tile(item, rows, times) for key, item in value.items()}
+    return value
