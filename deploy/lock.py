@@ -1,4 +1,4 @@
-"""Print the run-time closure of the installed environment as pins: `python deploy/lock.py > deploy/requirements-cpu.txt`.
+"""Print the installed run-time closure as pins: `python deploy/lock.py > deploy/requirements-cpu.txt`.
 
 The closure starts at Shoal's own requirements and vLLM's CPU build. Left out: what needs a compiler or does not match
 torch's CPU build, and what only development needs.

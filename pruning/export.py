@@ -67,6 +67,14 @@ def pruned_config(model: PreTrainedModel, family: Family, plan: Plan) -> Any:
     return config
 
 
+def ordinary_config(model: PreTrainedModel) -> Any:
+    """The configuration of a model that lost whole blocks only: that of its own family, with fewer layers."""
+    config = type(model.config)(**model.config.to_dict())
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    return config
+
+
 def state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors to store; a tied output projection is stored once."""
     tensors = dict(model.state_dict())

@@ -16,7 +16,7 @@ from pruning.console import Reporter, quiet_libraries
 from pruning.emulation import fit_plan
 from pruning.errors import RecipeError
 from pruning.evaluate import loss
-from pruning.export import apply_plan, copy_companions, pruned_config, state_dict, write_weights
+from pruning.export import apply_plan, copy_companions, ordinary_config, pruned_config, state_dict, write_weights
 from pruning.families import Family
 from pruning.importance import metric
 from pruning.model import DenseModel, find_model, load_model
@@ -48,6 +48,8 @@ def counts(recipe: Recipe, num_blocks: int) -> Counts:
     attention = recipe.attention
     if attention is None and recipe.ffn is None and recipe.blocks is None:
         attention = "33%"
+    if recipe.format == "llama" and (attention is not None or recipe.ffn is not None):
+        raise RecipeError("--format llama holds whole blocks only; ask for --blocks N, or for --format shoal")
     given = {"attention": attention, "ffn": recipe.ffn, "blocks": recipe.blocks}
     result = Counts(**{k: 0 if v is None else parse_amount(v, num_blocks, k) for k, v in given.items()})
     if result.attention + result.blocks >= num_blocks:
@@ -207,7 +209,8 @@ def run(
         emulations = fit_plan(Evaluator(dense.model, dense.family, tokens), plan.removed, plan.rank, reporter)
     with reporter.stage("export"), atomic_directory(output) as directory:
         quality = _cut_and_measure(dense, plan, emulations, held_out)
-        config = pruned_config(dense.model, dense.family, plan)
+        ordinary = recipe.format == "llama"
+        config = ordinary_config(dense.model) if ordinary else pruned_config(dense.model, dense.family, plan)
         sizes["weights"] = write_weights(state_dict(dense.model), directory)
         config.save_pretrained(directory)
         copy_companions(dense.directory, directory)

@@ -58,4 +58,8 @@ class Recipe(BaseModel):
         Dtype, OUTPUT, Field(description="Dtype to compute and store in; auto: float32 on CPU, else the model's own.")
     ] = "auto"
     device: Annotated[str, OUTPUT, Field(description="cpu, cuda, cuda:1 or auto.")] = "auto"
-    format: Annotated[Literal["shoal"], OUTPUT, Field(description="Checkpoint format.")] = "shoal"
+    format: Annotated[
+        Literal["shoal", "llama"],
+        OUTPUT,
+        Field(description="shoal, or llama: an ordinary checkpoint of the model's own family (whole blocks only)."),
+    ] = "shoal"

@@ -27,6 +27,8 @@ def run_engine(models: list[Path], **options) -> dict[str, dict]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is sent to the workers to count their weights
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     command = [sys.executable, str(Path(__file__).with_name("engine.py")), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -57,3 +59,21 @@ def test_prompt_logprobs_and_greedy_tokens_agree(model_type, served, pico_checkp
         chosen = logits[len(prompt) - 1 : -1]
         gap = chosen.max(-1).values - chosen[range(len(tokens)), tokens]
         assert gap.max() < NEAR_TIE
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_weights_in_memory_are_the_weights_in_the_file(model_type, served, pico_checkpoint):
+    """Nothing dense is allocated for what was removed."""
+    file = (pico_checkpoint(model_type)[0] / "model.safetensors").stat().st_size
+    assert served[model_type]["weight_bytes"] == pytest.approx(file, rel=0.02)
+
+
+@pytest.mark.engine
+def test_two_tensor_parallel_workers_agree_with_one(served, pico_checkpoint):
+    directory = pico_checkpoint("llama")[0]
+    two = run_engine([directory], tensor_parallel_size=2)[str(directory)]
+    assert two["tokens"] == served["llama"]["tokens"]
+    for mine, theirs in zip(two["prompt_logprobs"], served["llama"]["prompt_logprobs"], strict=True):
+        assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-4)
+    assert two["kv_tokens"] == 2 * served["llama"]["kv_tokens"]

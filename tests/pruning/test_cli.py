@@ -71,6 +71,21 @@ def test_whole_blocks_go(monkeypatch, pico_directory, text, tmp_path):
     assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 4
 
 
+def test_an_ordinary_checkpoint_needs_nothing_of_ours(monkeypatch, pico_directory, text, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["--calibration", text, "--blocks", 2, "--format", "llama", *QUICK]
+    assert run(monkeypatch, pico_directory(), "--output", output, *arguments) == 0
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"model, loading = AutoModelForCausalLM.from_pretrained({str(output)!r}, output_loading_info=True)\n"
+        "assert type(model).__name__ == 'LlamaForCausalLM' and len(model.model.layers) == 4\n"
+        "assert not any(loading[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), loading\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    verify(output)
+
+
 def test_dry_run_writes_nothing(monkeypatch, pico_directory, text, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["--dry-run", "--output", output, "--calibration", text, "--attention", "33%", *QUICK]
@@ -88,6 +103,7 @@ def test_dry_run_writes_nothing(monkeypatch, pico_directory, text, tmp_path, cap
         (["--attention", "101%"], "over 100%"),
         (["--attention", "2", "--importance", "cosin"], "did you mean 'cosine'"),
         (["--attention", "2", "--emulation", "magic"], "--emulation"),
+        (["--attention", "2", "--format", "llama"], "whole blocks only"),
         (["--attention", "2", "--rank", "4096"], "--rank 4096"),
         (["--attention", "2", "--calibration", "/no/such/file.txt"], "/no/such/file.txt"),
         (["--attention", "2", "--calibration-tokens", "1000000"], "fewer than"),
