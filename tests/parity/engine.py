@@ -8,8 +8,8 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def _bytes(model) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+def _projections(model) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.endswith((".qkv_proj", ".gate_up_proj"))]
 
 
 def main(job: dict) -> None:
@@ -30,14 +30,14 @@ def main(job: dict) -> None:
         prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         cache = llm.llm_engine.vllm_config.cache_config
-        weights = sum(llm.apply_model(_bytes))
+        projections = llm.apply_model(_projections)[0]
         result = {
             "model": model,
             "tokens": [list(o.outputs[0].token_ids) for o in outputs],
             "prompt_logprobs": [
                 [next(iter(entry.values())).logprob for entry in o.prompt_logprobs if entry] for o in outputs
             ],
-            "weight_bytes": weights,
+            "projections": projections,
             "kv_tokens": cache.num_gpu_blocks * cache.block_size,
         }
         print("RESULT " + json.dumps(result), flush=True)
