@@ -61,6 +61,7 @@ def serve(
 def _check(directory: str, settings: Settings) -> None:
     """Refuse a damaged checkpoint before vLLM is even imported."""
     from pruning.checkpoint import is_pruned, verify
+    from server.auth import read_keys
     from server.errors import SettingsError
     from server.loader import SKIP_VERIFICATION
 
@@ -68,10 +69,13 @@ def _check(directory: str, settings: Settings) -> None:
     looks_local = path.is_absolute() or directory.startswith(("./", "../", "~")) or directory.count("/") != 1
     if not path.is_dir() and looks_local:
         raise SettingsError(f"{directory} is not a directory; give a checkpoint, a model directory or owner/name")
+    if settings.api_keys_file is not None:
+        read_keys(settings.api_keys_file)
     if settings.skip_verification:
         os.environ[SKIP_VERIFICATION] = "1"
     elif path.is_dir() and is_pruned(path):
         verify(path)
+        os.environ[SKIP_VERIFICATION] = "1"  # the engine need not hash it again
 
 
 def _defaults(directory: str, settings: Settings) -> dict[str, Any]:

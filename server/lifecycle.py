@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import vllm_compat
 from server.errors import error_response
+from server.metrics import READY
 
 OPERATIONS = ("/health", "/metrics", "/ping", "/version", "/load")
 POLL_SECONDS = 0.1
@@ -43,6 +44,7 @@ class Lifecycle:
         logger.info("%s", phase.value)
         self.phase = phase
         self.started = self.started or phase is Phase.READY
+        READY.set(phase is Phase.READY)
 
     async def idle(self, seconds: float, unless: Any = lambda: False) -> bool:
         """Wait until no request is in flight; False when `seconds` passed or `unless()` came true first."""

@@ -1,20 +1,30 @@
-"""The `shoal_*` instruments, on prometheus_client's default registry, which vLLM's `/metrics` serves."""
+"""The `shoal_*` instruments, on prometheus_client's default registry, which vLLM's `/metrics` serves.
 
+Every gauge states how several API processes are combined; `docs/metrics.md` lists them all.
+"""
+
+import time
 from typing import Literal
 
-from prometheus_client import Gauge
+import psutil
+from prometheus_client import Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pruning.plan import KINDS
 from server.inventory import Inventory
 
 LATEST: Literal["mostrecent"] = "mostrecent"
+SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 
-KV_BYTES = Gauge(
-    "shoal_kv_bytes_per_token",
-    "KV cache bytes one token takes, as served and in the dense model.",
-    ["variant"],
+BUILD = Gauge(
+    "shoal_build_info", "Always 1; the labels say what runs.", ["version", "vllm_version", "model_name"],
     multiprocess_mode=LATEST,
-)
+)  # fmt: skip
+READY = Gauge("shoal_ready", "1 while new requests are taken, else 0.", multiprocess_mode="livemin")
+KV_BYTES = Gauge(
+    "shoal_kv_bytes_per_token", "KV cache bytes of one token, as served and in the dense model.", ["variant"],
+    multiprocess_mode=LATEST,
+)  # fmt: skip
 KV_TOKENS = Gauge(
     "shoal_kv_cache_capacity_tokens",
     "Tokens the KV cache holds, and the dense model would hold in the same bytes.",
@@ -27,10 +37,33 @@ WEIGHT_BYTES = Gauge(
 )
 SUBLAYERS = Gauge("shoal_sublayers", "Sublayers by kind and state.", ["kind", "state"], multiprocess_mode=LATEST)
 ADAPTERS = Gauge("shoal_emulation_parameters", "Numbers in all emulation adapters.", multiprocess_mode=LATEST)
+RESIDENT = Gauge(
+    "shoal_process_resident_memory_bytes",
+    "Resident memory of the server and its engine processes, in bytes.",
+    multiprocess_mode="livemax",
+)
+ACCEPTED = Counter("shoal_admission_accepted_total", "Requests let in.")
+REJECTED = Counter("shoal_admission_rejected_total", "Requests refused at the door, by reason.", ["reason"])
+QUEUE_DEPTH = Gauge(
+    "shoal_admission_queue_depth", "Requests inside beyond those the engine runs at once.", multiprocess_mode="livesum"
+)
+DURATION = Histogram(
+    "shoal_request_duration_seconds", "From the request's arrival to its last byte.", ["route", "status"],
+    buckets=SECONDS,
+)  # fmt: skip
+TTFT = Histogram(
+    "shoal_time_to_first_token_seconds", "From a streamed request's arrival to its first bytes of body.",
+    ["route", "status"], buckets=SECONDS,
+)  # fmt: skip
+ITL = Histogram(
+    "shoal_inter_token_latency_seconds", "Between two consecutive pieces of a streamed answer.", ["route", "status"],
+    buckets=SECONDS,
+)  # fmt: skip
 
 
-def publish(inventory: Inventory) -> None:
+def publish(inventory: Inventory, version: str, vllm_version: str, model_name: str) -> None:
     """Set what does not change while the server runs."""
+    BUILD.labels(version, vllm_version, model_name).set(1)
     KV_BYTES.labels("served").set(inventory.kv_bytes_per_token)
     KV_BYTES.labels("dense").set(inventory.kv_bytes_per_token_dense)
     KV_TOKENS.labels("served").set(inventory.capacity_tokens)
@@ -42,3 +75,54 @@ def publish(inventory: Inventory) -> None:
     for kind in KINDS:
         for state in ("kept", "removed", "emulated"):
             SUBLAYERS.labels(kind, state).set(inventory.count(kind, state))
+
+
+def read_memory() -> None:
+    """Set the resident memory of this process and its children."""
+    total = 0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    RESIDENT.set(total)
+
+
+class Measure:
+    """Middleware: times every request by route and status, and the pieces of those that stream."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on and watch what is sent; unknown paths share one label, so that clients cannot make more."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if scope["path"].rstrip("/") == "/metrics":
+            read_memory()
+        start = time.perf_counter()
+        status, streams, last = "000", False, None
+
+        async def watched(message: Message) -> None:
+            nonlocal status, streams, last
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+                streams = any(k == b"content-type" and b"event-stream" in v for k, v in message["headers"])
+            elif streams and message.get("body"):
+                now = time.perf_counter()
+                since = start if last is None else last
+                (TTFT if last is None else ITL).labels(_route(scope), status).observe(now - since)
+                last = now
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            DURATION.labels(_route(scope), status).observe(time.perf_counter() - start)
+
+
+def _route(scope: Scope) -> str:
+    path = getattr(scope.get("route"), "path", None)
+    return path or (scope["path"].rstrip("/") if "endpoint" in scope else "unmatched")

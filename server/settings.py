@@ -19,21 +19,13 @@ class Settings(BaseSettings):
     config: FilePath | None = Field(None, description="YAML file with any of these settings.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: Port = Field(8000, description="Port of the API.")
-    ops_port: Port | None = Field(
-        None, description="Port for /metrics and /health; they then leave the API port. Unset: on the API port."
-    )
     served_model_name: list[str] = Field(
         default_factory=list, description="Further names clients may use; the first is the directory's base name."
     )
     skip_verification: bool = Field(False, description="Do not check the checkpoint's SHA-256 manifest.")
-    page: bool = Field(True, description="Serve the page at /.")
 
     api_keys_file: FilePath | None = Field(
         None, description="File of `name:key` lines; requests then need one of the keys. Reloaded when it changes."
-    )
-    requests_per_minute: PositiveFloat | None = Field(None, description="Requests a key may make per minute.")
-    tokens_per_minute: PositiveFloat | None = Field(
-        None, description="Prompt and output tokens a key may use per minute."
     )
     cors_origins: list[str] = Field(
         default_factory=list, description="Origins browsers may call from; none by default."
@@ -42,17 +34,12 @@ class Settings(BaseSettings):
     max_queued_requests: int | None = Field(
         256, ge=0, description="Requests that may wait beyond those the engine runs at once; more get 503."
     )
-    max_prompt_tokens: PositiveInt | None = Field(None, description="Prompt tokens of one request; more get 429.")
-    max_output_tokens: PositiveInt | None = Field(
-        None, description="Output tokens a request may ask for; more get 429. Also the default when it names none."
-    )
-    max_body_bytes: PositiveInt = Field(4 * 2**20, description="Bytes of a request body; more get 429.")
+    max_body_bytes: PositiveInt = Field(4 * 2**20, description="Bytes of a request body; more get 413.")
     retry_after_seconds: PositiveFloat = Field(1.0, description="Retry-After of a 503 for a full queue, in seconds.")
 
     grace_seconds: NonNegativeFloat = Field(
         30.0, description="Seconds running requests may take to finish after SIGTERM."
     )
-    log_format: Literal["text", "json"] = Field("text", description="Form of a log line.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_prompts: bool = Field(False, description="Let vLLM log prompts and sampling parameters.")
 

@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -89,11 +91,46 @@ def test_greedy_tokens_of_vllm_and_transformers_agree(client, live_server):
         assert gap.max() < 1e-3, f"{question}: parts from transformers by {gap.max():.2e}"
 
 
+def test_the_server_says_what_was_pruned(client, live_server):
+    answer = client._client.get(f"{live_server.url}/v1/pruning").json()
+    assert answer["kv_cache"]["tokens"] * 20 == answer["kv_cache"]["tokens_dense"] * 30
+    assert sum(block["attention"] != "kept" for block in answer["sublayers"]) == 10
+
+
+def test_errors_are_those_openai_clients_expect(client, live_server):
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="no-such-model", messages=FRANCE)
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=live_server.model, messages=FRANCE, temperature=-3)
+    with pytest.raises(openai.APIStatusError, match="body has more"):
+        client.completions.create(model=live_server.model, prompt="x" * (5 * 2**20))
+    with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
+        client.embeddings.create(model=live_server.model, input="x")
+
+
+def test_structured_output_and_logprobs(client, live_server):
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"],
+              "additionalProperties": False}  # fmt: skip
+    answer = client.chat.completions.create(
+        model=live_server.model, messages=FRANCE, temperature=0, max_tokens=64, logprobs=True, top_logprobs=2,
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
+    )  # fmt: skip
+    assert set(json.loads(answer.choices[0].message.content)) == {"city"}
+    assert all(len(token.top_logprobs) == 2 for token in answer.choices[0].logprobs.content)
+
+
+def test_the_live_scrape_has_every_documented_metric(client, live_server):
+    documented = re.findall(
+        r"^\| `(shoal_\w+)`", (Path(__file__).parents[2] / "docs/metrics.md").read_text(), re.MULTILINE
+    )
+    text = client._client.get(f"{live_server.url}/metrics").text
+    assert [name for name in documented if f"# TYPE {name}" not in text] == []
+
+
 def test_a_checkpoint_that_was_tampered_with_is_not_served(smollm2_checkpoint, tmp_path):
     import shutil
     import subprocess
     import sys
-    from pathlib import Path
 
     damaged = shutil.copytree(smollm2_checkpoint, tmp_path / "damaged")
     config = json.loads((damaged / "config.json").read_text())
@@ -105,7 +142,16 @@ def test_a_checkpoint_that_was_tampered_with_is_not_served(smollm2_checkpoint, t
     assert "config.json does not match its SHA-256" in done.stderr.strip().splitlines()[-1]
 
 
-def test_zz_stops_cleanly(live_server):
-    """Last in the session: SIGTERM ends the server with exit code 0."""
+def test_zz_a_running_stream_ends_before_the_server_does(client, live_server):
+    """Last in the session: SIGTERM lets a stream finish, refuses what is new, and the exit code is 0."""
+    stream = client.chat.completions.create(
+        model=live_server.model, messages=FRANCE, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    pieces = iter(stream)
+    next(pieces)
     live_server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
+        client.chat.completions.create(model=live_server.model, messages=FRANCE, max_tokens=1)
+    assert list(pieces)[-1].choices[0].finish_reason == "length"
     assert live_server.process.wait(60) == 0

@@ -1,0 +1,21 @@
+"""The documents list what the code has."""
+
+from pathlib import Path
+
+import server.metrics as metrics
+from server.settings import table
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_settings_table_is_the_settings():
+    assert table() in (DOCS / "server.md").read_text()
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists():
+    import re
+
+    instruments = [v for v in vars(metrics).values() if hasattr(v, "_documentation")]
+    names = {v._name + ("_total" if v._type == "counter" else "") for v in instruments}
+    documented = set(re.findall(r"^\| `(shoal_\w+)`", (DOCS / "metrics.md").read_text(), re.MULTILINE))
+    assert documented == names
