@@ -1,17 +1,17 @@
 """Closed-form emulation: fit what a removed sublayer did, layer by layer, on the already-pruned prefix."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pruning.compensation import compensate, token_weights
 from pruning.console import Reporter
 from pruning.modeling import BiasEmulation, LowRankEmulation, rms_normalise
-from pruning.plan import KINDS, EmulationKind, Kind, Sublayer
-from pruning.regression import Affine, NormalEquations, fit_low_rank, fit_with_held_out
+from pruning.plan import KINDS, EmulationKind, Sublayer
+from pruning.regression import Affine, HeldOutMoments
 from pruning.subnetwork import Evaluator
-
-HOLD_OUT_EVERY = 8
 
 
 def as_module(affine: Affine, dtype: torch.dtype, device: torch.device) -> LowRankEmulation:
@@ -24,66 +24,85 @@ def as_module(affine: Affine, dtype: torch.dtype, device: torch.device) -> LowRa
     return module.requires_grad_(False)
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What makes up for the removed sublayers.
+
+    Attributes:
+        emulations: Sublayer -> module, None where nothing emulates it.
+        weights: Parameter name in the dense model -> compensated weight.
+    """
+
+    emulations: dict[Sublayer, nn.Module | None]
+    weights: dict[str, Tensor]
+
+
+@torch.no_grad()
+def recover(
+    evaluator: Evaluator,
+    removed: Mapping[Sublayer, EmulationKind],
+    rank: int,
+    reporter: Reporter,
+    *,
+    compensated: bool = True,
+) -> Recovery:
+    """Fit the emulation of every removed sublayer and, if asked, refit what is kept, first to last.
+
+    Each fit sees the residual stream of the model as pruned and recovered so far and aims at the dense model's
+    stream after the sublayer, so later fits also mend what earlier ones missed. The model keeps its own weights.
+    """
+    emulations: dict[Sublayer, nn.Module | None] = {}
+    weights: dict[str, Tensor] = {}
+    embedded = [evaluator.embed(batch) for batch in evaluator.batches]
+    dense = [hidden for hidden, _ in embedded]
+    arguments = [kwargs for _, kwargs in embedded]
+    pruned = list(dense)
+    del embedded
+    scale = evaluator.family.scale(evaluator.model.config)
+    last = len(evaluator.blocks) - 1 if compensated else max(sublayer.block for sublayer in removed)
+    with reporter.progress("emulation", last + 1) as step:
+        for index in range(last + 1):
+            kwargs = [every[index] for every in arguments]
+            for kind in KINDS:
+                sublayer = Sublayer(index, kind)
+                dense = [evaluator.run_sublayer(sublayer, h, k) for h, k in zip(dense, kwargs, strict=True)]
+                if sublayer in removed:
+                    module = _fit(pruned, dense, removed[sublayer], rank, scale)
+                    emulations[sublayer] = module
+                    if module is not None:
+                        calls = zip(pruned, kwargs, strict=True)
+                        pruned = [evaluator.run_sublayer(sublayer, h, k, module) for h, k in calls]
+                elif not emulations:
+                    pruned = list(dense)
+                elif compensated:
+                    pruned, changed = compensate(evaluator, sublayer, pruned, dense, arguments)
+                    weights |= changed
+                else:
+                    pruned = [evaluator.run_sublayer(sublayer, h, k) for h, k in zip(pruned, kwargs, strict=True)]
+            step.advance()
+    return Recovery(emulations, weights)
+
+
 def fit_plan(
     evaluator: Evaluator, removed: Mapping[Sublayer, EmulationKind], rank: int, reporter: Reporter
 ) -> dict[Sublayer, nn.Module | None]:
-    """Fit the emulation of every removed sublayer, first to last.
-
-    Each fit sees the residual stream of the model as pruned and recovered so far and aims at the dense model's
-    stream after the sublayer, so later adapters also mend what earlier ones missed. Tokens count by the inverse
-    square of their stream's size: the next norm divides by it, and a few massive activations would otherwise
-    decide everything.
-
-    Returns:
-        Sublayer -> module, None where nothing emulates it.
-    """
-    fitted: dict[Sublayer, nn.Module | None] = {}
-    embedded = [evaluator.embed(batch) for batch in evaluator.batches]
-    dense = [hidden for hidden, _ in embedded]
-    kwargs = [arguments for _, arguments in embedded]
-    pruned = list(dense)
-    last = max(sublayer.block for sublayer in removed)
-    with reporter.progress("emulation", last + 1) as step:
-        for index in range(last + 1):
-            for kind in KINDS:
-                sublayer = Sublayer(index, kind)
-                other: dict[Kind, None] = {"ffn" if kind == "attention" else "attention": None}
-                targets = [evaluator.run_block(index, h, kw[index], other) for h, kw in zip(dense, kwargs, strict=True)]
-                if sublayer in removed:
-                    module = _fit(pruned, targets, removed[sublayer], rank)
-                    fitted[sublayer] = module
-                    pruned = [h if module is None else h + module(h) for h in pruned]
-                elif not fitted:
-                    pruned = list(targets)
-                else:
-                    pruned = [
-                        evaluator.run_block(index, h, kw[index], other) for h, kw in zip(pruned, kwargs, strict=True)
-                    ]
-                dense = targets
-            step.advance()
-    return fitted
+    """The emulations alone, with every kept weight as it is; see `recover`."""
+    return recover(evaluator, removed, rank, reporter, compensated=False).emulations
 
 
-def _fit(inputs: list[Tensor], targets: list[Tensor], kind: EmulationKind, rank: int) -> nn.Module | None:
+def _fit(inputs: list[Tensor], targets: list[Tensor], kind: EmulationKind, rank: int, scale: float) -> nn.Module | None:
     """Fit one sublayer from its inputs and the dense stream after it, lists of [b, T, D]."""
     if kind == "none":
         return None
     size = inputs[0].shape[-1]
-    parts = (NormalEquations.zeros(size, size), NormalEquations.zeros(size, size))
+    moments = HeldOutMoments.zeros(size, size)
     for number, (x, target) in enumerate(zip(inputs, targets, strict=True)):
-        update = (target - x).reshape(-1, size)
-        weights = 1 / target.double().pow(2).mean(-1).reshape(-1)
-        part = parts[int(number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1)]
-        part.add(rms_normalise(x).reshape(-1, size), update, weights)
+        update = (target.float() - x.float()) / scale
+        moments.add(number, rms_normalise(x).flatten(0, -2), update.flatten(0, -2), token_weights(target))
     dtype, device = inputs[0].dtype, inputs[0].device
     if kind == "bias":
-        both = parts[0].plus(parts[1])
+        both = moments.whole()
         module = BiasEmulation(size)
         module.bias.data = (both.y_sum / both.weight).to(device, dtype)
         return module.requires_grad_(False)
-    if parts[1].weight:
-        affine, _ = fit_with_held_out(parts[0], parts[1], rank)
-    else:
-        affine = fit_low_rank(parts[0], rank, 1e-2)
-    return as_module(affine, dtype, device)
+    return as_module(moments.low_rank(rank), dtype, device)

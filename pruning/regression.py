@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+HOLD_OUT_EVERY = 8
 
 
 @dataclass
@@ -136,3 +137,35 @@ def fit_correction(
         return None
     both = train.plus(held_out)
     return solve(both.xx, both.xy, best)
+
+
+@dataclass
+class HeldOutMoments:
+    """Normal equations of the batches fitted on and of those held out, one in eight."""
+
+    train: NormalEquations
+    held_out: NormalEquations
+
+    @classmethod
+    def zeros(cls, features: int, targets: int) -> "HeldOutMoments":
+        """Empty moments for D features and M targets."""
+        return cls(NormalEquations.zeros(features, targets), NormalEquations.zeros(features, targets))
+
+    def add(self, number: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add the rows of batch `number`; see `NormalEquations.add`."""
+        part = self.held_out if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else self.train
+        part.add(x, y, weights)
+
+    def whole(self) -> NormalEquations:
+        """Moments of every row."""
+        return self.train.plus(self.held_out)
+
+    def low_rank(self, rank: int) -> Affine:
+        """The map of rank r with the penalty of least held-out error, or a fixed one where nothing was held out."""
+        if self.held_out.weight:
+            return fit_with_held_out(self.train, self.held_out, rank)[0]
+        return fit_low_rank(self.train, rank, 1e-2)
+
+    def correction(self) -> Tensor | None:
+        """`fit_correction`; None where nothing was held out to judge it."""
+        return fit_correction(self.train, self.held_out) if self.held_out.weight else None
