@@ -1,6 +1,7 @@
 """The decoder families Shoal knows: where each keeps its blocks and sublayers. Data, not subclasses."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from pruning.errors import ModelError
 
@@ -19,6 +20,8 @@ class Family:
         ffn_norm: Norm before the FFN.
         attention_post_norm: Norm of attention's update, if the family has one.
         ffn_post_norm: Norm of the FFN's update, if the family has one.
+        attention_output: Attribute of the attention module that holds its output projection.
+        ffn_output: Attribute of the FFN module that holds its output projection.
         package: Package under `transformers.models`, where it is not `model_type`.
         config: Configuration class, where it is not `<name>Config`.
         update_scale: Config field that every update is multiplied by, if the family has one.
@@ -36,6 +39,8 @@ class Family:
     attention_post_norm: str | None = None
     ffn_post_norm: str | None = None
     update_scale: str | None = None
+    attention_output: str = "o_proj"
+    ffn_output: str = "down_proj"
     package: str | None = None
     config: str | None = None
     norm: str = "model.norm"
@@ -56,6 +61,10 @@ class Family:
         if kind == "attention":
             return self.attention_norm, self.attention_post_norm
         return self.ffn_norm, self.ffn_post_norm
+
+    def scale(self, config: Any) -> float:
+        """What a block multiplies every update by before it adds it to the residual stream."""
+        return 1.0 if self.update_scale is None else float(getattr(config, self.update_scale))
 
     @property
     def architecture(self) -> str:

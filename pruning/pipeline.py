@@ -12,8 +12,9 @@ import pruning
 from pruning import search
 from pruning.calibration import built_in, from_files, read_text
 from pruning.checkpoint import Manifest, verify, write_manifest
+from pruning.compensation import apply_weights
 from pruning.console import Reporter, quiet_libraries
-from pruning.emulation import fit_plan
+from pruning.emulation import Recovery, recover
 from pruning.errors import RecipeError
 from pruning.evaluate import loss
 from pruning.export import apply_plan, copy_companions, ordinary_config, pruned_config, state_dict, write_weights
@@ -206,9 +207,10 @@ def run(
         reporter.say("predicted: " + describe_bytes(sizes))
         return None
     with reporter.stage("emulate"):
-        emulations = fit_plan(Evaluator(dense.model, dense.family, tokens), plan.removed, plan.rank, reporter)
+        evaluator = Evaluator(dense.model, dense.family, tokens)
+        recovery = recover(evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate)
     with reporter.stage("export"), atomic_directory(output) as directory:
-        quality = _cut_and_measure(dense, plan, emulations, held_out)
+        quality = _cut_and_measure(dense, plan, recovery, held_out)
         ordinary = recipe.format == "llama"
         config = ordinary_config(dense.model) if ordinary else pruned_config(dense.model, dense.family, plan)
         sizes["weights"] = write_weights(state_dict(dense.model), directory)
@@ -236,9 +238,10 @@ def run(
     return manifest
 
 
-def _cut_and_measure(dense: DenseModel, plan: Plan, emulations: dict, held_out: Tensor) -> dict[str, Any]:
+def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery, held_out: Tensor) -> dict[str, Any]:
     family: Family = dense.family
     before = loss(dense.model, family, held_out)
-    apply_plan(dense.model, family, plan, emulations)
+    apply_weights(dense.model, recovery.weights)
+    apply_plan(dense.model, family, plan, recovery.emulations)
     after = loss(dense.model, family, held_out)
     return {"dense_loss": before, "pruned_loss": after, "text": "held-out calibration windows"}

@@ -40,6 +40,9 @@ class Recipe(BaseModel):
     keep: Annotated[list[int], SELECTION, SEVERAL, Field(description="Blocks to leave alone.")] = []
     emulation: Annotated[Emulation, RECOVERY, Field(description="What takes a removed sublayer's place.")] = "low-rank"
     rank: Annotated[int, RECOVERY, Field(ge=1, description="Adapter rank r.")] = 64
+    compensate: Annotated[
+        bool, RECOVERY, Field(description="Refit the output projections of kept layers for what was removed.")
+    ] = True
     calibration: Annotated[
         list[Path],
         CALIBRATION,

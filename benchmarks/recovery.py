@@ -1,0 +1,160 @@
+"""What each recovery technique gives, with its seconds and peak memory: one process a row, rows added to a JSON file.
+
+python benchmarks/recovery.py smollm2-135m --calibration DIR/*.txt --judge TEXT --output FILE
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from pruning.calibration import from_files, read_text
+from pruning.compensation import apply_weights
+from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
+from pruning.emulation import recover
+from pruning.evaluate import loss, perplexity_ratio
+from pruning.export import apply_plan
+from pruning.model import load_dense
+from pruning.plan import Plan, Sublayer
+from pruning.search import greedy, rank
+from pruning.subnetwork import Evaluator
+
+TECHNIQUES = {
+    "none": ("none", False),
+    "bias": ("bias", False),
+    "low-rank": ("low_rank", False),
+    "none-compensated": ("none", True),
+    "low-rank-compensated": ("low_rank", True),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", nargs="+", type=Path, required=True)
+    parser.add_argument("--judge", type=Path, required=True, help="text that no fit and no choice has seen")
+    parser.add_argument("--judge-tokens", type=int, default=20480)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16384, 49152])
+    parser.add_argument("--attention", nargs="+", default=["6", "10"], help="counts to choose, or lists: 4,5,6")
+    parser.add_argument("--among", help="candidates of a choice; all by default: 4,5,6")
+    parser.add_argument("--choose", choices=["rank", "greedy"], default="rank")
+    parser.add_argument("--score-tokens", type=int, default=2048)
+    parser.add_argument("--technique", nargs="+", choices=list(TECHNIQUES), default=list(TECHNIQUES))
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def attention_of(text: str) -> list[Sublayer]:
+    return [Sublayer(int(block), "attention") for block in text.split(",")]
+
+
+def windows_to_judge(dense, path: Path, tokens: int, length: int = 512) -> torch.Tensor:
+    ids = dense.tokenizer(read_text(path)[: tokens * 12], add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids[:tokens]).view(-1, length)
+
+
+def choose(dense, options, count: int) -> list[Sublayer]:
+    tokens = from_files(options.calibration, dense.tokenizer, options.score_tokens, options.length, 1)
+    evaluator = Evaluator(dense.model, dense.family, tokens)
+    every = [Sublayer(b, "attention") for b in range(len(evaluator.blocks))]
+    among = attention_of(options.among) if options.among else every
+
+    def score(gone, rest):
+        return {s: float(v.mean()) for s, v in evaluator.leave_one_out(rest, base=gone)[1].items()}
+
+    return greedy(score, count, among) if options.choose == "greedy" else rank(score([], among), count, among)
+
+
+def row(options, spec: dict) -> dict:
+    """One row: load, fit, cut, judge; in a process of its own so that the peak is its own."""
+    dense = load_dense(options.model, "float32", "cpu", Reporter())
+    judged = windows_to_judge(dense, options.judge, options.judge_tokens)
+    if spec["technique"] == "choose":
+        start = time.perf_counter()
+        gone = choose(dense, options, int(spec["attention"]))
+        chosen = ",".join(str(s.block) for s in gone)
+        return {**spec, "chosen": chosen, "seconds": round(time.perf_counter() - start, 1)}
+    if spec["technique"] == "dense":
+        return {**spec, "loss": loss(dense.model, dense.family, judged)}
+    kind, compensated = TECHNIQUES[spec["technique"]]
+    tokens = from_files(options.calibration, dense.tokenizer, spec["tokens"], options.length, 0)
+    gone = attention_of(spec["attention"])
+    plan = Plan(dense.model.config.num_hidden_layers, dict.fromkeys(gone, kind), options.rank)
+    resting, start, cpu = peak_memory_bytes(), time.perf_counter(), time.process_time()
+    recovery = recover(
+        Evaluator(dense.model, dense.family, tokens), plan.removed, plan.rank, Reporter(), compensated=compensated
+    )
+    measured = {
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "resting_mib": resting >> 20,
+        "peak_mib": peak_memory_bytes() >> 20,
+        "weights_changed": len(recovery.weights),
+    }
+    apply_weights(dense.model, recovery.weights)
+    apply_plan(dense.model, dense.family, plan, recovery.emulations)
+    return {**spec, "removed": len(gone), **measured, "loss": loss(dense.model, dense.family, judged)}
+
+
+def machine() -> dict:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "ram_gib": round(memory / 2**30, 1),
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def run_row(document: dict, spec: dict) -> dict:
+    """The row from the file if it is there, else from a new process."""
+    for known in document["rows"]:
+        if spec.items() <= known.items():
+            return known
+    done = subprocess.run([sys.executable, *sys.argv, "--row", json.dumps(spec)], stdout=subprocess.PIPE, check=True)
+    made = json.loads(done.stdout.splitlines()[-1])
+    document["rows"].append(made)
+    return made
+
+
+def main() -> None:
+    options = arguments()
+    quiet_libraries()
+    if options.row:
+        print(json.dumps(row(options, json.loads(options.row))))
+        return
+    document = {"machine": machine(), "model": options.model, "judge_tokens": options.judge_tokens, "rows": []}
+    if options.output.exists():
+        document["rows"] = json.loads(options.output.read_text())["rows"]
+
+    def save() -> None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+
+    dense = run_row(document, {"technique": "dense"})
+    save()
+    for attention in options.attention:
+        chooser = "given"
+        if "," not in attention:
+            spec = {"technique": "choose", "chooser": options.choose, "attention": attention}
+            attention, chooser = run_row(document, spec)["chosen"], options.choose
+        for tokens in options.tokens:
+            for technique in options.technique:
+                # Nothing is fitted, so the calibration size does not matter.
+                size = 0 if technique == "none" else tokens
+                spec = {"technique": technique, "chooser": chooser, "attention": attention, "tokens": size or 256}
+                made = run_row(document, spec)
+                made["ratio"] = round(perplexity_ratio(dense["loss"], made["loss"]), 4)
+                save()
+                print(made, flush=True)
+
+
+if __name__ == "__main__":
+    main()

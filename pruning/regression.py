@@ -1,0 +1,171 @@
+"""Ridge and reduced-rank regression on streamed normal equations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+HOLD_OUT_EVERY = 8
+
+
+@dataclass
+class NormalEquations:
+    """Weighted moments of features x [N, D] and targets y [N, M], accumulated in a stream, float64."""
+
+    weight: float
+    x_sum: Tensor
+    y_sum: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: float
+
+    @classmethod
+    def zeros(cls, features: int, targets: int) -> "NormalEquations":
+        """Empty moments for D features and M targets."""
+        wide = {"dtype": torch.float64}
+        return cls(
+            0.0,
+            torch.zeros(features, **wide),
+            torch.zeros(targets, **wide),
+            torch.zeros(features, features, **wide),
+            torch.zeros(features, targets, **wide),
+            0.0,
+        )
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add rows x [n, D], y [n, M] with weights [n] >= 0.
+
+        Products of float32 rows are formed in float32 (a call holds few rows) and summed over the calls in float64.
+        """
+        root = weights.to(x).sqrt()[:, None]
+        x, y = x * root, y.to(x) * root
+        self.weight += float(weights.sum())
+        self.x_sum += (x * root).sum(0).double().cpu()
+        self.y_sum += (y * root).sum(0).double().cpu()
+        self.xx += (x.T @ x).double().cpu()
+        self.xy += (x.T @ y).double().cpu()
+        self.yy += float(y.double().pow(2).sum())
+
+    def plus(self, other: "NormalEquations") -> "NormalEquations":
+        """Moments of both sets of rows."""
+        return NormalEquations(
+            self.weight + other.weight, self.x_sum + other.x_sum, self.y_sum + other.y_sum,
+            self.xx + other.xx, self.xy + other.xy, self.yy + other.yy,
+        )  # fmt: skip
+
+    def error(self, matrix: Tensor, bias: Tensor) -> float:
+        """Weighted sum of squares of y - x W - b over these rows, W [D, M], b [M]."""
+        cross = (matrix * self.xy).sum() + bias @ self.y_sum
+        square = ((self.xx @ matrix) * matrix).sum() + 2 * bias @ (self.x_sum @ matrix) + self.weight * bias @ bias
+        return float(self.yy - 2 * cross + square)
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """y ≈ x A B + b with A [D, r], B [r, M], b [M], float64."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """W = A B, [D, M]."""
+        return self.down @ self.up
+
+
+def fit_low_rank(moments: NormalEquations, rank: int, ridge: float) -> Affine:
+    """Reduced-rank ridge regression with an intercept.
+
+    Minimises sum_i w_i ||y_i - x_i W - b||^2 + λ ||W||_F^2 over rank(W) <= r with λ = ridge · mean diagonal of the
+    centred Gram matrix.
+
+    Args:
+        moments: Of the features x and the update y.
+        rank: r, 0 <= r <= min(D, M).
+        ridge: Dimensionless penalty.
+
+    Source: Izenman 1975; the ridge solution projected on the leading eigenvectors of W'(X'X + λ)W, that is in
+        prediction space. Inferred: centring first, the penalty's scale.
+    """
+    mean_x, mean_y = moments.x_sum / moments.weight, moments.y_sum / moments.weight
+    gram = moments.xx - moments.weight * torch.outer(mean_x, mean_x)
+    cross = moments.xy - moments.weight * torch.outer(mean_x, mean_y)
+    full = solve(gram, cross, ridge)
+    if rank >= min(full.shape):
+        rank = min(full.shape)
+    _, vectors = torch.linalg.eigh(full.T @ cross)
+    leading = vectors[:, vectors.shape[1] - rank :]
+    down, up = full @ leading, leading.T
+    return Affine(down, up, mean_y - mean_x @ down @ up)
+
+
+def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """(G + ridge · mean(diag(G)) I)^-1 C for a Gram matrix G [D, D] and cross moments C [D, M], float64."""
+    penalty = ridge * gram.diagonal().mean() + 1e-12
+    return torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), cross)
+
+
+def fit_with_held_out(train: NormalEquations, held_out: NormalEquations, rank: int) -> tuple[Affine, float]:
+    """Choose the ridge by held-out error, then refit on everything.
+
+    Returns:
+        The map and the chosen ridge.
+    """
+    errors = {}
+    for ridge in RIDGES:
+        candidate = fit_low_rank(train, rank, ridge)
+        errors[ridge] = held_out.error(candidate.matrix, candidate.bias)
+    best = min(errors, key=lambda ridge: errors[ridge])
+    return fit_low_rank(train.plus(held_out), rank, best), best
+
+
+def fit_correction(
+    train: NormalEquations, held_out: NormalEquations, ridges: Sequence[float] = RIDGES, least_gain: float = 0.002
+) -> Tensor | None:
+    """A correction of existing weights: the ridge map (no intercept) from features to what they leave unexplained.
+
+    Returns:
+        ΔW [D, M] float64, or None where it does not lower the held-out squared error by the share `least_gain`.
+    """
+    nothing = torch.zeros_like(train.y_sum)
+    errors = {ridge: held_out.error(solve(train.xx, train.xy, ridge), nothing) for ridge in ridges}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    if not errors[best] < held_out.yy * (1 - least_gain):
+        return None
+    both = train.plus(held_out)
+    return solve(both.xx, both.xy, best)
+
+
+@dataclass
+class HeldOutMoments:
+    """Normal equations of the batches fitted on and of those held out, one in eight."""
+
+    train: NormalEquations
+    held_out: NormalEquations
+
+    @classmethod
+    def zeros(cls, features: int, targets: int) -> "HeldOutMoments":
+        """Empty moments for D features and M targets."""
+        return cls(NormalEquations.zeros(features, targets), NormalEquations.zeros(features, targets))
+
+    def add(self, number: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add the rows of batch `number`; see `NormalEquations.add`."""
+        part = self.held_out if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else self.train
+        part.add(x, y, weights)
+
+    def whole(self) -> NormalEquations:
+        """Moments of every row."""
+        return self.train.plus(self.held_out)
+
+    def low_rank(self, rank: int) -> Affine:
+        """The map of rank r with the penalty of least held-out error, or a fixed one where nothing was held out."""
+        if self.held_out.weight:
+            return fit_with_held_out(self.train, self.held_out, rank)[0]
+        return fit_low_rank(self.train, rank, 1e-2)
+
+    def correction(self) -> Tensor | None:
+        """`fit_correction`; None where nothing was held out to judge it."""
+        return fit_correction(self.train, self.held_out) if self.held_out.weight else None
