@@ -41,8 +41,8 @@ class Recipe(BaseModel):
     emulation: Annotated[Emulation, RECOVERY, Field(description="What takes a removed sublayer's place.")] = "low-rank"
     rank: Annotated[int, RECOVERY, Field(ge=1, description="Adapter rank r.")] = 64
     compensate: Annotated[
-        bool, RECOVERY, Field(description="Refit the output projections of kept layers for what was removed.")
-    ] = True
+        bool, RECOVERY, Field(description="Refit the output projections of kept layers for what was removed (slow).")
+    ] = False
     calibration: Annotated[
         list[Path],
         CALIBRATION,
