@@ -29,6 +29,7 @@ from pruning.subnetwork import Evaluator
 from pruning.workdir import atomic_directory, check_free_space, check_output
 
 HELD_OUT_WINDOWS = 8
+SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,8 @@ def run(
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"):
         scoring = tokens[: max(1, recipe.score_tokens // recipe.sequence_length)]
-        gone, scores = choose(Evaluator(dense.model, dense.family, scoring), recipe, wanted, reporter)
+        scorer = Evaluator(dense.model, dense.family, scoring, state_bytes=SCORING_STATE_BYTES)
+        gone, scores = choose(scorer, recipe, wanted, reporter)
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
     if dry_run:
