@@ -152,3 +152,19 @@ def built_in(
         ids = tokenizer(standard_library_text(), add_special_tokens=False, verbose=False)["input_ids"]
         parts.append(windows(ids, length, library, torch.Generator().manual_seed(seed)))
     return interleave(parts)
+
+
+def standard_library(tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int) -> Tensor:
+    """Windows of the standard library's text alone, where no model is at hand to write any.
+
+    Returns:
+        int64 [ceil(tokens / length), length].
+
+    Raises:
+        CalibrationError: More tokens are asked for than there are.
+    """
+    ids = tokenizer(standard_library_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = windows(ids, length, -(-tokens // length), torch.Generator().manual_seed(seed))
+    if rows.numel() < tokens:
+        raise CalibrationError(f"the built-in text holds {len(ids)} tokens, not {tokens}; give --calibration files")
+    return rows

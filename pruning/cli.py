@@ -13,6 +13,7 @@ from rich.text import Text
 from pruning import __version__
 from pruning.console import Reporter
 from pruning.errors import Interrupted, ShoalError
+from pruning.plan import UnitKind
 from pruning.recipe import Recipe
 
 DEFAULTS = Recipe()
@@ -62,6 +63,27 @@ def export(
     run(model, output or Path(), recipe, overwrite=overwrite, dry_run=dry_run, reporter=Reporter())
 
 
+@app.command(name="score")
+def score_units(
+    model: str,
+    *,
+    units: Annotated[list[UnitKind], Parameter(consume_multiple=True)] = ["attention", "ffn"],  # noqa: B006
+    output: Path | None = None,
+    recipe: Annotated[Recipe, Parameter(name="*")] = DEFAULTS,
+) -> None:
+    """Print the importance of every sublayer (or block) of MODEL; prune nothing.
+
+    Args:
+        model: Hugging Face id or directory, a GGUF file, or smollm2-135m (embedded).
+        units: What to score: attention, ffn, block.
+        output: JSON file to save the scores in.
+        recipe: How to score.
+    """
+    from pruning.pipeline import score
+
+    score(model, output, recipe, units=units, reporter=Reporter())
+
+
 @app.command(name="list")
 def list_metrics() -> None:
     """Print the importance metrics and model families."""
@@ -69,7 +91,7 @@ def list_metrics() -> None:
     from pruning.importance import METRICS
 
     for name, row in METRICS.items():
-        print(f"{name:16}{row.cost:14}{row.source:18}{row.help}")
+        print(f"{name:16}{row.cost:8}{row.source:28}{row.help}")
     print("families: " + ", ".join(sorted(FAMILIES)))
 
 

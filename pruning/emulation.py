@@ -1,6 +1,6 @@
 """Closed-form emulation: fit what a removed sublayer did, layer by layer, on the already-pruned prefix."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,45 @@ def fit_plan(
 ) -> dict[Sublayer, nn.Module | None]:
     """The emulations alone, with every kept weight as it is; see `recover`."""
     return recover(evaluator, removed, rank, reporter, compensated=False).emulations
+
+
+@torch.no_grad()
+def fit_candidates(
+    evaluator: Evaluator,
+    base: Collection[Sublayer],
+    candidates: Collection[Sublayer],
+    kind: EmulationKind,
+    rank: int,
+    reporter: Reporter,
+) -> dict[Sublayer, nn.Module]:
+    """Fit what would emulate each candidate if it went next, and what emulates the sublayers that are gone.
+
+    One pass over the model serves all candidates: each is fitted on the stream of the model with `base` emulated and
+    itself still in place before it, as `recover` would fit it.
+    """
+    emulations: dict[Sublayer, nn.Module] = {}
+    wanted = {*base, *candidates}
+    if not wanted or kind == "none":
+        return emulations
+    embedded = [evaluator.embed(batch) for batch in evaluator.batches]
+    dense, arguments = [hidden for hidden, _ in embedded], [kwargs for _, kwargs in embedded]
+    pruned, parted = dense, False
+    scale = evaluator.family.scale(evaluator.model.config)
+    last = max(sublayer.block for sublayer in wanted)
+    with reporter.progress("emulations of candidates", last + 1) as step:
+        for index in range(last + 1):
+            kwargs = [every[index] for every in arguments]
+            for sublayer in (Sublayer(index, kind_) for kind_ in KINDS):
+                dense = [evaluator.run_sublayer(sublayer, h, k) for h, k in zip(dense, kwargs, strict=True)]
+                module = _fit(pruned, dense, kind, rank, scale) if sublayer in wanted else None
+                if module is not None:
+                    emulations[sublayer] = module
+                applied = module if sublayer in base else None
+                parted = parted or sublayer in base
+                calls = zip(pruned, kwargs, strict=True)
+                pruned = [evaluator.run_sublayer(sublayer, h, k, applied) for h, k in calls] if parted else dense
+            step.advance()
+    return emulations
 
 
 def _fit(inputs: list[Tensor], targets: list[Tensor], kind: EmulationKind, rank: int, scale: float) -> nn.Module | None:

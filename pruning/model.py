@@ -169,7 +169,20 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
         model = model.eval().to(device)
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise ModelError(f"cannot load {source.name}: {' '.join(str(error).split())[:300]}") from error
-    return DenseModel(source.name, source.directory, model, tokenizer, source.family, _hash_files(source.weights))
+    return DenseModel(source.name, source.directory, model, tokenizer, source.family, hash_files(source.weights))
+
+
+def load_tokenizer(source: Source) -> Tokenizer:
+    """Load the tokenizer alone.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the tokenizer of {source.name}: {' '.join(str(error).split())[:200]}") from error
+    return tokenizer
 
 
 def load_dense(name: str, dtype: str, device: str, reporter: Reporter) -> DenseModel:
@@ -198,7 +211,8 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _hash_files(files: list[Path]) -> str:
+def hash_files(files: list[Path]) -> str:
+    """SHA-256 over the files' own, in their order."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -1,113 +1,38 @@
 """The stages in order: model, calibration, importance, plan, emulation, checkpoint."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pruning
-from pruning import search
-from pruning.calibration import built_in, from_files, read_text
+from pruning import parallel, selection
+from pruning.calibration import built_in, from_files, read_text, standard_library
 from pruning.checkpoint import Manifest, verify, write_manifest
 from pruning.compensation import apply_weights
 from pruning.console import Reporter, quiet_libraries
-from pruning.emulation import Recovery, recover
-from pruning.errors import RecipeError
+from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
+from pruning.errors import RecipeError, StorageError
 from pruning.evaluate import loss
 from pruning.export import apply_plan, copy_companions, ordinary_config, pruned_config, state_dict, write_weights
 from pruning.families import Family
-from pruning.importance import metric
-from pruning.model import DenseModel, find_model, load_model
-from pruning.modeling import blocks_of, places
-from pruning.plan import KINDS, EmulationKind, Kind, Plan, Sublayer, kv_bytes_per_token, parse_amount
-from pruning.recipe import Recipe
-from pruning.report import write_card
-from pruning.subnetwork import Evaluator
-from pruning.workdir import atomic_directory, check_free_space, check_output
+from pruning.importance import Sampling, Scores, metric
+from pruning.model import DenseModel, Source, find_model, load_model
+from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
+from pruning.recipe import Counts, Recipe, counts
+from pruning.report import score_table, write_card
+from pruning.selection import Judge, Selection
+from pruning.sizes import adapter_bytes, describe_bytes, predicted_bytes, sublayer_bytes
+from pruning.streaming import open_streamed
+from pruning.subnetwork import Evaluator, Residency
+from pruning.workdir import Journal, atomic_directory, check_free_space, check_output
 
 HELD_OUT_WINDOWS = 8
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How many sublayers of each kind, and whole blocks, to remove."""
-
-    attention: int
-    ffn: int
-    blocks: int
-
-
-def counts(recipe: Recipe, num_blocks: int) -> Counts:
-    """Resolve the recipe's amounts against a model.
-
-    Raises:
-        RecipeError: An amount is malformed, out of range, or leaves no attention layer.
-    """
-    attention = recipe.attention
-    if attention is None and recipe.ffn is None and recipe.blocks is None:
-        attention = "33%"
-    if recipe.format == "llama" and (attention is not None or recipe.ffn is not None):
-        raise RecipeError("--format llama holds whole blocks only; ask for --blocks N, or for --format shoal")
-    given = {"attention": attention, "ffn": recipe.ffn, "blocks": recipe.blocks}
-    result = Counts(**{k: 0 if v is None else parse_amount(v, num_blocks, k) for k, v in given.items()})
-    if result.attention + result.blocks >= num_blocks:
-        raise RecipeError(
-            f"{result.attention + result.blocks} of {num_blocks} attention layers would go; at least one must stay"
-        )
-    if result.ffn + result.blocks > num_blocks:
-        raise RecipeError(
-            f"{result.ffn + result.blocks} of {num_blocks} FFN layers would go; there are only {num_blocks}"
-        )
-    outside = [block for block in recipe.keep if not 0 <= block < num_blocks]
-    if outside:
-        raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
-    free = num_blocks - len(set(recipe.keep))
-    if max(result.attention, result.ffn) + result.blocks > free:
-        raise RecipeError(f"--keep leaves only {free} blocks to remove from; ask for less")
-    return result
-
-
-def choose(
-    evaluator: Evaluator, recipe: Recipe, wanted: Counts, reporter: Reporter
-) -> tuple[list[Sublayer], dict[str, float]]:
-    """Score the sublayers and choose those to remove; return them and every value."""
-    num_blocks = len(evaluator.blocks)
-    free = [block for block in range(num_blocks) if block not in recipe.keep]
-    kinds: list[Kind] = [k for k in KINDS if getattr(wanted, k) or wanted.blocks]
-    everything = [Sublayer(block, kind) for block in range(num_blocks) for kind in kinds]
-    function = metric(recipe.importance).load()
-    with reporter.progress("scoring", len(everything) * len(evaluator.batches)) as step:
-        scores = function(evaluator, everything, recipe.seed, step.advance)
-    gone: list[Sublayer] = []
-    if wanted.blocks:
-        by_block = {Sublayer(b, "attention"): sum(scores[Sublayer(b, kind)] for kind in KINDS) for b in free}
-        dropped = search.rank(by_block, wanted.blocks, list(by_block))
-        gone += [Sublayer(s.block, kind) for s in dropped for kind in KINDS]
-    for kind in KINDS:
-        among = [Sublayer(b, kind) for b in free if Sublayer(b, kind) not in gone]
-        count = getattr(wanted, kind)
-        if not count:
-            continue
-        if recipe.search == "greedy":
-            gone += search.greedy(_rescorer(evaluator, tuple(gone), reporter), count, among)
-        else:
-            gone += search.rank(scores, count, among)
-    return sorted(gone), {str(sublayer): value for sublayer, value in scores.items()}
-
-
-def _rescorer(
-    evaluator: Evaluator, fixed: tuple[Sublayer, ...], reporter: Reporter
-) -> Callable[[Sequence[Sublayer], Sequence[Sublayer]], dict[Sublayer, float]]:
-    def score(gone: Sequence[Sublayer], rest: Sequence[Sublayer]) -> dict[Sublayer, float]:
-        with reporter.progress(f"greedy, {len(gone)} gone", len(rest) * len(evaluator.batches)) as step:
-            _, losses = evaluator.leave_one_out(rest, base=[*fixed, *gone], advance=step.advance)
-        return {sublayer: float(value.mean()) for sublayer, value in losses.items()}
-
-    return score
 
 
 def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
@@ -116,61 +41,169 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
     tokens = recipe.calibration_tokens + HELD_OUT_WINDOWS * length
     if recipe.calibration:
         rows = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
+    elif recipe.stream:
+        rows = standard_library(dense.tokenizer, tokens, length, recipe.seed)
     else:
         rows = built_in(dense.model, dense.tokenizer, tokens, length, recipe.seed, reporter)
     return rows[HELD_OUT_WINDOWS:], rows[:HELD_OUT_WINDOWS]
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def judges_of(
+    dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
+    residency: Residency | None = None,
+) -> list[Judge]:  # fmt: skip
+    """What plans are judged on: calibration text, or two halves of it of different domains, crosswise.
+
+    In the second case each half is judged with emulations that were fitted on the other.
+    """
+
+    def evaluator(rows: Tensor) -> Evaluator:
+        return Evaluator(
+            dense.model, dense.family, rows, state_bytes=SCORING_STATE_BYTES, journal=journal, residency=residency
+        )
+
+    windows = max(1, recipe.score_tokens // recipe.sequence_length)
+    if not recipe.recovery_aware:
+        return [Judge("calibration text", evaluator(tokens[:windows]))]
+    sources = len(recipe.calibration) or 2
+    if sources == 1:
+        reporter.say("note: all text is of one file; --recovery-aware is best with --calibration files of two domains")
+    row_source = [(HELD_OUT_WINDOWS + row) % max(2, sources) for row in range(len(tokens))]
+    halves = [tokens[[row for row, source in enumerate(row_source) if source % 2 == half]] for half in (0, 1)]
+    return [
+        Judge(f"half {half + 1}", evaluator(halves[half][: max(1, windows // 2)]),
+              adapters=_adapters(dense, recipe, halves[1 - half], reporter))
+        for half in (0, 1)
+    ]  # fmt: skip
 
 
-def kv_bytes(dense: DenseModel, kept_attention: int) -> int:
-    """KV cache bytes per token with so many attention layers."""
-    config = dense.model.config
-    return kv_bytes_per_token(kept_attention, config.num_key_value_heads, config.head_dim, dense.model.dtype.itemsize)
+def _adapters(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> selection.Adapters:
+    """Emulations of what may go, fitted on `tokens`; those for the last base are kept."""
+    evaluator = Evaluator(dense.model, dense.family, tokens)
+    candidates = sublayers_of(free_units(counts(recipe, len(evaluator.blocks)), len(evaluator.blocks), recipe.keep))
+    kept: dict[tuple[Sublayer, ...], dict[Sublayer, nn.Module]] = {}
+
+    def adapters(base: Collection[Sublayer]) -> Mapping[Sublayer, nn.Module]:
+        key = tuple(sorted(base))
+        if key not in kept:
+            kept.clear()
+            kept[key] = fit_candidates(evaluator, key, candidates, emulation_kind(recipe), recipe.rank, reporter)
+        return kept[key]
+
+    return adapters
 
 
-def predicted_bytes(dense: DenseModel, wanted: Counts, recipe: Recipe) -> dict[str, int]:
-    """Weight and KV bytes before any scoring: sublayers of one kind are all of one size."""
-    family, config = dense.family, dense.model.config
-    block = blocks_of(dense.model, family)[0]
-    sizes = {kind: sum(weight_bytes(getattr(block, name)) for name in places(family, kind)) for kind in KINDS}
-    dense_bytes = weight_bytes(dense.model)
-    gone = {"attention": wanted.attention + wanted.blocks, "ffn": wanted.ffn + wanted.blocks}
-    parameters = {
-        "none": 0,
-        "bias": config.hidden_size,
-        "low-rank": (2 * recipe.rank + 1) * config.hidden_size,
-    }
-    adapters = (wanted.attention + wanted.ffn) * parameters[recipe.emulation] * dense.model.dtype.itemsize
-    return {
-        "weights_dense": dense_bytes,
-        "weights": dense_bytes - sum(gone[kind] * sizes[kind] for kind in KINDS) + adapters,
-        "kv_per_token_dense": kv_bytes(dense, config.num_hidden_layers),
-        "kv_per_token": kv_bytes(dense, config.num_hidden_layers - gone["attention"]),
-    }
+def groups_of(wanted: Counts, num_blocks: int, keep: Sequence[int]) -> list[tuple[list[Unit], int]]:
+    """Candidates of every kind that something of is to go, and how many."""
+    free = [block for block in range(num_blocks) if block not in keep]
+    kinds: list[tuple[tuple[UnitKind, ...], int]] = [
+        (("block",), wanted.blocks), (("attention",), wanted.attention), (("ffn",), wanted.ffn),
+        (KINDS, wanted.sublayers),
+    ]  # fmt: skip
+    return [([Unit(block, kind) for block in free for kind in some], count) for some, count in kinds if count]
 
 
-def describe_bytes(sizes: dict[str, int]) -> str:
-    """One line for people."""
-    weights, kv = (
-        sizes["weights"] / sizes["weights_dense"],
-        sizes["kv_per_token"] / sizes["kv_per_token_dense"],
-    )
-    return (
-        f"weights {sizes['weights'] / 2**20:.1f} MiB ({weights:.1%} of dense), "
-        f"KV cache {sizes['kv_per_token']} bytes per token ({kv:.1%} of dense)"
-    )
+def free_units(wanted: Counts, num_blocks: int, keep: Sequence[int]) -> list[Unit]:
+    """All candidates."""
+    return [unit for units, _ in groups_of(wanted, num_blocks, keep) for unit in units]
 
 
-def plan_of(gone: Sequence[Sublayer], num_blocks: int, recipe: Recipe) -> Plan:
+def choose(judges: Sequence[Judge], recipe: Recipe, wanted: Counts, reporter: Reporter) -> Selection:
+    """Score the units and choose those to remove."""
+    num_blocks = len(judges[0].evaluator.blocks)
+    depth = wanted.attention + wanted.ffn + wanted.blocks + wanted.sublayers
+    if recipe.max_loss_increase is not None or recipe.weight_budget is not None:
+        depth = num_blocks // 3
+    return selection.select(
+        judges, groups_of(wanted, num_blocks, recipe.keep), recipe.importance, recipe.search,
+        Sampling(recipe.seed, recipe.samples, depth), reporter,
+        objective=recipe.objective, generations=recipe.generations, offspring=recipe.offspring,
+    )  # fmt: skip
+
+
+def within_budget(
+    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
+) -> list[Unit]:
+    """The units of `order` that a budget in weights or in loss lets go; all where there is no such budget.
+
+    Raises:
+        RecipeError: The budget cannot be met.
+    """
+    if recipe.weight_budget is not None:
+        each = sublayer_bytes(dense)
+        adapter = adapter_bytes(dense, emulation_kind(recipe), recipe.rank)
+        savings = [each[s.kind] - adapter for unit in order for s in unit.sublayers]
+        whole = predicted_bytes(dense, Plan(len(dense.model.get_submodule(dense.family.blocks)), {}))["weights"]
+        excess = math.ceil(whole * (1 - parse_share(recipe.weight_budget, "weight-budget")))
+        count = shortest(savings, excess)
+        if count is None:
+            raise RecipeError(f"--weight-budget {recipe.weight_budget} is out of reach: not even all sublayers save it")
+        return list(order[:count])
+    if recipe.max_loss_increase is not None:
+        return _within_loss(dense, recipe, order, tokens, held_out, reporter)
+    return list(order)
+
+
+def _within_loss(
+    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
+) -> list[Unit]:
+    """The longest start of `order` whose emulated plan stays inside the loss budget, by bisection."""
+    bound = recipe.max_loss_increase
+    assert bound is not None
+    fitting = Evaluator(dense.model, dense.family, tokens)
+    judging = Evaluator(dense.model, dense.family, held_out)
+    before = float(judging.loss({}).mean())
+    fits, fails = 0, len(order) + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        removed = dict.fromkeys(sublayers_of(order[:middle]), emulation_kind(recipe))
+        increase = float(judging.loss(fit_plan(fitting, removed, recipe.rank, reporter)).mean()) - before
+        reporter.say(f"{middle} removed: loss increase {increase:.4f} nats per token")
+        fits, fails = (middle, fails) if increase <= bound else (fits, middle)
+    if not fits:
+        raise RecipeError(f"--max-loss-increase {bound} is out of reach: removing one sublayer costs more")
+    return list(order[:fits])
+
+
+def emulation_kind(recipe: Recipe) -> EmulationKind:
+    """The recipe's emulation as the plan names it."""
+    return "low_rank" if recipe.emulation == "low-rank" else recipe.emulation
+
+
+def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
     """The plan: sublayers of a block that goes as a whole are not emulated, all others are."""
-    kind: EmulationKind = "low_rank" if recipe.emulation == "low-rank" else recipe.emulation
-    if recipe.attention is None and recipe.ffn is None and recipe.blocks is not None:
-        kind = "none"
-    return Plan(num_blocks, dict.fromkeys(gone, kind), recipe.rank)
+    removed: dict[Sublayer, EmulationKind] = {}
+    for unit in gone:
+        kind: EmulationKind = "none" if unit.kind == "block" else emulation_kind(recipe)
+        removed |= dict.fromkeys(unit.sublayers, kind)
+    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank)
+    if not plan.kept("attention"):
+        raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
+    return plan
+
+
+def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Counts]:
+    """Find the model and refuse what cannot be done before anything costs time.
+
+    Raises:
+        UserError: What is wrong with the request.
+    """
+    metric(recipe.importance)
+    source = find_model(model, reporter)
+    wanted = counts(recipe, source.config.num_hidden_layers)
+    if recipe.rank > source.config.hidden_size:
+        raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
+    for path in recipe.calibration:
+        read_text(path)
+    return source, wanted
+
+
+def journal_of(path: Path | None, dense: DenseModel) -> Journal:
+    """The journal of one model's values, a file for each process."""
+    rank, processes = parallel.process()
+    if path is not None and processes > 1:
+        path = path.with_name(f"{path.name}.{rank}")
+    return Journal(path, f"{dense.weight_hash} {dense.model.dtype} {torch.get_num_threads()}")
 
 
 def run(
@@ -178,36 +211,40 @@ def run(
 ) -> Manifest | None:
     """Prune a model and write the checkpoint; with `dry_run` only say what would be done.
 
+    A run that was killed goes on where it stopped when it is started again: scores are journalled beside the output.
+
     Raises:
         UserError: Anything about the request; nothing is written then.
     """
     quiet_libraries()
-    metric(recipe.importance)
+    parallel.start()
+    if recipe.stream:
+        raise RecipeError("--stream scores only: run `prune-export score`, or leave it out")
     if not dry_run:
         check_output(output, overwrite)
-    source = find_model(model, reporter)
+    source, wanted = checked(model, recipe, reporter)
     num_blocks = source.config.num_hidden_layers
-    wanted = counts(recipe, num_blocks)
-    if recipe.rank > source.config.hidden_size:
-        raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
-    for path in recipe.calibration:
-        read_text(path)
     with reporter.stage("load"):
         dense = load_model(source, recipe.dtype, recipe.device)
-    sizes = predicted_bytes(dense, wanted, recipe)
     if not dry_run:
-        check_free_space(output, int(sizes["weights"] * 1.05) + 2**24)
+        dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
+        check_free_space(output, int(predicted_bytes(dense, dearest)["weights"] * 1.05) + 2**24)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
+    journal = journal_of(None if dry_run else output.parent / f".{output.name}.journal", dense)
     with reporter.stage("score"):
-        scoring = tokens[: max(1, recipe.score_tokens // recipe.sequence_length)]
-        scorer = Evaluator(dense.model, dense.family, scoring, state_bytes=SCORING_STATE_BYTES)
-        gone, scores = choose(scorer, recipe, wanted, reporter)
+        judges = judges_of(dense, recipe, tokens, journal, reporter)
+        chosen = choose(judges, recipe, wanted, reporter)
+        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter)
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
+    sizes = predicted_bytes(dense, plan)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
         return None
+    if parallel.process()[0] != 0:
+        journal.discard()
+        return None  # the rest is one process's work
     with reporter.stage("emulate"):
         evaluator = Evaluator(dense.model, dense.family, tokens)
         recovery = recover(evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate)
@@ -224,7 +261,7 @@ def run(
             recipe=recipe.model_dump(mode="json"),
             num_blocks=num_blocks,
             removed={str(s): kind for s, kind in plan.removed.items()},
-            importance={recipe.importance: scores},
+            importance=table_of(chosen.scores, recipe.importance),
             quality=quality,
             sizes=sizes,
             stages=dict(reporter.stages),
@@ -234,6 +271,7 @@ def run(
         write_manifest(directory, manifest)
     with reporter.stage("verify"):
         manifest = verify(output)
+    journal.discard()
     reporter.say(f"wrote {output}: {describe_bytes(sizes)}")
     ratio = torch.tensor(quality["pruned_loss"] - quality["dense_loss"]).exp().item()
     reporter.say(f"perplexity on held-out calibration text: {ratio:.3f} times dense")
@@ -247,3 +285,59 @@ def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery, held_out
     apply_plan(dense.model, family, plan, recovery.emulations)
     after = loss(dense.model, family, held_out)
     return {"dense_loss": before, "pruned_loss": after, "text": "held-out calibration windows"}
+
+
+def table_of(scores: Mapping[str, Scores], importance: str) -> dict[str, dict[str, float]]:
+    """Scores as `pruning.json` holds them: metric, metric of each judge, and standard errors."""
+    out: dict[str, dict[str, float]] = {}
+    for name, entry in scores.items():
+        label = f"{importance} ({name})" if name else importance
+        out[label] = {str(unit): value for unit, value in entry.values.items()}
+        if entry.errors:
+            out[f"{label}, standard error"] = {str(unit): value for unit, value in entry.errors.items()}
+    return out
+
+
+def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[UnitKind], reporter: Reporter) -> None:
+    """Score units without pruning: a table on stdout and, if `output` is given, JSON.
+
+    Raises:
+        UserError: Anything about the request.
+    """
+    quiet_libraries()
+    parallel.start()
+    source, _ = checked(model, recipe, reporter)
+    residency: Residency | None = None
+    with reporter.stage("load"):
+        if recipe.stream:
+            if metric(recipe.importance).target.startswith("pruning.importance.gradient"):
+                raise RecipeError(f"--importance {recipe.importance} needs the whole model; leave --stream out")
+            dense, residency = open_streamed(source, recipe.dtype, recipe.device)
+        else:
+            dense = load_model(source, recipe.dtype, recipe.device)
+    with reporter.stage("calibrate"):
+        tokens, _ = calibrate(dense, recipe, reporter)
+    every = [Unit(b, kind) for kind in units for b in range(source.config.num_hidden_layers) if b not in recipe.keep]
+    journal = journal_of(None if output is None else output.with_name(f".{output.name}.journal"), dense)
+    sampling = Sampling(recipe.seed, recipe.samples, max(1, len(every) // 3))
+    with reporter.stage("score"):
+        judges = judges_of(dense, recipe, tokens, journal, reporter, residency)
+        scores = selection.score(judges, every, recipe.importance, sampling, reporter)
+    if parallel.process()[0] == 0:
+        print(score_table(scores[""].values, scores[""].errors, metric(recipe.importance).unit))
+        if output is not None:
+            _write_scores(output, recipe, dense, table_of(scores, recipe.importance))
+    journal.discard()
+
+
+def _write_scores(output: Path, recipe: Recipe, dense: DenseModel, table: Mapping[str, Any]) -> None:
+    document = {
+        "shoal_version": pruning.__version__, "model": dense.name, "weight_hash": dense.weight_hash,
+        "recipe": recipe.model_dump(mode="json"), "importance": table,
+    }  # fmt: skip
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        raise StorageError(f"cannot write {output}: {error.strerror or error}") from error

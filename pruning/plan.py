@@ -1,13 +1,14 @@
 """What is kept, removed or emulated, and the bytes that follow from it. Pure Python."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pruning.errors import RecipeError
 
 Kind = Literal["attention", "ffn"]
+UnitKind = Literal["attention", "ffn", "block"]
 EmulationKind = Literal["none", "bias", "low_rank"]
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
 
@@ -21,6 +22,28 @@ class Sublayer:
 
     def __str__(self) -> str:
         return f"{self.kind}.{self.block}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Unit:
+    """What importance is measured of and what is removed at once: a sublayer, or a block with both of its own."""
+
+    block: int
+    kind: UnitKind
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """The sublayers that go with it, first to last."""
+        kinds: tuple[Kind, ...] = KINDS if self.kind == "block" else (self.kind,)
+        return tuple(Sublayer(self.block, kind) for kind in kinds)
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.block}"
+
+
+def sublayers_of(units: Iterable[Unit]) -> list[Sublayer]:
+    """All sublayers of several units, in the model's order."""
+    return sorted({sublayer for unit in units for sublayer in unit.sublayers})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +125,33 @@ def parse_amount(amount: str | int, total: int, what: str) -> int:
     return count
 
 
+def parse_share(share: str, what: str) -> float:
+    """Turn `66%` into 0.66.
+
+    Raises:
+        RecipeError: Not a share between 0% and 100%.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", share.strip())
+    if not match or not 0 < float(match[1]) < 100:
+        raise RecipeError(f"--{what} {share!r} is not a share such as 66%, over 0% and under 100%")
+    return float(match[1]) / 100
+
+
+def shortest(savings: Sequence[int], wanted: int) -> int | None:
+    """How many of the first savings add up to at least `wanted`; None where all do not."""
+    total = 0
+    for count, saving in enumerate(savings, 1):
+        total += saving
+        if total >= wanted:
+            return count
+    return None
+
+
 def kv_bytes_per_token(kept_attention: int, num_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
     """KV cache bytes one token takes: 2 (K and V) · kept attention layers · K heads · head dim · dtype bytes."""
     return 2 * kept_attention * num_kv_heads * head_dim * dtype_bytes
 
 
-def lowest(scores: Mapping[Sublayer, float], count: int, among: Sequence[Sublayer]) -> list[Sublayer]:
-    """The `count` sublayers of least importance, ties by position."""
-    return sorted(sorted(among, key=lambda s: (scores[s], s))[:count])
+def lowest(scores: Mapping[Unit, float], count: int, among: Sequence[Unit]) -> list[Unit]:
+    """The `count` units of least importance, least first, ties by position."""
+    return sorted(among, key=lambda unit: (scores[unit], unit))[:count]

@@ -1,10 +1,14 @@
 """The recipe: every flag is a key, every key a flag."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from pydantic import BaseModel, ConfigDict, Field
+
+from pruning.errors import RecipeError
+from pruning.plan import parse_amount, parse_share
 
 SELECTION = Parameter(group="Selection")
 RECOVERY = Parameter(group="Recovery")
@@ -13,6 +17,8 @@ OUTPUT = Parameter(group="Output")
 SEVERAL = Parameter(consume_multiple=True)
 
 Amount = str | int | None
+Share = str | None
+Search = Literal["rank", "greedy", "evolutionary", "policy-gradient", "consecutive"]
 Emulation = Literal["none", "bias", "low-rank"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -29,14 +35,39 @@ class Recipe(BaseModel):
     ] = None
     ffn: Annotated[Amount, SELECTION, Field(description="FFN sublayers to remove: a count or a share.")] = None
     blocks: Annotated[Amount, SELECTION, Field(description="Whole blocks to remove: a count or a share.")] = None
+    sublayers: Annotated[
+        Amount, SELECTION, Field(description="Sublayers of both kinds in one ranking: a count or a share.")
+    ] = None
+    kv_budget: Annotated[
+        Share, SELECTION, Field(description="KV cache to keep, such as 66%: removes attention until it fits.")
+    ] = None
+    weight_budget: Annotated[
+        Share, SELECTION, Field(description="Weight bytes to keep, such as 90%: removes sublayers of both kinds.")
+    ] = None
+    max_loss_increase: Annotated[
+        float | None,
+        SELECTION,
+        Field(gt=0, description="Nats per token on held-out text: removes as much attention as stays inside."),
+    ] = None
     importance: Annotated[str, SELECTION, Field(description="Importance metric; see `prune-export list`.")] = (
         "leave-one-out"
     )
-    search: Annotated[
-        Literal["rank", "greedy"],
+    samples: Annotated[
+        int, SELECTION, Field(ge=1, description="Subnetworks or orders drawn by metrics that sample.")
+    ] = 8
+    search: Annotated[Search, SELECTION, Field(description="How the plan is chosen.")] = "rank"
+    recovery_aware: Annotated[
+        bool,
         SELECTION,
-        Field(description="How the plan is chosen: one shot, or scored again after every removal."),
-    ] = "rank"
+        Field(description="Judge plans with their emulation in place, each on text it was not fitted on."),
+    ] = False
+    objective: Annotated[
+        Literal["kl", "loss"], SELECTION, Field(description="What evolutionary and policy-gradient minimise.")
+    ] = "kl"
+    generations: Annotated[
+        int, SELECTION, Field(ge=1, description="Generations of evolutionary, steps of policy-gradient.")
+    ] = 20
+    offspring: Annotated[int, SELECTION, Field(ge=2, description="Plans in each of them.")] = 16
     keep: Annotated[list[int], SELECTION, SEVERAL, Field(description="Blocks to leave alone.")] = []
     emulation: Annotated[Emulation, RECOVERY, Field(description="What takes a removed sublayer's place.")] = "low-rank"
     rank: Annotated[int, RECOVERY, Field(ge=1, description="Adapter rank r.")] = 64
@@ -60,9 +91,83 @@ class Recipe(BaseModel):
     dtype: Annotated[
         Dtype, OUTPUT, Field(description="Dtype to compute and store in; auto: float32 on CPU, else the model's own.")
     ] = "auto"
+    stream: Annotated[
+        bool, OUTPUT, Field(description="Score with the blocks read from disk one at a time (`score` only).")
+    ] = False
     device: Annotated[str, OUTPUT, Field(description="cpu, cuda, cuda:1 or auto.")] = "auto"
     format: Annotated[
         Literal["shoal", "llama"],
         OUTPUT,
         Field(description="shoal, or llama: an ordinary checkpoint of the model's own family (whole blocks only)."),
     ] = "shoal"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many sublayers of each kind, of either kind, and whole blocks, to remove."""
+
+    attention: int = 0
+    ffn: int = 0
+    blocks: int = 0
+    sublayers: int = 0
+
+
+def counts(recipe: Recipe, num_blocks: int) -> Counts:
+    """Resolve the recipe's amounts against a model; a budget in loss or weights is an upper bound here.
+
+    Raises:
+        RecipeError: An amount is malformed, out of range, contradicts another, or leaves no attention layer.
+    """
+    given = {
+        "attention": recipe.attention, "ffn": recipe.ffn, "blocks": recipe.blocks, "sublayers": recipe.sublayers
+    }  # fmt: skip
+    amounts = {kind: amount for kind, amount in given.items() if amount is not None}
+    free = num_blocks - len(set(recipe.keep))
+    _refuse_contradictions(recipe, amounts, num_blocks)
+    if recipe.kv_budget is not None:
+        kept = int(num_blocks * parse_share(recipe.kv_budget, "kv-budget") + 1e-9)
+        amounts["attention"] = max(1, num_blocks - kept)
+    elif recipe.max_loss_increase is not None:
+        amounts["attention"] = min(free, num_blocks - 1)
+    elif recipe.weight_budget is not None:
+        parse_share(recipe.weight_budget, "weight-budget")
+        amounts["sublayers"] = min(2 * free, 2 * num_blocks - 2)
+    elif not amounts:
+        amounts["attention"] = "33%"
+    totals = {"sublayers": 2 * num_blocks}
+    result = Counts(**{k: parse_amount(v, totals.get(k, num_blocks), k) for k, v in amounts.items()})
+    if result.attention + result.blocks >= num_blocks or result.sublayers >= 2 * num_blocks - 1:
+        gone = min(num_blocks, result.attention + result.blocks + result.sublayers)
+        raise RecipeError(f"{gone} of {num_blocks} attention layers would go; at least one must stay")
+    if result.ffn + result.blocks > num_blocks:
+        raise RecipeError(
+            f"{result.ffn + result.blocks} of {num_blocks} FFN layers would go; there are only {num_blocks}"
+        )
+    if max(result.attention, result.ffn) + result.blocks > free or result.sublayers > 2 * free:
+        raise RecipeError(f"--keep leaves only {free} blocks to remove from; ask for less")
+    return result
+
+
+def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_blocks: int) -> None:
+    budgets = {
+        "--kv-budget": recipe.kv_budget,
+        "--weight-budget": recipe.weight_budget,
+        "--max-loss-increase": recipe.max_loss_increase,
+    }
+    named = [flag for flag, value in budgets.items() if value is not None]
+    if len(named) > 1 or (named and amounts):
+        both = [*named, *(f"--{kind}" for kind in amounts)][:2]
+        raise RecipeError(f"{both[0]} and {both[1]} both say how much goes; give one")
+    if "sublayers" in amounts and len(amounts) > 1:
+        raise RecipeError("--sublayers ranks both kinds together; leave --attention, --ffn and --blocks out")
+    if recipe.format == "llama" and set(amounts) != {"blocks"}:
+        raise RecipeError("--format llama holds whole blocks only; ask for --blocks N, or for --format shoal")
+    if named and named != ["--kv-budget"] and recipe.search not in ("rank", "greedy"):
+        raise RecipeError(f"{named[0]} needs an order of removal: --search rank or greedy, not {recipe.search}")
+    outside = [block for block in recipe.keep if not 0 <= block < num_blocks]
+    if outside:
+        raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
+    if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
+        raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
+    if recipe.recovery_aware and recipe.emulation == "none":
+        raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")

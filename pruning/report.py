@@ -1,9 +1,11 @@
 """The model card: what was removed, what it cost and saved, and the command that reproduces it."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from pruning.checkpoint import Manifest
+from pruning.plan import Unit
 
 
 def strip(manifest: Manifest, kind: str) -> str:
@@ -48,3 +50,11 @@ def write_card(directory: Path, manifest: Manifest) -> None:
         f"Serve it: `prune-serve DIR`. Made by:\n\n    {command(manifest)}\n",
         encoding="utf-8",
     )
+
+
+def score_table(values: Mapping[Unit, float], errors: Mapping[Unit, float], unit: str) -> str:
+    """Scores as text, least important first."""
+    rows = [f"{'unit':16}{unit:>16}" + (f"{'+-':>14}" if errors else "")]
+    for one in sorted(values, key=lambda u: (values[u], u)):
+        rows.append(f"{one!s:16}{values[one]:16.6f}" + (f"{errors[one]:14.6f}" if one in errors else ""))
+    return "\n".join(rows)

@@ -1,5 +1,7 @@
 """Evaluate any subnetwork of a model without copying or editing it, reusing what subnetworks share."""
 
+import copy
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pruning.families import Family
 from pruning.modeling import blocks_of, places, replace_sublayer
 from pruning.objective import Head, Objective
 from pruning.plan import KINDS, Kind, Sublayer
+from pruning.workdir import Journal
 
 STATE_BYTES = 2**30
 FORWARD_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -96,6 +99,7 @@ class Evaluator:
         counted: Which next tokens the objectives count, bool [n, T-1] or batches of it; all by default.
         state_bytes: Bound on the residual streams held at once.
         residency: Where the weights are.
+        journal: Values already computed; none are kept by default.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class Evaluator:
         counted: Sequence[Tensor] | None = None,
         state_bytes: int = STATE_BYTES,
         residency: Residency | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.model, self.family = model, family
         self.blocks = list(blocks_of(model, family))
@@ -115,8 +120,32 @@ class Evaluator:
         self.counted = list(counted) if counted is not None else None
         self.state_bytes = state_bytes
         self.residency = residency or Residency()
+        self.journal = Journal() if journal is None else journal
+        self.base: Gone = {}
+        self.emulations: Mapping[Sublayer, nn.Module] = {}
         self._head = Head(model, family)
         self._dense: dict[int, Tensor] = {}
+        self._texts: dict[int, str] = {}
+
+    def view(self, base: Collection[Sublayer], emulations: Mapping[Sublayer, nn.Module] | None = None) -> "Evaluator":
+        """The same model and tokens, seen from a subnetwork.
+
+        Whatever is asked of the view has `base` removed as well, and where it removes a sublayer that `emulations`
+        holds, the emulation takes its place; so every metric can be taken of a pruned or of a recovered model.
+        """
+        other = copy.copy(self)
+        other.emulations = emulations or {}
+        other.base = dict.fromkeys(base)
+        return other
+
+    def part(self, share: float) -> "Evaluator":
+        """The same view on the first batches only, at least one."""
+        many = max(1, round(share * len(self.batches)))
+        if many == len(self.batches):
+            return self
+        other = copy.copy(self)
+        other.batches = self.batches[:many]
+        return other
 
     @property
     def windows(self) -> int:
@@ -188,18 +217,51 @@ class Evaluator:
             float64 [len(plans), n]: means over the counted tokens of every window, nats/token (loss, kl).
         """
         table = torch.zeros(len(plans), self.windows, dtype=torch.float64)
+        plans = [self._complete(plan) for plan in plans]
         order = sorted(range(len(plans)), key=lambda p: (min(plans[p], default=_LAST), p))
-        if objective != "loss":
-            self._remember_dense()
         for numbers in self._rounds():
             for group in self._groups(order, numbers):
-                chosen = [plans[p] for p in group]
-                for number, finals in self._finals(numbers, chosen):
-                    rows = self._score(finals, number, objective)
+                for number, rows in self._group_rows(numbers, [plans[p] for p in group], objective):
                     table[group, self.span(number)] = rows
                     for _ in group if advance else ():
                         advance()  # type: ignore[misc]
         return parallel.gather(table)
+
+    def _complete(self, plan: Gone) -> Gone:
+        """The plan with what the view removes, every emulation in its place."""
+        whole = {**self.base, **plan}
+        return {s: self.emulations.get(s) if module is None else module for s, module in whole.items()}
+
+    def _group_rows(
+        self, numbers: list[int], plans: Sequence[Gone], objective: Objective
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Rows float64 [plans, b] of every batch, from the journal where they were computed before.
+
+        Plans are journalled as they were computed together: what shares a matrix product decides its last bits.
+        """
+        key = [objective, [describe(plan) for plan in plans], [self._text(number) for number in numbers]]
+        if (known := self.journal.recall(key)) is not None:
+            for number, rows in zip(numbers, known, strict=True):
+                yield number, torch.tensor(rows, dtype=torch.float64)
+            return
+        if objective != "loss":
+            self._remember_dense(numbers)
+        computed = []
+        for number, finals in self._finals(numbers, plans):
+            rows = self._score(finals, number, objective)
+            computed.append(rows.tolist())
+            yield number, rows
+        self.journal.keep(key, computed)
+
+    def _text(self, number: int) -> str:
+        """Digest of a batch's tokens and of which of them count."""
+        if number not in self._texts:
+            batch = self.batches[number]
+            parts = [str(tuple(batch.shape)).encode(), batch.cpu().numpy().tobytes()]
+            if self.counted is not None:
+                parts.append(self.counted[number].cpu().numpy().tobytes())
+            self._texts[number] = hashlib.sha256(b"".join(parts)).hexdigest()
+        return self._texts[number]
 
     def loss(self, gone: Gone) -> Tensor:
         """Loss of one subnetwork, float64 [n] (nats/token, one value a window)."""
@@ -221,7 +283,7 @@ class Evaluator:
     @torch.inference_mode()
     def walk(self, visit: Visitor, gone: Gone | None = None) -> None:
         """Run one subnetwork and show every kept sublayer's input and output to `visit`."""
-        gone = gone or {}
+        gone = self._complete(gone or {})
         for numbers in self._rounds():
             streams = self._embedded(numbers)
             for index in range(len(self.blocks)):
@@ -246,7 +308,7 @@ class Evaluator:
             number: Of the batch.
 
         Returns:
-            d(mean loss of the window)/d gate, float64 [b, L, 2], nats/token.
+            d(mean loss of the window)/d gate, float64 [b, L, 2], nats/token; 0 for what the view removes.
         """
         batch = self.batches[number]
         hidden, kwargs = self.embed(batch)
@@ -260,8 +322,14 @@ class Evaluator:
         return gradient.double().cpu()
 
     def _gated(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor) -> Tensor:
+        base = self._complete({})
         for column, kind in enumerate(KINDS):
-            after = self.run_sublayer(Sublayer(index, kind), hidden, kwargs)
+            sublayer = Sublayer(index, kind)
+            if sublayer in base:
+                emulation = base[sublayer]
+                hidden = hidden if emulation is None else self.run_sublayer(sublayer, hidden, kwargs, emulation)
+                continue
+            after = self.run_sublayer(sublayer, hidden, kwargs)
             hidden = hidden + gates[:, column, None, None] * (after - hidden)
         return hidden
 
@@ -342,12 +410,11 @@ class Evaluator:
             for state, hidden in zip(part, after.split(rows), strict=True):
                 state.hidden = hidden
 
-    def _remember_dense(self) -> None:
-        missing = [number for number in self.mine() if number not in self._dense]
-        for numbers in [missing] if not self.residency.keeps_blocks else [[number] for number in missing]:
-            if numbers:
-                for number, finals in self._finals(numbers, [{}]):
-                    self._dense[number] = finals[0]
+    def _remember_dense(self, numbers: list[int]) -> None:
+        missing = [number for number in numbers if number not in self._dense]
+        if missing:
+            for number, finals in self._finals(missing, [{}]):
+                self._dense[number] = finals[0]
 
     def _score(self, finals: list[Tensor], number: int, objective: Objective) -> Tensor:
         """Rows float64 [plans, b] of the table; equal finals are scored once."""
@@ -372,6 +439,20 @@ class Evaluator:
 
 
 _LAST = Sublayer(2**31, "ffn")
+
+
+def describe(plan: Gone) -> list[str]:
+    """What a plan is made of, for a journal's key: sublayers and the digests of their emulations."""
+    return [str(s) if plan[s] is None else f"{s}:{_fingerprint(plan[s])}" for s in sorted(plan)]
+
+
+def _fingerprint(module: nn.Module | None) -> str:
+    assert module is not None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _tile(value: Any, rows: int, times: int) -> Any:

@@ -1,11 +1,14 @@
-"""Write a directory so that it is either whole or absent."""
+"""Directories that are either whole or absent, and the journal of work already done."""
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 from pruning.errors import StorageError
 
@@ -70,3 +73,69 @@ def atomic_directory(output: Path) -> Iterator[Path]:
         raise StorageError(f"cannot write {output}: {error.strerror or error}; nothing was kept") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Journal:
+    """Results kept on disk as they come, so that a run that was killed goes on where it stopped.
+
+    An entry's key is the digest of all that its value depends on, so a changed request finds nothing that is not its
+    own. Values are JSON; float64 survives exactly.
+
+    Args:
+        path: JSON lines, one entry each; None keeps nothing.
+        scope: What every entry depends on besides its own key: the model, its dtype, the device.
+    """
+
+    def __init__(self, path: Path | None = None, scope: str = "") -> None:
+        self.path, self._scope = path, scope
+        self._entries: dict[str, Any] = {}
+        self._file: TextIO | None = None
+        if path is not None and path.exists():
+            self._read(path)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _read(self, path: Path) -> None:
+        whole = 0
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break  # the line that was being written when the run was killed
+                self._entries[entry["key"]] = entry["value"]
+                whole += len(line)
+        os.truncate(path, whole)
+
+    def _digest(self, key: object) -> str:
+        return hashlib.sha256(json.dumps([self._scope, key], sort_keys=True).encode()).hexdigest()
+
+    def recall(self, key: object) -> Any:
+        """The value kept under a key (anything JSON can hold), else None."""
+        return self._entries.get(self._digest(key))
+
+    def keep(self, key: object, value: object) -> None:
+        """Keep a value; on disk before this returns.
+
+        Raises:
+            StorageError: The journal cannot be written.
+        """
+        if self.path is None:
+            return
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(json.dumps({"key": self._digest(key), "value": value}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def discard(self) -> None:
+        """Remove the file: the work it stood for is done."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

@@ -1,16 +1,17 @@
 """The baseline any metric must beat."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from pruning.plan import Sublayer
+from pruning.console import Reporter
+from pruning.importance import Sampling, Scores
+from pruning.plan import Unit
 from pruning.subnetwork import Evaluator
 
 
-def random(
-    evaluator: Evaluator, sublayers: Sequence[Sublayer], seed: int, advance: Callable[[], None]
-) -> dict[Sublayer, float]:
+def random(evaluator: Evaluator, units: Sequence[Unit], sampling: Sampling, reporter: Reporter) -> Scores:
     """Seeded uniform values in [0, 1)."""
-    values = torch.rand(len(sublayers), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return dict(zip(sublayers, values.tolist(), strict=True))
+    generator = torch.Generator().manual_seed(sampling.seed)
+    values = torch.rand(len(units), generator=generator, dtype=torch.float64)
+    return Scores(dict(zip(units, values.tolist(), strict=True)))

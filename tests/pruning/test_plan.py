@@ -5,9 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.errors import RecipeError
-from pruning.pipeline import counts
 from pruning.plan import KINDS, Plan, Sublayer, kv_bytes_per_token, parse_amount
-from pruning.recipe import Recipe
+from pruning.recipe import Recipe, counts
 
 
 @pytest.mark.parametrize(("amount", "expected"), [("10", 10), (10, 10), ("33%", 10), ("50%", 15), ("1.7%", 1)])

@@ -1,0 +1,54 @@
+"""Bytes of weights and KV cache, before and after."""
+
+import torch
+
+from pruning.model import DenseModel
+from pruning.modeling import blocks_of, places
+from pruning.plan import KINDS, EmulationKind, Kind, Plan, kv_bytes_per_token
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def kv_bytes(dense: DenseModel, kept_attention: int) -> int:
+    """KV cache bytes per token with so many attention layers."""
+    config = dense.model.config
+    return kv_bytes_per_token(kept_attention, config.num_key_value_heads, config.head_dim, dense.model.dtype.itemsize)
+
+
+def sublayer_bytes(dense: DenseModel) -> dict[Kind, int]:
+    """Weight bytes of one sublayer of each kind, its norms included; all of a kind are of one size."""
+    block = blocks_of(dense.model, dense.family)[0]
+    return {kind: sum(weight_bytes(getattr(block, name)) for name in places(dense.family, kind)) for kind in KINDS}
+
+
+def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int) -> int:
+    """Weight bytes of what emulates one sublayer."""
+    parameters = {"none": 0, "bias": 1, "low_rank": 2 * rank + 1}
+    return parameters[kind] * dense.model.config.hidden_size * dense.model.dtype.itemsize
+
+
+def predicted_bytes(dense: DenseModel, plan: Plan) -> dict[str, int]:
+    """Weight and KV bytes of the pruned model, and of the dense one."""
+    whole, each = weight_bytes(dense.model), sublayer_bytes(dense)
+    saved = sum(each[s.kind] - adapter_bytes(dense, emulation, plan.rank) for s, emulation in plan.removed.items())
+    return {
+        "weights_dense": whole,
+        "weights": whole - saved,
+        "kv_per_token_dense": kv_bytes(dense, plan.num_blocks),
+        "kv_per_token": kv_bytes(dense, len(plan.kept("attention"))),
+    }
+
+
+def describe_bytes(sizes: dict[str, int]) -> str:
+    """One line for people."""
+    weights, kv = (
+        sizes["weights"] / sizes["weights_dense"],
+        sizes["kv_per_token"] / sizes["kv_per_token_dense"],
+    )
+    return (
+        f"weights {sizes['weights'] / 2**20:.1f} MiB ({weights:.1%} of dense), "
+        f"KV cache {sizes['kv_per_token']} bytes per token ({kv:.1%} of dense)"
+    )

@@ -1,0 +1,88 @@
+"""Searches on costs whose best plan is known."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruning.plan import Unit
+from pruning.search import _project, consecutive, evolutionary, greedy, policy_gradient, rank
+
+UNITS = [Unit(block, "attention") for block in range(8)]
+
+
+def cost_of(plan, weights):
+    """Weights, and each pair of neighbours costs 4 more."""
+    blocks = sorted(unit.block for unit in plan)
+    return sum(weights[b] for b in blocks) + 4.0 * sum(b - a == 1 for a, b in itertools.pairwise(blocks))
+
+
+def fitness_of(weights, asked=None):
+    def fitness(plans, stage):
+        if asked is not None:
+            asked.append((len(plans), stage))
+        return [cost_of(plan, weights) for plan in plans]
+
+    return fitness
+
+
+WEIGHTS = [0.0, 0.1, 3.0, 0.2, 0.3, 3.0, 0.4, 3.0]
+BEST = {0, 3, 6}
+
+
+def test_greedy_sees_what_removals_do_to_each_other_and_rank_does_not():
+    alone = {unit: WEIGHTS[unit.block] for unit in UNITS}
+    assert {u.block for u in rank(alone, 3, UNITS)} == {0, 1, 3}
+
+    def rescore(gone, rest):
+        return {unit: cost_of([*gone, unit], WEIGHTS) for unit in rest}
+
+    assert [u.block for u in greedy(rescore, 3, UNITS)] == [0, 3, 6]
+
+
+def test_evolution_finds_the_best_plan_and_measures_few_closely():
+    asked = []
+    found = evolutionary(fitness_of(WEIGHTS, asked), UNITS[:3], UNITS, seed=0, generations=15, offspring=16)
+    assert {u.block for u in found} == BEST
+    assert set(asked) == {(16, 0), (4, 1), (2, 2)} or {stage for _, stage in asked} == {0, 1, 2}
+    assert max(n for n, stage in asked if stage == 2) <= 2
+
+
+@given(st.lists(st.floats(0, 5), min_size=8, max_size=8), st.integers(1, 7), st.integers(0, 3))
+@settings(max_examples=25, deadline=None)
+def test_evolution_never_ends_worse_than_it_starts(weights, count, seed):
+    start = random.Random(seed).sample(UNITS, count)
+    found = evolutionary(fitness_of(weights), start, UNITS, seed, generations=3, offspring=4)
+    assert len(set(found)) == count
+    assert cost_of(found, weights) <= cost_of(start, weights)
+
+
+def test_policy_gradient_finds_the_best_plan():
+    found = policy_gradient(fitness_of(WEIGHTS), 3, UNITS, seed=0, steps=60, samples=16)
+    assert {u.block for u in found} == BEST
+
+
+def test_searches_are_the_same_under_a_seed():
+    for _ in range(2):
+        plans = [policy_gradient(fitness_of(WEIGHTS), 3, UNITS, 5, 5, 4) for _ in range(2)]
+        assert plans[0] == plans[1]
+        plans = [evolutionary(fitness_of(WEIGHTS), UNITS[:3], UNITS, 5, 2, 4) for _ in range(2)]
+        assert plans[0] == plans[1]
+
+
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=20), st.data())
+def test_projection_keeps_the_sum_and_the_order(values, data):
+    total = data.draw(st.integers(1, len(values) - 1))
+    p = torch.tensor(values, dtype=torch.float64)
+    projected = _project(p, total)
+    inside = min(max(total, 0.02 * len(values)), 0.98 * len(values))
+    assert float(projected.sum()) == pytest.approx(inside, abs=1e-6)
+    order = p.argsort()
+    assert (projected[order].diff() >= -1e-12).all()
+
+
+def test_a_run_of_blocks():
+    assert consecutive([0.5, 0.2, 0.4], 4) == [Unit(b, "block") for b in (1, 2, 3, 4)]
