@@ -1,5 +1,6 @@
 """The stages in order: model, calibration, importance, plan, emulation, checkpoint."""
 
+import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +22,7 @@ from pruning.evaluate import loss
 from pruning.export import apply_plan, copy_companions, ordinary_config, pruned_config, state_dict, write_weights
 from pruning.families import Family
 from pruning.importance import Sampling, Scores, metric
-from pruning.model import DenseModel, Source, find_model, load_model
+from pruning.model import DenseModel, Source, cache_directory, find_model, load_model
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Counts, Recipe, counts
 from pruning.report import score_table, write_card
@@ -198,12 +199,14 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
     return source, wanted
 
 
-def journal_of(path: Path | None, dense: DenseModel) -> Journal:
-    """The journal of one model's values, a file for each process."""
+def journal_of(output: Path | None, dense: DenseModel) -> Journal:
+    """The journal of the values that one output needs, in the user's cache; a file for each process."""
+    scope = f"{dense.weight_hash} {dense.model.dtype} {torch.get_num_threads()}"
+    if output is None:
+        return Journal(None, scope)
     rank, processes = parallel.process()
-    if path is not None and processes > 1:
-        path = path.with_name(f"{path.name}.{rank}")
-    return Journal(path, f"{dense.weight_hash} {dense.model.dtype} {torch.get_num_threads()}")
+    key = hashlib.sha256(f"{output.resolve()} {rank} of {processes}".encode()).hexdigest()[:16]
+    return Journal(cache_directory() / "journals" / f"{key}.jsonl", scope)
 
 
 def run(
@@ -211,7 +214,7 @@ def run(
 ) -> Manifest | None:
     """Prune a model and write the checkpoint; with `dry_run` only say what would be done.
 
-    A run that was killed goes on where it stopped when it is started again: scores are journalled beside the output.
+    A run that was killed goes on where it stopped when it is started again: scores are journalled in the cache.
 
     Raises:
         UserError: Anything about the request; nothing is written then.
@@ -231,7 +234,7 @@ def run(
         check_free_space(output, int(predicted_bytes(dense, dearest)["weights"] * 1.05) + 2**24)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
-    journal = journal_of(None if dry_run else output.parent / f".{output.name}.journal", dense)
+    journal = journal_of(None if dry_run else output, dense)
     with reporter.stage("score"):
         judges = judges_of(dense, recipe, tokens, journal, reporter)
         chosen = choose(judges, recipe, wanted, reporter)
@@ -318,7 +321,7 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     with reporter.stage("calibrate"):
         tokens, _ = calibrate(dense, recipe, reporter)
     every = [Unit(b, kind) for kind in units for b in range(source.config.num_hidden_layers) if b not in recipe.keep]
-    journal = journal_of(None if output is None else output.with_name(f".{output.name}.journal"), dense)
+    journal = journal_of(output, dense)
     sampling = Sampling(recipe.seed, recipe.samples, max(1, len(every) // 3))
     with reporter.stage("score"):
         judges = judges_of(dense, recipe, tokens, journal, reporter, residency)

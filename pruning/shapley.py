@@ -59,7 +59,7 @@ def _marginals(game: Game, order: Sequence[int], empty: float, full: float, tole
     out = torch.zeros(len(order), dtype=torch.float64)
     cost = empty
     for first in range(0, len(order), STEP):
-        if first and abs(full - cost) <= tolerance * abs(full - empty):
+        if first and tolerance > 0 and abs(full - cost) <= tolerance * abs(full - empty):
             out[list(order[first:])] = (full - cost) / (len(order) - first)
             break
         ends = range(first + 1, min(first + STEP, len(order)) + 1)
@@ -94,16 +94,17 @@ def sampled_contributions(game: Game, players: int, samples: int, depth: int, ge
     for player in range(players):
         without, having = costs[absent[:, player]], costs[~absent[:, player]]
         values.append(without.mean() - having.mean())
-        errors.append((without.var() / len(without) + having.var() / len(having)).sqrt())
+        errors.append((_variance_of_mean(without) + _variance_of_mean(having)).sqrt())
     return Estimate(torch.stack(values), torch.stack(errors))
 
 
 def _balanced_sets(players: int, samples: int, depth: int, generator: torch.Generator) -> list[frozenset[int]]:
-    """Random sets of 1..depth players, dealt from shuffled decks until everybody was dealt."""
+    """Random sets of 1..depth players, dealt from shuffled decks until everybody was dealt and left out."""
     sets: list[frozenset[int]] = []
     deck: list[int] = []
     dealt: set[int] = set()
-    while len(sets) < samples or len(dealt) < players:
+    left_out: set[int] = set()
+    while len(sets) < samples or len(dealt) < players or len(left_out) < players:
         size = int(torch.randint(1, depth + 1, (), generator=generator))
         hand: set[int] = set()
         while len(hand) < size:
@@ -112,7 +113,13 @@ def _balanced_sets(players: int, samples: int, depth: int, generator: torch.Gene
             hand.add(deck.pop())
         sets.append(frozenset(hand))
         dealt |= hand
+        left_out |= set(range(players)) - hand
     return sets
+
+
+def _variance_of_mean(costs: Tensor) -> Tensor:
+    """Of independent costs; NaN where one alone gives none."""
+    return costs.var() / len(costs) if len(costs) > 1 else costs.new_tensor(float("nan"))
 
 
 def _mean_and_error(rows: Tensor) -> Estimate:

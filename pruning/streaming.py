@@ -36,10 +36,16 @@ class Streamed(Residency):
         self._file_of = {name: file for file in files for name in _names(file)}
         outside = [name for name, _ in model.named_parameters() if not name.startswith(family.blocks + ".")]
         self._head = [name for name in outside if name.startswith((family.head + ".", family.norm + "."))]
-        self._embedding = [name for name in outside if name not in self._head]
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        if tied:
-            self._head += [name for name in self._embedding if name not in self._head]
+        # The model's own forward, which prepares what blocks are given, ends with the final norm.
+        self._embedding = [name for name in outside if not name.startswith(family.head + ".")]
+        self._stored_as: dict[str, str] = {}
+        if model.config.tie_word_embeddings:
+            # Held at different times, so each gets a parameter of its own, read from the one stored tensor.
+            weight = f"{family.head}.weight"
+            (embedding,) = (name for name in self._embedding if name.endswith("embed_tokens.weight"))
+            self._stored_as[weight] = embedding
+            self._put(weight, torch.empty(0, device="meta"))
+            self._head = [name for name in self._head if name != weight] + [weight]
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
@@ -64,15 +70,11 @@ class Streamed(Residency):
     def _held(self, names: list[str]) -> Iterator[None]:
         try:
             for name in names:
-                self._put(name, self._read(name))
-            if self._model.config.tie_word_embeddings:
-                self._model.tie_weights()
+                self._put(name, self._read(self._stored_as.get(name, name)))
             yield
         finally:
             for name in names:
                 self._put(name, self._model.get_parameter(name).detach().to("meta"))
-            if self._model.config.tie_word_embeddings:
-                self._model.tie_weights()
 
     def _read(self, name: str) -> torch.Tensor:
         if name not in self._file_of:

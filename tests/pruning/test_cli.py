@@ -182,3 +182,80 @@ def test_help_is_quick_and_imports_no_torch():
     assert done.returncode == 0, done.stderr
     assert "--calibration" in done.stdout
     assert time.perf_counter() - start < 10
+
+
+def test_scores_are_printed_and_saved_and_nothing_else_is_written(monkeypatch, pico_directory, text, tmp_path, capsys):
+    saved = tmp_path / "scores.json"
+    arguments = ["--calibration", text, "--calibration-tokens", "256", "--sequence-length", "32"]
+    model = str(pico_directory("llama"))
+    for flags in ([], ["--stream"]):
+        command = ["score", model, *arguments, "--units", "attention", "block", "--output", str(saved), *flags]
+        assert run(monkeypatch, *command) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == 13
+        document = json.loads(saved.read_text())
+        table = document["importance"]["leave-one-out"]
+        assert set(table) == {f"{kind}.{block}" for kind in ("attention", "block") for block in range(6)}
+        assert printed[1].split()[0] == min(table, key=table.get)
+        assert set(document["importance"]) == {"leave-one-out", "leave-one-out, standard error"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "attention", "sublayers"),
+    [
+        (["--kv-budget", "66%"], 3, 3),
+        (["--attention", "2", "--ffn", "1", "--search", "greedy", "--importance", "kl"], 2, 3),
+        (["--sublayers", "3", "--search", "evolutionary", "--generations", "1", "--offspring", "4"], None, 3),
+        (["--attention", "2", "--search", "policy-gradient", "--generations", "1", "--offspring", "4"], 2, 2),
+        (["--attention", "2", "--search", "greedy", "--recovery-aware", "--rank", "4"], 2, 2),
+        (["--blocks", "2", "--search", "consecutive"], 2, 4),
+    ],
+)
+def test_searches_and_budgets(monkeypatch, pico_directory, text, tmp_path, flags, attention, sublayers):
+    out = tmp_path / "out"
+    arguments = ["--calibration", text, "--calibration-tokens", "256", "--sequence-length", "32", "--rank", "8"]
+    arguments = [a for i, a in enumerate(arguments) if "--rank" not in flags or i < 6]
+    assert run(monkeypatch, str(pico_directory("llama")), "--output", str(out), *arguments, *flags) == 0
+    removed = json.loads((out / "pruning.json").read_text())["removed"]
+    assert len(removed) == sublayers
+    assert attention is None or sum(name.startswith("attention") for name in removed) == attention
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_budgets_in_weights_and_in_loss_hold(monkeypatch, pico_directory, text, tmp_path):
+    arguments = ["--calibration", text, "--calibration-tokens", "256", "--sequence-length", "32", "--rank", "2"]
+    model = str(pico_directory("llama"))
+    for flag, value in (("--weight-budget", "80%"), ("--max-loss-increase", "0.5")):
+        out = tmp_path / flag
+        assert run(monkeypatch, model, "--output", str(out), *arguments, flag, value) == 0
+        manifest = json.loads((out / "pruning.json").read_text())
+        sizes, quality = manifest["sizes"], manifest["quality"]
+        assert manifest["removed"]
+        if flag == "--weight-budget":
+            assert 0.7 < sizes["weights"] / sizes["weights_dense"] <= 0.8
+        else:
+            assert quality["pruned_loss"] - quality["dense_loss"] <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--kv-budget", "66%", "--attention", "2"], "--kv-budget and --attention"),
+        (["--kv-budget", "120%"], "not a share"),
+        (["--weight-budget", "1%"], "out of reach"),
+        (["--max-loss-increase", "0.1", "--search", "evolutionary"], "needs an order of removal"),
+        (["--search", "consecutive"], "--blocks N"),
+        (["--sublayers", "3", "--ffn", "1"], "--sublayers ranks both kinds"),
+        (["--recovery-aware", "--emulation", "none"], "choose an --emulation"),
+        (["--stream"], "prune-export score"),
+    ],
+)
+def test_requests_that_contradict_themselves(monkeypatch, pico_directory, text, tmp_path, capsys, flags, says):
+    out = tmp_path / "out"
+    arguments = ["--calibration", text, "--calibration-tokens", "256", "--sequence-length", "32", "--rank", "2"]
+    assert run(monkeypatch, str(pico_directory("llama")), "--output", str(out), *arguments, *flags) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert not out.exists()

@@ -165,7 +165,7 @@ def test_a_journal_of_another_model_or_text_is_not_read(pico, tmp_path):
     path = tmp_path / "journal"
     first = Evaluator(pico("llama"), FAMILIES["llama"], tokens(), journal=Journal(path, "one"))
     first.loss({})
-    other_text = Evaluator(pico("llama"), FAMILIES["llama"], tokens() + 1, journal=Journal(path, "one"))
+    other_text = Evaluator(pico("llama"), FAMILIES["llama"], tokens().flip(1), journal=Journal(path, "one"))
     assert not torch.equal(other_text.loss({}), first.loss({}))
     ran = Evaluator(pico("llama"), FAMILIES["llama"], tokens(), journal=Journal(path, "two"))
     assert ran.journal.recall(["loss", [[]], [ran._text(0)]]) is None

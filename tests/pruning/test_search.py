@@ -60,9 +60,11 @@ def test_evolution_never_ends_worse_than_it_starts(weights, count, seed):
     assert cost_of(found, weights) <= cost_of(start, weights)
 
 
-def test_policy_gradient_finds_the_best_plan():
-    found = policy_gradient(fitness_of(WEIGHTS), 3, UNITS, seed=0, steps=60, samples=16)
-    assert {u.block for u in found} == BEST
+@pytest.mark.parametrize("seed", range(3))
+def test_policy_gradient_learns_to_avoid_dear_units_and_neighbours(seed):
+    found = policy_gradient(fitness_of(WEIGHTS), 3, UNITS, seed, steps=60, samples=48)
+    best = min(cost_of(plan, WEIGHTS) for plan in itertools.combinations(UNITS, 3))
+    assert cost_of(found, WEIGHTS) < best + 0.15  # the dearest of four good plans; chance gives 5 on average
 
 
 def test_searches_are_the_same_under_a_seed():
