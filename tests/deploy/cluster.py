@@ -81,10 +81,10 @@ def drain_problems(where: str, spec: Document, server: Document) -> Iterator[str
     """The grace period must hold preStop, the drain and the engine's stop."""
     environment = {entry["name"]: entry.get("value") for entry in server.get("env", [])}
     command = server.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
-    if len(command) != 2 or "SHOAL_SHUTDOWN_GRACE_SECONDS" not in environment:
+    if len(command) != 2 or "SHOAL_GRACE_SECONDS" not in environment:
         yield f"{where} has no preStop sleep or does not say how long it drains"
         return
-    needed = float(command[1]) + float(environment["SHOAL_SHUTDOWN_GRACE_SECONDS"]) + 10
+    needed = float(command[1]) + float(environment["SHOAL_GRACE_SECONDS"]) + 10
     if spec.get("terminationGracePeriodSeconds", 30) < needed:
         yield f"{where} is killed before its drain ends ({needed:.0f} s)"
 
@@ -155,7 +155,9 @@ def reference_problems(documents: list[Document], names: dict[str, set[str]]) ->
             for backend in (b for rule in spec["rules"] for b in rule["backendRefs"]):
                 ports = {p["port"] for s in services for p in s["spec"]["ports"]}
                 kind = backend.get("kind", "Service")
-                if backend["name"] not in names.get(kind, set()) or (kind == "Service" and backend["port"] not in ports):
+                if backend["name"] not in names.get(kind, set()) or (
+                    kind == "Service" and backend["port"] not in ports
+                ):
                     yield f"{where} routes to {kind} {backend['name']}:{backend.get('port')}, which does not exist"
         if document["kind"] == "ServiceMonitor":
             wanted = spec["selector"]["matchLabels"].items()

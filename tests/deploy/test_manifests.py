@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,15 +11,16 @@ import yaml
 
 from tests.deploy.cluster import Document, problems
 from tests.deploy.paths import DEPLOY, OVERLAYS
+from tests.deploy.tools import run
 
 NAMES = ("cpu", "gpu", "autoscale", "multi-node")
 
 
 @cache
 def rendered(directory: Path) -> str:
-    return subprocess.run(
-        ["kubectl", "kustomize", str(directory)], capture_output=True, text=True, check=True
-    ).stdout
+    done = run("kubectl", "kustomize", directory)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def overlay(name: str) -> list[Document]:
@@ -113,22 +112,14 @@ def test_planted_fault_in_a_group_is_found() -> None:
     assert "readinesProbe" in problems(documents)[0]
 
 
-def checkov(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("checkov")
-    environment = os.environ | {"LOG_LEVEL": "CRITICAL"}
-    return subprocess.run(
-        [program, *arguments, "--skip-download", "--quiet", "--compact"],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-
-
 def test_checkov_finds_nothing_but_the_planted_fault(tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / f"{name}.yaml").write_text(rendered(OVERLAYS / name))
     documents = overlay("cpu")
     server(documents)["securityContext"]["privileged"] = True
     (tmp_path / "planted.yaml").write_text(yaml.safe_dump_all(documents))
-    result = checkov("-d", str(tmp_path), "--framework", "kubernetes")
+    flags = ("--framework", "kubernetes", "--skip-download", "--quiet", "--compact")
+    result = run("checkov", "-d", tmp_path, *flags, LOG_LEVEL="CRITICAL")
     failures = [line for line in result.stdout.splitlines() if line.strip().startswith("File:")]
     assert result.returncode == 1
     assert "CKV_K8S_16" in result.stdout
