@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.paths import PROMETHEUS
+from tests.deploy.paths import PROMETHEUS, ROOT
 from tests.deploy.tools import run
 
 GROUPS = yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"]
@@ -50,3 +50,12 @@ def test_a_mutated_threshold_is_noticed(rule: dict[str, Any], tmp_path: Path) ->
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(document))
     (tmp_path / "rules_test.yml").write_text((PROMETHEUS / "rules_test.yml").read_text())
     assert run("promtool", "test", "rules", tmp_path / "rules_test.yml").returncode != 0
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
+def test_alert_has_a_runbook_paragraph(rule: dict[str, Any]) -> None:
+    assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
+    sections = (ROOT / "docs" / "operations.md").read_text().split("\n## ")
+    (paragraph,) = (s.partition("\n")[2] for s in sections if s.partition("\n")[0] == rule["alert"])
+    assert f"({rule['labels']['severity']})" in paragraph
+    assert len(paragraph.split()) > 20
