@@ -8,6 +8,7 @@ a stream of a replica that was not killed broke, or the alert did not arrive.
 import argparse
 import asyncio
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -55,15 +56,21 @@ class Stage:
         self.replicas: dict[int, Process] = {}
         self.others: list[Process] = []
 
-    def start(self, name: str, *command: str) -> Process:
+    def start(self, name: str, *command: str, **environment: str) -> Process:
         """Start a program with its output in a file."""
         with (self.folder / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True, env=os.environ | environment
+            )
 
     def replica(self, port: int) -> None:
         """Start a replica."""
         flags = ["--port", str(port), "--", "--max-model-len", "1024"]
-        self.replicas[port] = self.start(f"replica-{port}", *self.serve, str(self.checkpoint), *flags)
+        # Left alone, vLLM binds the threads of both replicas to the same first core, and one starves the other.
+        core = str(PORTS.index(port) % (os.cpu_count() or 1))
+        self.replicas[port] = self.start(
+            f"replica-{port}", *self.serve, str(self.checkpoint), *flags, VLLM_CPU_OMP_THREADS_BIND=core
+        )
 
     def around(self) -> None:
         """Start nginx, Prometheus and Alertmanager on our own files, with the addresses of this machine."""
@@ -154,6 +161,9 @@ async def check(stage: Stage, workers: int) -> dict[str, Any]:
         return codes
 
     killed, alert = await phase(model, workers, kill)
+    print(
+        json.dumps({"seconds_to_ready": ready, "alert": alert, "killed": killed.summary()}), file=sys.stderr, flush=True
+    )
     stage.replica(8001)
     await wait_for("http://127.0.0.1:8001/health/ready")
     await asyncio.sleep(6)
