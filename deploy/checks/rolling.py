@@ -1,0 +1,199 @@
+"""Two replicas behind nginx under load: one is killed, then both are restarted in turn; Prometheus watches.
+
+`python deploy/checks/rolling.py DIR [--serve .venv/bin/prune-serve]`: needs nginx, prometheus, prometheus-alertmanager
+and aiohttp, and the ports 8001, 8002, 8080, 9090 and 9093. Prints one JSON object; exit code 1 when a request was lost,
+a stream of a replica that was not killed broke, or the alert did not arrive.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from load import Load, Outcome, served_model
+
+DEPLOY = Path(__file__).resolve().parents[1]
+PORTS = (8001, 8002)
+QUERIES = ("shoal_ready", "shoal_kv_cache_capacity_tokens", "vllm:generation_tokens_total", "up")
+Process = subprocess.Popen[bytes]
+
+
+def fetch(url: str) -> Any:
+    """JSON (or text) of a GET, None when nobody answers or it is refused."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return None
+    return json.loads(text) if text[:1] in "[{" else text
+
+
+async def wait_for(url: str, seconds: float = 300) -> float:
+    """Seconds until a URL answers 200."""
+    begun = time.monotonic()
+    while await asyncio.to_thread(fetch, url) is None:
+        if time.monotonic() - begun > seconds:
+            raise TimeoutError(f"{url} does not answer")
+        await asyncio.sleep(0.5)
+    return round(time.monotonic() - begun, 1)
+
+
+class Stage:
+    """The processes of the check."""
+
+    def __init__(self, checkpoint: Path, serve: str, folder: Path) -> None:
+        self.checkpoint, self.serve, self.folder = checkpoint, shlex.split(serve), folder
+        self.replicas: dict[int, Process] = {}
+        self.others: list[Process] = []
+
+    def start(self, name: str, *command: str, **environment: str) -> Process:
+        """Start a program with its output in a file."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True, env=os.environ | environment
+            )
+
+    def replica(self, port: int) -> None:
+        """Start a replica."""
+        flags = ["--port", str(port), "--", "--max-model-len", "1024"]
+        # Left alone, vLLM binds the threads of both replicas to the same first core, and one starves the other.
+        core = str(PORTS.index(port) % (os.cpu_count() or 1))
+        self.replicas[port] = self.start(
+            f"replica-{port}", *self.serve, str(self.checkpoint), *flags, VLLM_CPU_OMP_THREADS_BIND=core
+        )
+
+    def around(self) -> None:
+        """Start nginx, Prometheus and Alertmanager on our own files, with the addresses of this machine."""
+        text = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+        head, _, _ = text.partition("scrape_configs:")
+        targets = ", ".join(f'"127.0.0.1:{port}"' for port in PORTS)
+        head = head.replace("alertmanager:9093", "127.0.0.1:9093")
+        scrape = f"scrape_configs:\n  - job_name: shoal\n    static_configs:\n      - targets: [{targets}]\n"
+        (self.folder / "prometheus.yml").write_text(head + scrape)
+        (self.folder / "rules.yml").write_text((DEPLOY / "prometheus" / "rules.yml").read_text())
+        (self.folder / "nginx").mkdir()
+        data, here = str(self.folder / "data"), "127.0.0.1"
+        self.others = [
+            self.start("nginx", "nginx", "-p", str(self.folder / "nginx"), "-c", str(DEPLOY / "nginx" / "nginx.conf"),
+                       "-g", "daemon off;"),
+            self.start("prometheus", "prometheus", "--config.file=prometheus.yml", f"--storage.tsdb.path={data}",
+                       f"--web.listen-address={here}:9090"),
+            self.start("alertmanager", "prometheus-alertmanager", "--cluster.listen-address=",
+                       f"--config.file={DEPLOY / 'prometheus' / 'alertmanager.yml'}",
+                       f"--storage.path={self.folder / 'alerts'}", f"--web.listen-address={here}:9093"),
+        ]  # fmt: skip
+
+    def end(self) -> None:
+        """Stop everything that was started here."""
+        for process in (*self.others, *self.replicas.values()):
+            if process.poll() is None:
+                process.terminate()
+        for process in (*self.others, *self.replicas.values()):
+            try:
+                process.wait(45)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+async def alert_arrives(name: str, seconds: float) -> dict[str, Any] | None:
+    """Wait until Alertmanager holds an alert; its labels and how long it took."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        for alert in await asyncio.to_thread(fetch, "http://127.0.0.1:9093/api/v2/alerts") or []:
+            if alert["labels"]["alertname"] == name:
+                receivers = [receiver["name"] for receiver in alert["receivers"]]
+                return {
+                    "labels": alert["labels"],
+                    "receivers": receivers,
+                    "seconds": round(time.monotonic() - begun, 1),
+                }
+        await asyncio.sleep(1)
+    return None
+
+
+def scraped() -> dict[str, int]:
+    """Number of series Prometheus holds of each query."""
+    base = "http://127.0.0.1:9090/api/v1/query?query="
+    answers = {query: fetch(base + urllib.parse.quote(f'count({query}{{job="shoal"}})')) for query in QUERIES}
+    return {query: int(float(a["data"]["result"][0]["value"][1])) if a else 0 for query, a in answers.items()}
+
+
+async def phase(model: str, workers: int, act: Any) -> tuple[Outcome, Any]:
+    """Load while something happens."""
+    load = Load("http://127.0.0.1:8080", model)
+    running = asyncio.create_task(load.run(workers))
+    await asyncio.sleep(5)
+    result = await act()
+    await asyncio.sleep(3)
+    load.stop.set()
+    return await running, result
+
+
+async def check(stage: Stage, workers: int) -> dict[str, Any]:
+    """All phases; returns the report."""
+    for port in PORTS:
+        stage.replica(port)
+    stage.around()
+    ready = [await wait_for(f"http://127.0.0.1:{port}/health/ready") for port in PORTS]
+    model = await served_model("http://127.0.0.1:8080")
+
+    async def kill() -> Any:
+        stage.replicas[8001].send_signal(signal.SIGKILL)
+        return await alert_arrives("ShoalDown", 100)
+
+    async def roll() -> Any:
+        codes = []
+        for port in PORTS:
+            stage.replicas[port].terminate()
+            codes.append(await asyncio.to_thread(stage.replicas[port].wait, 60))
+            stage.replica(port)
+            await wait_for(f"http://127.0.0.1:{port}/health/ready")
+        return codes
+
+    killed, alert = await phase(model, workers, kill)
+    print(
+        json.dumps({"seconds_to_ready": ready, "alert": alert, "killed": killed.summary()}), file=sys.stderr, flush=True
+    )
+    stage.replica(8001)
+    await wait_for("http://127.0.0.1:8001/health/ready")
+    await asyncio.sleep(6)
+    series = await asyncio.to_thread(scraped)
+    rolled, codes = await phase(model, workers, roll)
+    return {
+        "seconds_to_ready": ready, "series": series, "alert": alert, "killed": killed.summary(),
+        "rolling": rolled.summary(), "exit_codes": codes,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Run the check and judge it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--serve", default=str(DEPLOY.parent / ".venv" / "bin" / "prune-serve"))
+    parser.add_argument("--workers", type=int, default=6)
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        stage = Stage(flags.checkpoint.resolve(), flags.serve, Path(folder))
+        try:
+            report = asyncio.run(check(stage, flags.workers))
+        finally:
+            stage.end()
+    print(json.dumps(report, indent=1))
+    killed, rolled = report["killed"], report["rolling"]
+    blameless = killed["lost"] == rolled["lost"] == rolled["streams_broken"] == 0
+    only_there = all(upstream.endswith("127.0.0.1:8001") for upstream in killed["broken_on"])
+    return 0 if blameless and only_there and report["alert"] and report["exit_codes"] == [0, 0] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

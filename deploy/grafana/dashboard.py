@@ -1,0 +1,131 @@
+"""The Grafana dashboard, made from a table of panels: `python deploy/grafana/dashboard.py > deploy/grafana/shoal.json`.
+
+Rows of panels, each panel a title, a unit and PromQL expressions with their legends. `$instance` is chosen on the page;
+`$__rate_interval` is Grafana's own.
+"""
+
+import json
+from typing import Any
+
+SOURCE = {"type": "prometheus", "uid": "prometheus"}
+HERE = 'job="shoal",instance=~"$instance"'
+Query = tuple[str, str]
+# (title, unit, what it shows, queries)
+Panel = tuple[str, str, str, list[Query]]
+
+
+def quantiles(family: str) -> list[Query]:
+    """p50, p90 and p99 of a histogram over all chosen replicas."""
+    buckets = f"sum by (le) (rate({family}_bucket{{{HERE}}}[$__rate_interval]))"
+    return [(f"histogram_quantile({share}, {buckets})", f"p{share * 100:.0f}") for share in (0.5, 0.9, 0.99)]
+
+
+def rate(family: str, by: str) -> str:
+    """Sum of the rates of a counter."""
+    return f"sum by ({by}) (rate({family}{{{HERE}}}[$__rate_interval]))"
+
+
+ROWS: dict[str, list[Panel]] = {
+    "Service": [
+        ("Replicas ready", "short", "Replicas that take requests, and those that are scraped.", [
+            (f"sum(shoal_ready{{{HERE}}})", "ready"), ('count(up{job="shoal"})', "known")]),
+        ("Requests", "reqps", "Finished requests by status.",
+            [(rate("shoal_request_duration_seconds_count", "status"), "{{status}}")]),
+        ("Turned away", "reqps", "Refused at the door, by reason.",
+            [(rate("shoal_admission_rejected_total", "reason"), "{{reason}}")]),
+        ("Whole requests", "s", "From arrival to the last byte.", quantiles("shoal_request_duration_seconds")),
+    ],
+    "Latency and objectives": [
+        ("Time to first token", "s", "As the engine measures it; the objective is 2.5 s.",
+            quantiles("vllm:time_to_first_token_seconds")),
+        ("Between tokens", "s", "As the engine measures it; the objective is 0.2 s.",
+            quantiles("vllm:inter_token_latency_seconds")),
+        ("First-token budget burn", "short", "1 spends the month's budget in a month; 14.4 over an hour pages.", [
+            ("shoal:ttft_burn:5m", "{{model_name}} 5m"), ("shoal:ttft_burn:1h", "{{model_name}} 1h")]),
+        ("Inter-token budget burn", "short", "1 spends the month's budget in a month; 14.4 over an hour pages.", [
+            ("shoal:itl_burn:5m", "{{model_name}} 5m"), ("shoal:itl_burn:1h", "{{model_name}} 1h")]),
+    ],
+    "Engine": [
+        ("Running and waiting", "short", "Requests in the engine.", [
+            (f"vllm:num_requests_running{{{HERE}}}", "{{instance}} running"),
+            (f"vllm:num_requests_waiting{{{HERE}}}", "{{instance}} waiting")]),
+        ("KV cache in use", "percentunit", "Share of the blocks.", [
+            (f"vllm:kv_cache_usage_perc{{{HERE}}}", "{{instance}}")]),
+        ("Tokens", "short", "Tokens a second, read and written.", [
+            (f"sum(rate(vllm:prompt_tokens_total{{{HERE}}}[$__rate_interval]))", "prompt"),
+            (f"sum(rate(vllm:generation_tokens_total{{{HERE}}}[$__rate_interval]))", "generated")]),
+        ("Preemptions", "ops", "Requests whose cache was taken away; they are computed again.",
+            [(rate("vllm:num_preemptions_total", "instance"), "{{instance}}")]),
+    ],
+    "What pruning gives": [
+        ("KV cache tokens", "short", "What the cache holds, and what the dense model would hold in the same bytes.",
+            [(f"avg by (variant) (shoal_kv_cache_capacity_tokens{{{HERE}}})", "{{variant}}")]),
+        ("KV bytes of a token", "bytes", "As served, and dense.",
+            [(f"avg by (variant) (shoal_kv_bytes_per_token{{{HERE}}})", "{{variant}}")]),
+        ("Weights", "bytes", "As served, and dense.",
+            [(f"avg by (variant) (shoal_weight_bytes{{{HERE}}})", "{{variant}}")]),
+        ("Resident memory", "bytes", "Server and engine processes.",
+            [(f"shoal_process_resident_memory_bytes{{{HERE}}}", "{{instance}}")]),
+    ],
+}  # fmt: skip
+
+
+def panel(number: int, column: int, row: int, described: Panel) -> dict[str, Any]:
+    """One time series panel, a quarter of the page wide."""
+    title, unit, description, queries = described
+    return {
+        "id": number,
+        "type": "timeseries",
+        "title": title,
+        "description": description,
+        "datasource": SOURCE,
+        "gridPos": {"x": 6 * column, "y": row, "w": 6, "h": 8},
+        "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
+        "targets": [
+            {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": expression, "legendFormat": legend}
+            for i, (expression, legend) in enumerate(queries)
+        ],
+    }
+
+
+def dashboard() -> dict[str, Any]:
+    """The whole dashboard, in Grafana's JSON model."""
+    panels: list[dict[str, Any]] = []
+    for index, (title, described) in enumerate(ROWS.items()):
+        top = 9 * index
+        place = {"x": 0, "y": top, "w": 24, "h": 1}
+        panels.append(
+            {"id": 100 + index, "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
+        )
+        panels += [panel(10 * index + i + 1, i, top + 1, one) for i, one in enumerate(described)]
+    variable = {
+        "name": "instance", "label": "Replica", "type": "query", "datasource": SOURCE, "refresh": 2,
+        "query": {"query": 'label_values(up{job="shoal"}, instance)', "refId": "instance"},
+        "includeAll": True, "multi": True, "allValue": ".*", "current": {"text": "All", "value": "$__all"},
+    }  # fmt: skip
+    return {
+        "uid": "shoal",
+        "title": "Shoal",
+        "tags": ["shoal", "vllm"],
+        "schemaVersion": 39,
+        "editable": False,
+        "refresh": "10s",
+        "time": {"from": "now-30m", "to": "now"},
+        "timezone": "browser",
+        "templating": {"list": [variable]},
+        "annotations": {"list": []},
+        "panels": panels,
+    }
+
+
+def text() -> str:
+    """The file's content."""
+    return json.dumps(dashboard(), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    print(text(), end="")

@@ -1,0 +1,205 @@
+"""What schema validation cannot see: that the manifests of one overlay agree with each other and with the server.
+
+`problems(documents)` returns one sentence a fault, and an empty list for a sound overlay.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+from tests.deploy.paths import HERE
+
+KUBERNETES = "1.34"
+PROBES = {
+    "startupProbe": "/health/startup",
+    "readinessProbe": "/health/ready",
+    "livenessProbe": "/health/live",
+}
+# Of the custom resources only the fields in use, closed: a misspelt one is an error.
+CUSTOM = yaml.safe_load((HERE / "custom_resources.yaml").read_text())
+Document = dict[str, Any]
+
+
+def templates(document: Document) -> Iterator[tuple[str, Document]]:
+    """Every pod template of a workload, as (name, template)."""
+    name = f"{document['kind']}/{document['metadata']['name']}"
+    if document["kind"] in ("Deployment", "Job"):
+        yield name, document["spec"]["template"]
+    elif document["kind"] == "LeaderWorkerSet":
+        for part in ("leaderTemplate", "workerTemplate"):
+            yield f"{name}.{part}", document["spec"]["leaderWorkerTemplate"][part]
+
+
+def schema_problems(document: Document) -> Iterator[str]:
+    """Unknown fields and wrong types, pod templates inside custom resources included."""
+    where = f"{document['kind']}/{document['metadata']['name']}"
+    key = f"{document['apiVersion']}/{document['kind']}"
+    try:
+        if key in CUSTOM:
+            jsonschema.validate(document, CUSTOM[key])
+            for name, template in templates(document):
+                pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}
+                where = name
+                kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        else:
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    except (jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
+        yield f"{where}: {'/'.join(map(str, error.path))}: {error.message}"
+    except kubernetes_validate.SchemaNotFoundError as error:
+        yield f"{where}: {error.message}"
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number."""
+    number, suffix = re.fullmatch(r"([0-9.]+)(m|Ki|Mi|Gi|Ti)?", str(text)).groups()  # type: ignore[union-attr]
+    return float(number) * {None: 1, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}[suffix]
+
+
+def container_problems(where: str, container: Document, volumes: set[str]) -> Iterator[str]:
+    """Security, resources and mounts of one container."""
+    security = container.get("securityContext", {})
+    if security.get("allowPrivilegeEscalation") is not False or security.get("readOnlyRootFilesystem") is not True:
+        yield f"{where} may escalate privileges or write to its root file system"
+    if security.get("capabilities", {}).get("drop") != ["ALL"]:
+        yield f"{where} keeps capabilities"
+    requests, limits = (container.get("resources", {}).get(part, {}) for part in ("requests", "limits"))
+    for resource in ("cpu", "memory"):
+        if resource not in requests or resource not in limits:
+            yield f"{where} has no {resource} request or limit"
+        elif quantity(requests[resource]) > quantity(limits[resource]):
+            yield f"{where} requests more {resource} than its limit"
+    for mount in container.get("volumeMounts", []):
+        if mount["name"] not in volumes:
+            yield f"{where} mounts the volume {mount['name']}, which the pod does not have"
+
+
+def drain_problems(where: str, spec: Document, server: Document) -> Iterator[str]:
+    """The grace period must hold preStop, the drain and the engine's stop."""
+    environment = {entry["name"]: entry.get("value") for entry in server.get("env", [])}
+    command = server.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+    if len(command) != 2 or "SHOAL_GRACE_SECONDS" not in environment:
+        yield f"{where} has no preStop sleep or does not say how long it drains"
+        return
+    needed = float(command[1]) + float(environment["SHOAL_GRACE_SECONDS"]) + 10
+    if spec.get("terminationGracePeriodSeconds", 30) < needed:
+        yield f"{where} is killed before its drain ends ({needed:.0f} s)"
+
+
+def server_problems(where: str, spec: Document) -> Iterator[str]:
+    """Probes on the real routes and named port, and the drain."""
+    for server in (container for container in spec["containers"] if container["name"] == "server"):
+        ports = {port["name"] for port in server.get("ports", [])}
+        for probe, path in PROBES.items():
+            get = server.get(probe, {}).get("httpGet", {})
+            if get.get("path") != path or get.get("port") not in ports:
+                yield f"{where} has no {probe} on {path} at a port it opens"
+        yield from drain_problems(where, spec, server)
+
+
+def pod_problems(where: str, spec: Document, names: dict[str, set[str]]) -> Iterator[str]:
+    """One pod template against the restricted profile and against what exists."""
+    security = spec.get("securityContext", {})
+    if not security.get("runAsNonRoot") or security.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+        yield f"{where} may run as root or without seccomp"
+    if spec.get("automountServiceAccountToken") is not False:
+        yield f"{where} mounts a service account token"
+    if spec.get("serviceAccountName") not in names["ServiceAccount"]:
+        yield f"{where} runs under a service account that does not exist"
+    for volume in spec.get("volumes", []):
+        claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+        if claim and claim not in names["PersistentVolumeClaim"]:
+            yield f"{where} claims the volume {claim}, which does not exist"
+    volumes = {volume["name"] for volume in spec.get("volumes", [])}
+    for container in [*spec.get("initContainers", []), *spec["containers"]]:
+        yield from container_problems(f"{where} {container['name']}", container, volumes)
+    yield from server_problems(where, spec)
+
+
+def matching(selector: dict[str, str], pods: dict[str, Document]) -> list[Document]:
+    """The pod templates that carry every label of a selector."""
+    return [pod for pod in pods.values() if selector.items() <= pod["metadata"]["labels"].items()]
+
+
+def open_ports(pods: list[Document]) -> set[str | int]:
+    """Names and numbers of the ports that some container of the pods opens."""
+    entries = [p for pod in pods for c in pod["spec"]["containers"] for p in c.get("ports", [])]
+    return {entry[key] for entry in entries for key in ("name", "containerPort")}
+
+
+def selector_problems(document: Document, pods: dict[str, Document]) -> Iterator[str]:
+    """Selectors that match no pod, and ports that the matched pods do not open."""
+    where, spec = f"{document['kind']}/{document['metadata']['name']}", document["spec"]
+    selector = spec["podSelector"] if document["kind"] == "NetworkPolicy" else spec["selector"]
+    labels = selector if document["kind"] == "Service" else selector.get("matchLabels", {})
+    found = matching(labels, pods)
+    if not found:
+        yield f"{where} selects no pod"
+    wanted: list[str | int] = [port["targetPort"] for port in spec.get("ports", [])]
+    wanted += [port["number"] for port in spec.get("targetPorts", [])]
+    wanted += [port["port"] for rule in spec.get("ingress", []) for port in rule.get("ports", [])]
+    for port in wanted:
+        if port not in open_ports(found):
+            yield f"{where} points to the port {port}, which no selected pod opens"
+
+
+def reference_problems(documents: list[Document], names: dict[str, set[str]]) -> Iterator[str]:
+    """Routes, monitors and autoscalers that point to nothing."""
+    services = [d for d in documents if d["kind"] == "Service"]
+    for document in documents:
+        where, spec = f"{document['kind']}/{document['metadata']['name']}", document.get("spec", {})
+        if document["kind"] == "HTTPRoute":
+            for backend in (b for rule in spec["rules"] for b in rule["backendRefs"]):
+                ports = {p["port"] for s in services for p in s["spec"]["ports"]}
+                kind = backend.get("kind", "Service")
+                if backend["name"] not in names.get(kind, set()) or (
+                    kind == "Service" and backend["port"] not in ports
+                ):
+                    yield f"{where} routes to {kind} {backend['name']}:{backend.get('port')}, which does not exist"
+        if document["kind"] == "ServiceMonitor":
+            wanted = spec["selector"]["matchLabels"].items()
+            seen = [s for s in services if wanted <= s["metadata"]["labels"].items()]
+            ports = {p["name"] for s in seen for p in s["spec"]["ports"]}
+            if not {endpoint["port"] for endpoint in spec["endpoints"]} <= ports:
+                yield f"{where} scrapes a port that no selected Service has"
+            if any(s["metadata"]["labels"].get(spec["jobLabel"]) != "shoal" for s in seen):
+                yield f"{where} does not give the job label that the rules select"
+        if document["kind"] == "HorizontalPodAutoscaler":
+            if spec["scaleTargetRef"]["name"] not in names.get(spec["scaleTargetRef"]["kind"], set()):
+                yield f"{where} scales something that does not exist"
+            if spec["minReplicas"] > spec["maxReplicas"]:
+                yield f"{where} wants at least more replicas than at most"
+            if any(d["kind"] == "Deployment" and "replicas" in d["spec"] for d in documents):
+                yield f"{where} fights with the Deployment over the number of replicas"
+
+
+def rollout_problems(document: Document) -> Iterator[str]:
+    """A rolling update that takes a replica away before its successor is ready."""
+    rolling = document["spec"].get("strategy", {}).get("rollingUpdate", {})
+    if rolling.get("maxUnavailable") != 0 or not rolling.get("maxSurge"):
+        yield f"Deployment/{document['metadata']['name']} may have fewer ready replicas during an update"
+    wanted = document["spec"]["selector"]["matchLabels"].items()
+    if not wanted <= document["spec"]["template"]["metadata"]["labels"].items():
+        yield f"Deployment/{document['metadata']['name']} does not select its own pods"
+
+
+def problems(documents: list[Document]) -> list[str]:
+    """Every fault of one rendered overlay."""
+    names: dict[str, set[str]] = {"ServiceAccount": set(), "PersistentVolumeClaim": set()}
+    for document in documents:
+        names.setdefault(document["kind"], set()).add(document["metadata"]["name"])
+    found = [problem for document in documents for problem in schema_problems(document)]
+    if found:
+        return found
+    pods = {name: template for document in documents for name, template in templates(document)}
+    for name, template in pods.items():
+        found += pod_problems(name, template["spec"], names)
+    for document in documents:
+        if document["kind"] in ("Service", "PodDisruptionBudget", "NetworkPolicy", "InferencePool"):
+            found += selector_problems(document, pods)
+        if document["kind"] == "Deployment":
+            found += rollout_problems(document)
+    return found + list(reference_problems(documents, names))

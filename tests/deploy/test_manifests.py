@@ -1,0 +1,139 @@
+"""Every overlay is sound, and the checks notice when one is not."""
+
+import copy
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.deploy.cluster import Document, problems
+from tests.deploy.paths import DEPLOY, OVERLAYS
+from tests.deploy.tools import run
+
+NAMES = ("cpu", "gpu", "autoscale", "multi-node")
+
+
+@cache
+def rendered(directory: Path) -> str:
+    done = run("kubectl", "kustomize", directory)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def overlay(name: str) -> list[Document]:
+    return list(yaml.safe_load_all(rendered(OVERLAYS / name)))
+
+
+def part(documents: list[Document], kind: str, name: str = "shoal") -> Document:
+    return next(d for d in documents if d["kind"] == kind and d["metadata"]["name"] == name)
+
+
+def server(documents: list[Document]) -> Document:
+    return part(documents, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+
+
+def pod(documents: list[Document]) -> Document:
+    return part(documents, "Deployment")["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_overlay_is_sound(name: str) -> None:
+    assert {p.name for p in OVERLAYS.iterdir()} == set(NAMES)
+    assert problems(overlay(name)) == []
+
+
+def test_inference_pool_is_sound(tmp_path: Path) -> None:
+    # Kustomize takes relative paths only.
+    up = os.path.relpath(DEPLOY / "kubernetes", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [{up}/overlays/gpu]\ncomponents: [{up}/components/inference-pool]\n"
+    )
+    documents = list(yaml.safe_load_all(rendered(tmp_path)))
+    assert any(d["kind"] == "InferencePool" for d in documents)
+    assert problems(documents) == []
+
+
+FAULTS: dict[str, Callable[[list[Document]], object]] = {
+    "unknown field": lambda d: server(d).update(imagePullPolice="Always"),
+    "wrong type": lambda d: part(d, "Deployment")["spec"].update(replicas="two"),
+    "misspelt field of a custom resource": lambda d: part(d, "ServiceMonitor")["spec"].update(endpoint=[]),
+    "port name": lambda d: part(d, "Service")["spec"]["ports"][0].update(targetPort="web"),
+    "probe port": lambda d: server(d)["readinessProbe"]["httpGet"].update(port="web"),
+    "probe path": lambda d: server(d)["readinessProbe"]["httpGet"].update(path="/health"),
+    "missing readiness probe": lambda d: server(d).pop("readinessProbe"),
+    "missing startup probe": lambda d: server(d).pop("startupProbe"),
+    "missing liveness probe": lambda d: server(d).pop("livenessProbe"),
+    "service selector": lambda d: part(d, "Service")["spec"]["selector"].update({"app.kubernetes.io/name": "shaol"}),
+    "deployment selector": lambda d: part(d, "Deployment")["spec"]["selector"]["matchLabels"].update(app="x"),
+    "budget selector": lambda d: part(d, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].update(app="x"),
+    "policy selector": lambda d: part(d, "NetworkPolicy", "shoal-server")["spec"]["podSelector"].update(
+        matchLabels={"app.kubernetes.io/component": "serve"}
+    ),
+    "policy port": lambda d: part(d, "NetworkPolicy", "shoal-server")["spec"]["ingress"][0]["ports"][0].update(port=80),
+    "monitor port": lambda d: part(d, "ServiceMonitor")["spec"]["endpoints"][0].update(port="metrics"),
+    "job label": lambda d: part(d, "ServiceMonitor")["spec"].update(jobLabel="app.kubernetes.io/component"),
+    "route port": lambda d: part(d, "HTTPRoute")["spec"]["rules"][0]["backendRefs"][0].update(port=8000),
+    "claim": lambda d: pod(d)["volumes"][0]["persistentVolumeClaim"].update(claimName="models"),
+    "volume": lambda d: server(d)["volumeMounts"][0].update(name="model"),
+    "service account": lambda d: pod(d).update(serviceAccountName="default"),
+    "token": lambda d: pod(d).update(automountServiceAccountToken=True),
+    "root": lambda d: pod(d)["securityContext"].pop("runAsNonRoot"),
+    "writable root": lambda d: server(d)["securityContext"].update(readOnlyRootFilesystem=False),
+    "capabilities": lambda d: server(d)["securityContext"].pop("capabilities"),
+    "request over limit": lambda d: server(d)["resources"]["requests"].update(memory="5000Mi"),
+    "no memory limit": lambda d: server(d)["resources"]["limits"].pop("memory"),
+    "grace shorter than the drain": lambda d: pod(d).update(terminationGracePeriodSeconds=30),
+    "no preStop": lambda d: server(d).pop("lifecycle"),
+    "update below strength": lambda d: part(d, "Deployment")["spec"]["strategy"]["rollingUpdate"].update(
+        maxUnavailable=1
+    ),
+    "autoscaler bounds": lambda d: part(d, "HorizontalPodAutoscaler")["spec"].update(minReplicas=9),
+    "autoscaler target": lambda d: part(d, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"].update(name="x"),
+    "autoscaler against replicas": lambda d: part(d, "Deployment")["spec"].update(replicas=2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_found(fault: str) -> None:
+    documents = copy.deepcopy(overlay("autoscale"))
+    assert problems(documents) == []
+    FAULTS[fault](documents)
+    assert problems(documents) != []
+
+
+def test_planted_fault_in_a_group_is_found() -> None:
+    documents = overlay("multi-node")
+    group = part(documents, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    group["leaderTemplate"]["spec"]["containers"][0]["readinesProbe"] = {}
+    assert "readinesProbe" in problems(documents)[0]
+
+
+def test_checkov_finds_nothing_but_the_planted_fault(tmp_path: Path) -> None:
+    for name in NAMES:
+        (tmp_path / f"{name}.yaml").write_text(rendered(OVERLAYS / name))
+    documents = overlay("cpu")
+    server(documents)["securityContext"]["privileged"] = True
+    (tmp_path / "planted.yaml").write_text(yaml.safe_dump_all(documents))
+    flags = ("--framework", "kubernetes", "--skip-download", "--quiet", "--compact")
+    result = run("checkov", "-d", tmp_path, *flags, LOG_LEVEL="CRITICAL")
+    failures = [line for line in result.stdout.splitlines() if line.strip().startswith("File:")]
+    assert result.returncode == 1
+    assert "CKV_K8S_16" in result.stdout
+    assert failures
+    assert all("/planted.yaml" in line for line in failures)
+
+
+def test_every_skipped_rule_is_justified() -> None:
+    skipped = [
+        value
+        for name in NAMES
+        for document in overlay(name)
+        for key, value in document["metadata"].get("annotations", {}).items()
+        if key.startswith("checkov.io/skip")
+    ]
+    assert skipped
+    assert all(len(value.partition("=")[2].split()) > 5 for value in skipped)

@@ -1,0 +1,61 @@
+"""The Prometheus and Alertmanager files are valid, and every alert is tested firing and silent."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.paths import PROMETHEUS, ROOT
+from tests.deploy.tools import run
+
+GROUPS = yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"]
+ALERTS = [rule for group in GROUPS for rule in group["rules"] if "alert" in rule]
+TESTS = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
+
+
+def cases(alert: str) -> list[dict[str, Any]]:
+    return [case for test in TESTS for case in test.get("alert_rule_test", []) if case["alertname"] == alert]
+
+
+def test_configurations_are_valid() -> None:
+    for name, *arguments in (
+        ("promtool", "check", "config", PROMETHEUS / "prometheus.yml"),
+        ("amtool", "check-config", PROMETHEUS / "alertmanager.yml"),
+    ):
+        done = run(name, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_behave() -> None:
+    done = run("promtool", "test", "rules", PROMETHEUS / "rules_test.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("alert", [rule["alert"] for rule in ALERTS])
+def test_alert_is_tested_firing_and_silent(alert: str) -> None:
+    assert any(case["exp_alerts"] for case in cases(alert))
+    assert any(not case["exp_alerts"] for case in cases(alert))
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
+def test_a_mutated_threshold_is_noticed(rule: dict[str, Any], tmp_path: Path) -> None:
+    # An alert that never fires must fail its own test: replace the expression by one that is never true.
+    text = (PROMETHEUS / "rules.yml").read_text()
+    document = yaml.safe_load(text)
+    for group in document["groups"]:
+        for candidate in group["rules"]:
+            if candidate.get("alert") == rule["alert"]:
+                candidate["expr"] = "vector(1) > 2"
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(document))
+    (tmp_path / "rules_test.yml").write_text((PROMETHEUS / "rules_test.yml").read_text())
+    assert run("promtool", "test", "rules", tmp_path / "rules_test.yml").returncode != 0
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
+def test_alert_has_a_runbook_paragraph(rule: dict[str, Any]) -> None:
+    assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
+    sections = (ROOT / "docs" / "operations.md").read_text().split("\n## ")
+    (paragraph,) = (s.partition("\n")[2] for s in sections if s.partition("\n")[0] == rule["alert"])
+    assert f"({rule['labels']['severity']})" in paragraph
+    assert len(paragraph.split()) > 20
