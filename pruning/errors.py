@@ -5,6 +5,7 @@
     │   ├── RecipeError         a flag or a recipe key
     │   ├── ModelError          the model to prune
     │   ├── CalibrationError    the calibration text
+    │   ├── EvaluationError     what a model is evaluated on
     │   ├── CheckpointError     a checkpoint directory
     │   └── StorageError        the place to write to
     └── Interrupted         exit 130
@@ -35,6 +36,10 @@ class ModelError(UserError):
 
 class CalibrationError(UserError):
     """The calibration text cannot be read or is too short."""
+
+
+class EvaluationError(UserError):
+    """The text, questions or tasks cannot be read or do not fit the model."""
 
 
 class CheckpointError(UserError):

@@ -1,0 +1,356 @@
+"""Multiple-choice questions: log-likelihoods of the choices after a context, tokenised as in lm-evaluation-harness."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from pruning.errors import EvaluationError
+from pruning.evaluation.paired import standard_error
+
+FORWARD_TOKENS = {"cpu": 1024, "cuda": 16384}
+SHARED_TOKENS = 96  # a common start of contexts is computed once when it is at least this long
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question.
+
+    Attributes:
+        task: Name of the set.
+        id: Within the set.
+        context: What precedes the answer.
+        choices: Continuations of the context, with their leading space.
+        label: Index of the right one.
+    """
+
+    task: str
+    id: str
+    context: str
+    choices: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model made of one question.
+
+    Attributes:
+        loglikelihoods: ln P(choice | context) of every choice, nats.
+        correct: The likeliest choice is the right one.
+        correct_norm: So is the likeliest per character.
+    """
+
+    loglikelihoods: tuple[float, ...]
+    correct: bool
+    correct_norm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    index: int
+    context: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise EvaluationError(f"cannot read {path}: {reason}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise EvaluationError(f"{path}:{number}: not JSON") from error
+            if not isinstance(row, dict):
+                raise EvaluationError(f"{path}:{number}: expected a JSON object")
+            yield number, row
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """Read JSON lines `{"task", "id", "context", "choices", "label"}`.
+
+    Args:
+        path: File.
+        limit: Only so many questions, spread evenly over the file.
+
+    Raises:
+        EvaluationError: Unreadable, a field is missing or wrong, or no question.
+    """
+    questions = []
+    for number, row in _rows(path):
+        choices, label = row.get("choices"), row.get("label")
+        good = isinstance(row.get("context"), str) and isinstance(choices, list) and isinstance(label, int)
+        if not good or not all(isinstance(c, str) and c for c in choices or []) or not 0 <= (label or 0) < len(choices):  # type: ignore[arg-type]
+            raise EvaluationError(f"{path}:{number}: expected a context, choices that are texts, and the label of one")
+        name = str(row.get("task", path.stem))
+        questions.append(Question(name, str(row.get("id", number)), row["context"], tuple(choices), label))  # type: ignore[arg-type]
+    if not questions:
+        raise EvaluationError(f"{path} holds no question")
+    return spread(questions, limit)
+
+
+def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """At most `limit` questions, evenly spread, so that sets sorted by subject stay balanced."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    return [questions[i * len(questions) // limit] for i in range(limit)]
+
+
+def read_letter_questions(path: Path, shots_path: Path, shots: int = 5, limit: int | None = None) -> list[Question]:
+    """Read MMLU rows (`subject`, `question`, `choices`, `label`) as its few-shot letter form.
+
+    The prompt lists the lettered choices and the answer is one letter; the subject's first `shots` rows of
+    `shots_path` come before it, answered.
+
+    Raises:
+        EvaluationError: A row lacks a field, or a subject has too few rows for the shots.
+
+    Source: Hendrycks et al., arXiv 2009.03300, and its evaluation code's prompt.
+    """
+    rows, examples = [row for _, row in _rows(path)], [row for _, row in _rows(shots_path)]
+    for row in (*rows, *examples):
+        if not {"subject", "question", "choices", "label"} <= row.keys():
+            raise EvaluationError(f"{path}: the letter form needs subject, question, choices and label in every row")
+    by_subject: dict[str, list[str]] = {}
+    for row in examples:
+        by_subject.setdefault(row["subject"], []).append(f"{_lettered(row)} {'ABCDEFGHIJ'[row['label']]}\n\n")
+    questions = []
+    for number, row in enumerate(rows):
+        known = by_subject.get(row["subject"], [])
+        if len(known) < shots:
+            raise EvaluationError(f"{shots_path} holds {len(known)} rows of {row['subject']}, fewer than {shots} shots")
+        head = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
+        context = f"{head}\n\n{''.join(known[:shots])}{_lettered(row)}"
+        letters = tuple(f" {letter}" for letter in "ABCDEFGHIJ"[: len(row["choices"])])
+        questions.append(Question(f"mmlu_{shots}shot", str(row.get("id", number)), context, letters, row["label"]))
+    return spread(questions, limit)
+
+
+def _lettered(row: Mapping[str, Any]) -> str:
+    listed = "\n".join(f"{'ABCDEFGHIJ'[i]}. {choice.strip()}" for i, choice in enumerate(row["choices"]))
+    return f"{row['question'].strip()}\n{listed}\nAnswer:"
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[list[int], list[list[int]]]:
+    """Tokens of the context and of every choice.
+
+    Spaces at the context's end go to the choice; context and choice are tokenised as one text, and the choice is what
+    follows the context's own tokens. An empty context becomes the token that starts a text.
+
+    Source: lm-evaluation-harness 0.4, `TemplateLM._encode_pair`.
+    """
+    context = question.context.rstrip()
+    trailing = question.context[len(context) :]
+    if not context:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        alone = [tokenizer(trailing + c, add_special_tokens=False)["input_ids"] for c in question.choices]
+        return [start], alone
+    texts = [context, *(context + trailing + choice for choice in question.choices)]
+    first, *whole = tokenizer(texts, verbose=False)["input_ids"]
+    return first, [ids[len(first) :] for ids in whole]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], longest: int) -> list[_Encoded]:
+    out = []
+    for index, question in enumerate(questions):
+        context, choices = encode(tokenizer, question)
+        room = longest + 1 - max(map(len, choices))
+        if room < 1 or not all(choices):
+            raise EvaluationError(
+                f"question {question.id} of {question.task}: a choice is empty or over {longest} tokens"
+            )
+        out.append(_Encoded(index, tuple(context[-room:]), tuple(map(tuple, choices))))
+    return out
+
+
+def _groups(encoded: Sequence[_Encoded]) -> list[tuple[int, list[_Encoded]]]:
+    """Questions whose contexts start alike, with the number of tokens they share; the rest share none."""
+    groups: list[tuple[int, list[_Encoded]]] = []
+    alone: list[_Encoded] = []
+    members: list[_Encoded] = []
+    shared = 0
+
+    def close() -> None:
+        if len(members) > 1:
+            groups.append((shared, members))
+        else:
+            alone.extend(members)
+
+    for one in sorted(encoded, key=lambda e: e.context):
+        common = min(shared, _common(members[0].context, one.context)) if members else 0
+        if members and common >= max(SHARED_TOKENS, shared // 2):
+            members.append(one)
+            shared = min(common, len(one.context) - 1)
+        else:
+            close()
+            members, shared = [one], len(one.context) - 1
+    close()
+    return [*groups, (0, alone)] if alone else groups
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+def _batches(members: Sequence[_Encoded], shared: int, budget: int) -> Iterator[list[_Encoded]]:
+    """Members by length, as many at once as the larger of the two forwards allows."""
+    batch: list[_Encoded] = []
+    rows = width = context = 0
+    for one in sorted(members, key=lambda e: (len(e.context), max(map(len, e.choices)), e.index)):
+        new_context = max(context, len(one.context) - shared)
+        new_width, new_rows = max(width, *map(len, one.choices)), rows + len(one.choices)
+        if batch and max((len(batch) + 1) * new_context, new_rows * new_width) > budget:
+            yield batch
+            batch, new_rows, new_width, new_context = (
+                [],
+                len(one.choices),
+                max(map(len, one.choices)),
+                len(one.context) - shared,
+            )
+        batch.append(one)
+        rows, width, context = new_rows, new_width, new_context
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def loglikelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    advance: Callable[[], None] | None = None,
+) -> list[tuple[float, ...]]:
+    """ln P(choice | context) of every choice of every question, nats.
+
+    A context is computed once for all choices, and a long start that contexts share (few-shot examples) once for all.
+
+    Args:
+        model: Dense or pruned.
+        tokenizer: Of the model.
+        questions: In any order.
+        advance: Called once a question.
+
+    Raises:
+        EvaluationError: A choice does not fit the model's positions.
+    """
+    longest = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+    encoded = _encoded(tokenizer, questions, longest)
+    windowed = any(layer.is_sliding for layer in _cache(model).layers)
+    # Windows count cache slots; padding between a shared start and the rest would shift them.
+    groups = [(0, encoded)] if windowed else _groups(encoded)
+    results: list[tuple[float, ...]] = [()] * len(questions)
+    budget = FORWARD_TOKENS.get(model.device.type, 4096)
+    for shared, members in groups:
+        start = _cache(model)
+        if shared:
+            ids = torch.tensor([members[0].context[:shared]], device=model.device)
+            model(input_ids=ids, past_key_values=start, use_cache=True, logits_to_keep=1)
+        for batch in _batches(members, shared, budget):
+            cache = copy.deepcopy(start) if shared else _cache(model)
+            for one, values in zip(batch, _score(model, cache, shared, batch), strict=True):
+                results[one.index] = values
+                if advance:
+                    advance()
+    return results
+
+
+def _cache(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config)
+
+
+def _score(
+    model: PreTrainedModel, cache: DynamicCache, shared: int, batch: Sequence[_Encoded]
+) -> list[tuple[float, ...]]:
+    """Contexts padded on the left, then every choice of them on the right, on a cache that holds the shared start."""
+    device, rows = model.device, len(batch)
+    if shared:
+        cache.batch_repeat_interleave(rows)
+    rests = [one.context[shared:] for one in batch]
+    width = max(map(len, rests))
+    ids = torch.tensor([[0] * (width - len(rest)) + list(rest) for rest in rests], device=device)
+    mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rests], device=device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    out = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions[:, shared:], past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    first = out.logits[:, -1].float().log_softmax(-1)
+    totals = [[float(first[row, choice[0]]) for choice in one.choices] for row, one in enumerate(batch)]
+    longer = [(row, k) for row, one in enumerate(batch) for k, choice in enumerate(one.choices) if len(choice) > 1]
+    if longer:
+        cache.batch_select_indices(torch.tensor([row for row, _ in longer], device=device))
+        texts = [batch[row].choices[k] for row, k in longer]
+        for (row, k), value in zip(longer, _continue(model, cache, mask, longer, texts), strict=True):
+            totals[row][k] += value
+    return [tuple(values) for values in totals]
+
+
+def _continue(
+    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, longer: Sequence[tuple[int, int]],
+    texts: Sequence[tuple[int, ...]],
+) -> list[float]:  # fmt: skip
+    """ln P of all tokens but the first of each text, given the first and the cache."""
+    device, width = mask.device, max(map(len, texts)) - 1
+    padded = [list(text) + [0] * (width + 1 - len(text)) for text in texts]
+    ids = torch.tensor(padded, device=device)
+    present = torch.tensor([[1] * (len(text) - 1) + [0] * (width + 1 - len(text)) for text in texts], device=device)
+    before = mask[[row for row, _ in longer]]
+    whole = torch.cat([before, present], 1)
+    positions = (whole.cumsum(1) - 1)[:, before.shape[1] :]
+    logits = model(
+        input_ids=ids[:, :-1], attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True
+    ).logits.float()
+    found = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].double()
+    return (found * present).sum(1).tolist()
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    advance: Callable[[], None] | None = None,
+) -> list[Answer]:
+    """Answer questions; see `loglikelihoods`. Ties go to the first choice."""
+    return [
+        judged(question, values)
+        for question, values in zip(questions, loglikelihoods(model, tokenizer, questions, advance), strict=True)
+    ]
+
+
+def judged(question: Question, values: Sequence[float]) -> Answer:
+    """Compare the log-likelihoods of a question's choices, as they are and per character."""
+    per_character = [value / len(choice) for value, choice in zip(values, question.choices, strict=True)]
+    return Answer(
+        tuple(values),
+        correct=values.index(max(values)) == question.label,
+        correct_norm=per_character.index(max(per_character)) == question.label,
+    )
+
+
+def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
+    """acc and acc_norm with their standard errors, and n."""
+    right = [float(one.correct) for one in answers]
+    normed = [float(one.correct_norm) for one in answers]
+    return {
+        "n": len(answers),
+        "acc": math.fsum(right) / len(right),
+        "acc_stderr": standard_error(right),
+        "acc_norm": math.fsum(normed) / len(normed),
+        "acc_norm_stderr": standard_error(normed),
+    }
