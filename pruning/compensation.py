@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pruning.families import Family
 from pruning.plan import Sublayer
 from pruning.regression import HeldOutMoments
-from pruning.subnetwork import Arguments, Evaluator
+from pruning.subnetwork import Arguments, Evaluator, Taps
 
 
 def token_weights(target: Tensor) -> Tensor:
@@ -60,6 +60,7 @@ def compensate(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     arguments: Sequence[Arguments],
+    taps: Sequence[Taps],
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run a kept sublayer on the pruned stream, with its output projection refitted where that helps.
 
@@ -73,6 +74,7 @@ def compensate(
         inputs: The pruned stream before it, batches of [b, T, D].
         targets: The dense stream after it, the same.
         arguments: What the model gives to every block, for each batch.
+        taps: Where attention notes what it puts out, for each batch.
 
     Returns:
         The stream after the sublayer, and parameter name -> new weight (empty where the old one stays).
@@ -80,18 +82,18 @@ def compensate(
     Source: inferred; the layer-wise reconstruction of SparseGPT (arXiv 2301.00774) and ReplaceMe's closed-form map
         (arXiv 2505.02819) on the weights that stay, with the dense stream as target instead of the layer's own output.
     """
-    calls = list(zip(inputs, [every[sublayer.block] for every in arguments], strict=True))
+    calls = list(zip(inputs, [every[sublayer.block] for every in arguments], taps, strict=True))
     name = output_projection(evaluator.family, sublayer)
     if name is None:
-        return [evaluator.run_sublayer(sublayer, hidden, kwargs) for hidden, kwargs in calls], {}
+        return [evaluator.run_and_tap(sublayer, hidden, kwargs, None, tap) for hidden, kwargs, tap in calls], {}
     projection = evaluator.blocks[sublayer.block].get_submodule(name)
     assert isinstance(projection, nn.Linear)
     scale = evaluator.family.scale(evaluator.model.config)
     moments = HeldOutMoments.zeros(projection.in_features, projection.out_features)
     after = []
-    for number, ((hidden, kwargs), target) in enumerate(zip(calls, targets, strict=True)):
+    for number, ((hidden, kwargs, tap), target) in enumerate(zip(calls, targets, strict=True)):
         with _inputs_of(projection) as seen:
-            out = evaluator.run_sublayer(sublayer, hidden, kwargs)
+            out = evaluator.run_and_tap(sublayer, hidden, kwargs, None, tap)
         residual = (target.float() - out.float()) / scale
         moments.add(number, seen[0].flatten(0, -2).float(), residual.flatten(0, -2), token_weights(target))
         after.append(out)
@@ -102,7 +104,7 @@ def compensate(
     weight = (old.double() + correction.T.to(old.device)).to(old.dtype)
     del after
     with _weight(projection, weight):
-        after = [evaluator.run_sublayer(sublayer, hidden, kwargs) for hidden, kwargs in calls]
+        after = [evaluator.run_and_tap(sublayer, hidden, kwargs, None, tap) for hidden, kwargs, tap in calls]
     return after, {f"{evaluator.family.blocks}.{sublayer.block}.{name}.weight": weight}
 
 

@@ -8,16 +8,18 @@ from torch import Tensor, nn
 
 from pruning.compensation import compensate, token_weights
 from pruning.console import Reporter
-from pruning.modeling import BiasEmulation, LowRankEmulation, rms_normalise
-from pruning.plan import KINDS, EmulationKind, Sublayer
+from pruning.errors import RecipeError
+from pruning.modeling import BiasEmulation, ContextEmulation, LowRankEmulation, context_features
+from pruning.plan import KINDS, EmulationKind, Sublayer, nearest_kept_attention
 from pruning.regression import Affine, HeldOutMoments
-from pruning.subnetwork import Evaluator
+from pruning.subnetwork import Evaluator, Taps
 
 
-def as_module(affine: Affine, dtype: torch.dtype, device: torch.device) -> LowRankEmulation:
-    """The map as a module of the checkpoint."""
+def as_module(affine: Affine, sources: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The map as a module of the checkpoint; it reads these blocks' attention beside the stream."""
+    size, rank = affine.up.shape[1], affine.down.shape[1]
     with torch.device("meta"):
-        module = LowRankEmulation(affine.down.shape[0], affine.down.shape[1])
+        module = ContextEmulation(size, rank, sources) if sources else LowRankEmulation(size, rank)
     tensors = {"down.weight": affine.down.T, "up.weight": affine.up.T, "up.bias": affine.bias}
     state = {name: tensor.to(device, dtype).contiguous() for name, tensor in tensors.items()}
     module.load_state_dict(state, assign=True)
@@ -45,11 +47,22 @@ def recover(
     reporter: Reporter,
     *,
     compensated: bool = True,
+    sequential: bool = True,
+    sources: int = 1,
 ) -> Recovery:
     """Fit the emulation of every removed sublayer and, if asked, refit what is kept, first to last.
 
     Each fit sees the residual stream of the model as pruned and recovered so far and aims at the dense model's
     stream after the sublayer, so later fits also mend what earlier ones missed. The model keeps its own weights.
+
+    Args:
+        evaluator: Of the dense model, on the calibration tokens.
+        removed: Sublayer -> kind of emulation.
+        rank: r of the adapters.
+        reporter: For progress.
+        compensated: Also refit the output projections of kept sublayers.
+        sequential: False fits every adapter on the dense model's own stream instead.
+        sources: k, kept attention layers that a `context` adapter reads.
     """
     emulations: dict[Sublayer, nn.Module | None] = {}
     weights: dict[str, Tensor] = {}
@@ -57,37 +70,60 @@ def recover(
     dense = [hidden for hidden, _ in embedded]
     arguments = [kwargs for _, kwargs in embedded]
     pruned = list(dense)
+    taps: list[Taps] = [{} for _ in dense]
     del embedded
-    scale = evaluator.family.scale(evaluator.model.config)
+    reads = _sources(removed, sources)
+    wanted = {source for read in reads.values() for source in read}
     last = len(evaluator.blocks) - 1 if compensated else max(sublayer.block for sublayer in removed)
     with reporter.progress("emulation", last + 1) as step:
         for index in range(last + 1):
             kwargs = [every[index] for every in arguments]
             for kind in KINDS:
                 sublayer = Sublayer(index, kind)
-                dense = [evaluator.run_sublayer(sublayer, h, k) for h, k in zip(dense, kwargs, strict=True)]
+                before = dense
+                # As long as nothing is gone the two streams are one, and the dense one notes what attention puts out.
+                noted: list[Taps] = [{} for _ in taps] if emulations else taps
+                calls = zip(dense, kwargs, noted, strict=True)
+                dense = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
                 if sublayer in removed:
-                    module = _fit(pruned, dense, removed[sublayer], rank, scale)
+                    inputs = pruned if sequential else before
+                    module = fit(
+                        evaluator, sublayer, inputs, dense, removed[sublayer], rank, taps, reads.get(sublayer, ())
+                    )
                     emulations[sublayer] = module
                     if module is not None:
-                        calls = zip(pruned, kwargs, strict=True)
-                        pruned = [evaluator.run_sublayer(sublayer, h, k, module) for h, k in calls]
+                        calls = zip(pruned, kwargs, taps, strict=True)
+                        pruned = [evaluator.run_and_tap(sublayer, h, k, module, t) for h, k, t in calls]
                 elif not emulations:
                     pruned = list(dense)
                 elif compensated:
-                    pruned, changed = compensate(evaluator, sublayer, pruned, dense, arguments)
+                    pruned, changed = compensate(evaluator, sublayer, pruned, dense, arguments, taps)
                     weights |= changed
                 else:
-                    pruned = [evaluator.run_sublayer(sublayer, h, k) for h, k in zip(pruned, kwargs, strict=True)]
+                    calls = zip(pruned, kwargs, taps, strict=True)
+                    pruned = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
+            _forget(taps, wanted)
             step.advance()
     return Recovery(emulations, weights)
 
 
+def _sources(removed: Mapping[Sublayer, EmulationKind], count: int) -> dict[Sublayer, tuple[int, ...]]:
+    """What every `context` adapter reads."""
+    context = [sublayer for sublayer, kind in removed.items() if kind == "context"]
+    return {sublayer: nearest_kept_attention(removed, sublayer.block, count) for sublayer in context}
+
+
+def _forget(taps: list[Taps], wanted: Collection[int]) -> None:
+    for each in taps:
+        for block in set(each) - set(wanted):
+            del each[block]
+
+
 def fit_plan(
-    evaluator: Evaluator, removed: Mapping[Sublayer, EmulationKind], rank: int, reporter: Reporter
+    evaluator: Evaluator, removed: Mapping[Sublayer, EmulationKind], rank: int, reporter: Reporter, sources: int = 1
 ) -> dict[Sublayer, nn.Module | None]:
     """The emulations alone, with every kept weight as it is; see `recover`."""
-    return recover(evaluator, removed, rank, reporter, compensated=False).emulations
+    return recover(evaluator, removed, rank, reporter, compensated=False, sources=sources).emulations
 
 
 @torch.no_grad()
@@ -98,6 +134,7 @@ def fit_candidates(
     kind: EmulationKind,
     rank: int,
     reporter: Reporter,
+    sources: int = 1,
 ) -> dict[Sublayer, nn.Module]:
     """Fit what would emulate each candidate if it went next, and what emulates the sublayers that are gone.
 
@@ -111,37 +148,104 @@ def fit_candidates(
     embedded = [evaluator.embed(batch) for batch in evaluator.batches]
     dense, arguments = [hidden for hidden, _ in embedded], [kwargs for _, kwargs in embedded]
     pruned, parted = dense, False
-    scale = evaluator.family.scale(evaluator.model.config)
+    taps: list[Taps] = [{} for _ in dense]
+    gone = dict.fromkeys(base, kind)
     last = max(sublayer.block for sublayer in wanted)
     with reporter.progress("emulations of candidates", last + 1) as step:
         for index in range(last + 1):
             kwargs = [every[index] for every in arguments]
             for sublayer in (Sublayer(index, kind_) for kind_ in KINDS):
-                dense = [evaluator.run_sublayer(sublayer, h, k) for h, k in zip(dense, kwargs, strict=True)]
-                module = _fit(pruned, dense, kind, rank, scale) if sublayer in wanted else None
+                noted: list[Taps] = [{} for _ in taps] if parted else taps
+                calls = zip(dense, kwargs, noted, strict=True)
+                dense = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
+                module = None
+                if sublayer in wanted:
+                    reads = nearest_kept_attention(gone, index, sources) if kind == "context" else ()
+                    module = fit(evaluator, sublayer, pruned, dense, kind, rank, taps, reads)
                 if module is not None:
                     emulations[sublayer] = module
                 applied = module if sublayer in base else None
                 parted = parted or sublayer in base
-                calls = zip(pruned, kwargs, strict=True)
-                pruned = [evaluator.run_sublayer(sublayer, h, k, applied) for h, k in calls] if parted else dense
+                calls = zip(pruned, kwargs, taps, strict=True)
+                pruned = [evaluator.run_and_tap(sublayer, h, k, applied, t) for h, k, t in calls] if parted else dense
+            _forget(taps, nearest_kept_attention(gone, index + 1, sources))
             step.advance()
     return emulations
 
 
-def _fit(inputs: list[Tensor], targets: list[Tensor], kind: EmulationKind, rank: int, scale: float) -> nn.Module | None:
-    """Fit one sublayer from its inputs and the dense stream after it, lists of [b, T, D]."""
+def fit(
+    evaluator: Evaluator,
+    sublayer: Sublayer,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    kind: EmulationKind,
+    rank: int,
+    taps: list[Taps],
+    sources: tuple[int, ...],
+) -> nn.Module | None:
+    """Fit what emulates one sublayer.
+
+    Args:
+        evaluator: Of the dense model.
+        sublayer: Removed.
+        inputs: The stream before it, batches of [b, T, D].
+        targets: The dense stream after it, the same.
+        kind: Of emulation; "none" gives None.
+        rank: r.
+        taps: What attention layers before it put out, for each batch.
+        sources: Which of them it reads.
+    """
     if kind == "none":
         return None
-    size = inputs[0].shape[-1]
-    moments = HeldOutMoments.zeros(size, size)
-    for number, (x, target) in enumerate(zip(inputs, targets, strict=True)):
-        update = (target.float() - x.float()) / scale
-        moments.add(number, rms_normalise(x).flatten(0, -2), update.flatten(0, -2), token_weights(target))
     dtype, device = inputs[0].dtype, inputs[0].device
+    if kind == "self_only":
+        return as_module(self_only(evaluator, sublayer), (), dtype, device)
+    size = inputs[0].shape[-1]
+    scale = evaluator.family.scale(evaluator.model.config)
+    moments = HeldOutMoments.zeros(size * (1 + len(sources)), size)
+    for number, (x, target, each) in enumerate(zip(inputs, targets, taps, strict=True)):
+        update = (target.float() - x.float()) / scale
+        features = context_features(x, [each[source].output for source in sources])
+        moments.add(number, features.flatten(0, -2), update.flatten(0, -2), token_weights(target))
     if kind == "bias":
         both = moments.whole()
         module = BiasEmulation(size)
         module.bias.data = (both.y_sum / both.weight).to(device, dtype)
         return module.requires_grad_(False)
-    return as_module(moments.low_rank(rank), dtype, device)
+    return as_module(moments.low_rank(size if kind == "linear" else rank), sources, dtype, device)
+
+
+def self_only(evaluator: Evaluator, sublayer: Sublayer) -> Affine:
+    """Attention of every token to itself alone, W_o W_v of the normed input: an emulation that needs no data.
+
+    The map is probed with windows of one token, where it is what attention does, so grouped heads, fused projections
+    and biases need no cases of their own. Its rank is at most K heads · head dim. Exact under an RMSNorm; under a
+    LayerNorm the standard deviation is taken for the root mean square.
+
+    Raises:
+        RecipeError: An FFN, or a family with a norm after attention: there is no such map.
+
+    Source: inferred; an attention pattern that is the identity matrix.
+    """
+    family = evaluator.family
+    if sublayer.kind != "attention" or family.attention_post_norm is not None:
+        raise RecipeError(f"{sublayer} cannot be emulated by self-only: it needs attention without a norm after it")
+    block = evaluator.blocks[sublayer.block]
+    attention, norm = getattr(block, family.attention), getattr(block, family.attention_norm)
+    size = evaluator.model.config.hidden_size
+    token = evaluator.batches[0][:1, :1]
+    _, arguments = evaluator.embed(token)
+    place = {"dtype": evaluator.model.dtype, "device": evaluator.model.device}
+    sign = torch.ones(size, **place)
+    sign[1::2] = -1
+    plus, minus = norm(sign[None])[0], norm(-sign[None])[0]
+    gain, shift = (plus - minus) / 2 * sign, (plus + minus) / 2
+    probes = torch.cat([torch.eye(size, **place), shift[None], torch.zeros(1, size, **place)])[:, None]
+    out = attention(hidden_states=probes, **arguments[sublayer.block])[0][:, 0].double().cpu()
+    zero = out[-1]
+    matrix = gain.double().cpu()[:, None] * (out[:size] - zero)
+    if float((norm(torch.ones(1, size, **place))[0] - shift).abs().max()) < 1e-4 * float(gain.abs().max()):
+        matrix = matrix - matrix.mean(0)  # a LayerNorm takes the mean away
+    left, values, right = torch.linalg.svd(matrix)
+    rank = max(1, int((values > 1e-5 * values[0]).sum()))
+    return Affine(left[:, :rank] * values[:rank], right[:rank], out[-2])

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 from pruning.configuration import config_class
 from pruning.errors import StorageError
 from pruning.families import Family
-from pruning.modeling import blocks_of, number_cache_layers, replace_sublayer
+from pruning.modeling import (
+    ContextEmulation,
+    block_configs_of,
+    blocks_of,
+    connect_sources,
+    number_cache_layers,
+    replace_sublayer,
+)
 from pruning.plan import Plan, Sublayer
 
 MAX_SHARD_SIZE = "4GB"
@@ -35,22 +42,27 @@ def apply_plan(
 ) -> None:
     """Cut the removed sublayers out of a dense model in place, and drop the blocks that are wholly removed.
 
-    The model's own configuration follows, so that it picks the right mask for every block that stays.
+    The model's own configuration follows, so that it picks the right mask for every block that stays. Emulations that
+    read other blocks are given these blocks' new numbers.
     """
     blocks = blocks_of(model, family)
     for sublayer in plan.removed:
         replace_sublayer(blocks[sublayer.block], family, sublayer.kind, emulations.get(sublayer))
     indices = plan.blocks_kept()
     kept = [blocks[index] for index in indices]
+    for emulation in emulations.values():
+        if isinstance(emulation, ContextEmulation):
+            emulation.sources = tuple(indices.index(source) for source in emulation.sources)
     parent, _, name = family.blocks.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(kept))
     number_cache_layers(kept, family)
+    connect_sources(kept, family)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[index] for index in indices]
     model.config.num_hidden_layers = len(kept)
 
 
-def pruned_config(model: PreTrainedModel, family: Family, plan: Plan) -> Any:
+def pruned_config(model: PreTrainedModel, family: Family) -> Any:
     """The configuration of the checkpoint: the fields of a model that `apply_plan` has cut, and `block_configs`."""
     fields = model.config.to_dict()
     for name in (
@@ -61,7 +73,7 @@ def pruned_config(model: PreTrainedModel, family: Family, plan: Plan) -> Any:
         "quantization_config",
     ):
         fields.pop(name, None)
-    config = config_class(family)(**fields, block_configs=plan.block_configs())
+    config = config_class(family)(**fields, block_configs=block_configs_of(model, family))
     config.architectures = [family.architecture]
     config.dtype = model.dtype
     return config

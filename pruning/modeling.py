@@ -1,7 +1,8 @@
 """transformers side of a depth-pruned model: stand-ins for sublayers, surgery, and the checkpoint's classes."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pruning.configuration import config_class, register_configs
+from pruning.errors import CheckpointError
 from pruning.families import FAMILIES, Family
 from pruning.plan import KINDS, Kind
 
@@ -55,13 +57,121 @@ class LowRankEmulation(nn.Module):
         return self.up(self.down(rms_normalise(hidden)))
 
 
+class Tap:
+    """What one attention layer hands on in the forward under way, to the emulations that name it as a source.
+
+    It is a forward hook on that layer's module, and copied with it.
+
+    Attributes:
+        output: What left the module (after its output projection, before any norm or multiplier), [..., D].
+    """
+
+    def __init__(self, output: Tensor | None = None) -> None:
+        self.output = output
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        """Note the output; the signature is that of a forward hook."""
+        self.output = output[0] if isinstance(output, tuple) else output
+
+    def split(self, rows: int) -> "list[Tap]":
+        """One tap for each stream of `rows` windows that went through the layer together."""
+        assert self.output is not None
+        return [Tap(part) for part in self.output.split(rows)]
+
+
+class ContextEmulation(nn.Module):
+    """A map of rank r of the normalised residual stream and what kept attention layers before it put out.
+
+    up(down([rms(x), c_1, ..., c_k])) + bias. A per-token map cannot look at other tokens; the outputs of attention
+    layers that stay carry context at no cost in KV cache.
+
+    Args:
+        hidden_size: D.
+        rank: r.
+        sources: Blocks whose attention it reads, k of them, all before its own.
+
+    Source: inferred; a closed-form linear map in place of a layer (ReplaceMe, arXiv 2505.02819) with further
+        regressors.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, sources: Sequence[int]) -> None:
+        super().__init__()
+        self.sources = tuple(sources)
+        self.taps: list[Tap] = []
+        self.down = nn.Linear(hidden_size * (1 + len(self.sources)), rank, bias=False)
+        self.up = nn.Linear(rank, hidden_size, bias=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Update [..., D] for the residual stream [..., D]; the taps hold the sources' outputs."""
+        return self.up(self.down(self.features(hidden)))
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the map reads, [..., D (1+k)]; a source that put nothing out counts as zero."""
+        return context_features(hidden, [tap.output for tap in self.taps])
+
+
+def context_features(hidden: Tensor, outputs: Sequence[Tensor | None]) -> Tensor:
+    """[rms(x), c_1, ..., c_k] as one [..., D (1+k)] for a residual stream x [..., D]."""
+    contexts = [torch.zeros_like(hidden) if c is None else c.expand_as(hidden).to(hidden) for c in outputs]
+    return torch.cat([rms_normalise(hidden), *contexts], -1)
+
+
+def sources_of(emulation: nn.Module | None) -> tuple[int, ...]:
+    """Blocks whose attention an emulation reads."""
+    return emulation.sources if isinstance(emulation, ContextEmulation) else ()
+
+
+@contextmanager
+def fed(emulation: nn.Module | None, taps: Mapping[int, Tap]) -> Iterator[None]:
+    """Let an emulation read these taps (block -> tap) inside the `with`; a source without one counts as zero."""
+    if not isinstance(emulation, ContextEmulation):
+        yield
+        return
+    saved = emulation.taps
+    emulation.taps = [taps.get(source, Tap()) for source in emulation.sources]
+    try:
+        yield
+    finally:
+        emulation.taps = saved
+
+
+@contextmanager
+def tapped(attention: nn.Module, tap: Tap) -> Iterator[None]:
+    """Note what an attention module puts out inside the `with`."""
+    handle = attention.register_forward_hook(tap)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def build_emulation(spec: Mapping[str, Any] | None, hidden_size: int) -> nn.Module | None:
-    """Build the module a checkpoint's `emulation` entry names; None where there is none."""
+    """Build the module a checkpoint's `emulation` entry names; None where there is none.
+
+    Raises:
+        CheckpointError: The kind is not known.
+    """
     if spec is None:
         return None
     if spec["kind"] == "bias":
         return BiasEmulation(hidden_size)
-    return LowRankEmulation(hidden_size, int(spec["rank"]))
+    if spec["kind"] == "low_rank":
+        return LowRankEmulation(hidden_size, int(spec["rank"]))
+    if spec["kind"] == "context":
+        return ContextEmulation(hidden_size, int(spec["rank"]), spec["sources"])
+    raise CheckpointError(f"emulation kind {spec['kind']!r} is not known to this version of Shoal; upgrade it")
+
+
+def describe_emulation(emulation: nn.Module | None) -> dict[str, Any] | None:
+    """The checkpoint's `emulation` entry for a module: what `build_emulation` builds it from."""
+    if emulation is None:
+        return None
+    if isinstance(emulation, BiasEmulation):
+        return {"kind": "bias"}
+    if isinstance(emulation, ContextEmulation):
+        return {"kind": "context", "rank": emulation.down.out_features, "sources": list(emulation.sources)}
+    assert isinstance(emulation, LowRankEmulation)
+    return {"kind": "low_rank", "rank": emulation.down.out_features}
 
 
 class AttentionStandIn(nn.Module):
@@ -124,6 +234,25 @@ def number_cache_layers(blocks: Sequence[nn.Module], family: Family) -> None:
             index += 1
 
 
+def emulation_in(block: nn.Module, family: Family, kind: Kind) -> nn.Module | None:
+    """What emulates a removed sublayer in this block; None where nothing does, or where it is kept."""
+    module = getattr(block, family.attention if kind == "attention" else family.ffn)
+    return module.emulation if isinstance(module, AttentionStandIn | FFNStandIn) else None
+
+
+def connect_sources(blocks: Sequence[nn.Module], family: Family) -> None:
+    """Let every emulation that has sources read them in each forward from now on; numbers are those of `blocks`."""
+    taps: dict[int, Tap] = {}
+    for block in blocks:
+        for emulation in (emulation_in(block, family, kind) for kind in KINDS):
+            for source in sources_of(emulation):
+                if source not in taps:
+                    taps[source] = Tap()
+                    getattr(blocks[source], family.attention).register_forward_hook(taps[source])
+            if isinstance(emulation, ContextEmulation):
+                emulation.taps = [taps[source] for source in emulation.sources]
+
+
 def apply_block_configs(model: nn.Module, family: Family, block_configs: Sequence[Mapping[str, Any]]) -> None:
     """Give a freshly built model the shape its `block_configs` describe, in place."""
     blocks = blocks_of(model, family)
@@ -134,6 +263,18 @@ def apply_block_configs(model: nn.Module, family: Family, block_configs: Sequenc
                 emulation = build_emulation(block_config[kind]["emulation"], hidden_size)
                 replace_sublayer(block, family, kind, emulation)
     number_cache_layers(list(blocks), family)
+    connect_sources(list(blocks), family)
+
+
+def block_configs_of(model: nn.Module, family: Family) -> list[dict[str, dict[str, Any]]]:
+    """The shape of a model that `apply_plan` has cut, in the checkpoint's form: one entry a block."""
+
+    def entry(block: nn.Module, kind: Kind) -> dict[str, Any]:
+        module = getattr(block, family.attention if kind == "attention" else family.ffn)
+        gone = isinstance(module, AttentionStandIn | FFNStandIn)
+        return {"no_op": gone, "emulation": describe_emulation(emulation_in(block, family, kind))}
+
+    return [{kind: entry(block, kind) for kind in KINDS} for block in blocks_of(model, family)]
 
 
 def base_model_class(family: Family) -> type[PreTrainedModel]:

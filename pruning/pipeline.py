@@ -88,7 +88,9 @@ def _adapters(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Repor
         key = tuple(sorted(base))
         if key not in kept:
             kept.clear()
-            kept[key] = fit_candidates(evaluator, key, candidates, emulation_kind(recipe), recipe.rank, reporter)
+            kept[key] = fit_candidates(
+                evaluator, key, candidates, emulation_kind(recipe), recipe.rank, reporter, recipe.sources
+            )
         return kept[key]
 
     return adapters
@@ -132,7 +134,7 @@ def within_budget(
     """
     if recipe.weight_budget is not None:
         each = sublayer_bytes(dense)
-        adapter = adapter_bytes(dense, emulation_kind(recipe), recipe.rank)
+        adapter = adapter_bytes(dense, emulation_kind(recipe), recipe.rank, recipe.sources)
         savings = [each[s.kind] - adapter for unit in order for s in unit.sublayers]
         whole = predicted_bytes(dense, Plan(len(dense.model.get_submodule(dense.family.blocks)), {}))["weights"]
         excess = math.ceil(whole * (1 - parse_share(recipe.weight_budget, "weight-budget")))
@@ -158,7 +160,9 @@ def _within_loss(
     while fails - fits > 1:
         middle = (fits + fails) // 2
         removed = dict.fromkeys(sublayers_of(order[:middle]), emulation_kind(recipe))
-        increase = float(judging.loss(fit_plan(fitting, removed, recipe.rank, reporter)).mean()) - before
+        increase = (
+            float(judging.loss(fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)).mean()) - before
+        )
         reporter.say(f"{middle} removed: loss increase {increase:.4f} nats per token")
         fits, fails = (middle, fails) if increase <= bound else (fits, middle)
     if not fits:
@@ -168,7 +172,11 @@ def _within_loss(
 
 def emulation_kind(recipe: Recipe) -> EmulationKind:
     """The recipe's emulation as the plan names it."""
-    return "low_rank" if recipe.emulation == "low-rank" else recipe.emulation
+    kinds: dict[str, EmulationKind] = {
+        "none": "none", "bias": "bias", "self-only": "self_only", "low-rank": "low_rank", "linear": "linear",
+        "context": "context",
+    }  # fmt: skip
+    return kinds[recipe.emulation]
 
 
 def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
@@ -177,7 +185,7 @@ def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
     for unit in gone:
         kind: EmulationKind = "none" if unit.kind == "block" else emulation_kind(recipe)
         removed |= dict.fromkeys(unit.sublayers, kind)
-    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank)
+    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources)
     if not plan.kept("attention"):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
     return plan
@@ -194,6 +202,8 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
     wanted = counts(recipe, source.config.num_hidden_layers)
     if recipe.rank > source.config.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
+    if recipe.emulation == "self-only" and (source.family.attention_post_norm or wanted.ffn or wanted.sublayers):
+        raise RecipeError("--emulation self-only is for attention without a norm after it; choose another")
     for path in recipe.calibration:
         read_text(path)
     return source, wanted
@@ -250,11 +260,13 @@ def run(
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
         evaluator = Evaluator(dense.model, dense.family, tokens)
-        recovery = recover(evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate)
+        recovery = recover(
+            evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate, sources=plan.sources
+        )
     with reporter.stage("export"), atomic_directory(output) as directory:
         quality = _cut_and_measure(dense, plan, recovery, held_out)
         ordinary = recipe.format == "llama"
-        config = ordinary_config(dense.model) if ordinary else pruned_config(dense.model, dense.family, plan)
+        config = ordinary_config(dense.model) if ordinary else pruned_config(dense.model, dense.family)
         sizes["weights"] = write_weights(state_dict(dense.model), directory)
         config.save_pretrained(directory)
         copy_companions(dense.directory, directory)

@@ -1,7 +1,7 @@
 """What is kept, removed or emulated, and the bytes that follow from it. Pure Python."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +9,7 @@ from pruning.errors import RecipeError
 
 Kind = Literal["attention", "ffn"]
 UnitKind = Literal["attention", "ffn", "block"]
-EmulationKind = Literal["none", "bias", "low_rank"]
+EmulationKind = Literal["none", "bias", "self_only", "low_rank", "linear", "context", "kv_share"]
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
 
 
@@ -54,11 +54,13 @@ class Plan:
         num_blocks: L, blocks of the dense model.
         removed: Sublayer -> kind of emulation ("none": nothing takes its place).
         rank: r of the low-rank adapters.
+        sources: k, kept attention layers that a `context` adapter reads.
     """
 
     num_blocks: int
     removed: Mapping[Sublayer, EmulationKind]
     rank: int = 0
+    sources: int = 1
 
     def state(self, sublayer: Sublayer) -> Literal["kept", "removed", "emulated"]:
         """State of one sublayer."""
@@ -78,19 +80,11 @@ class Plan:
         """Blocks whose sublayer of this kind is kept."""
         return [b for b in range(self.num_blocks) if Sublayer(b, kind) not in self.removed]
 
-    def block_configs(self) -> list[dict[str, dict[str, object]]]:
-        """The plan in the checkpoint's form: one entry for each block that is not dropped."""
-        return [{kind: self._sublayer_config(Sublayer(block, kind)) for kind in KINDS} for block in self.blocks_kept()]
 
-    def _sublayer_config(self, sublayer: Sublayer) -> dict[str, object]:
-        emulation = self.removed.get(sublayer)
-        if emulation is None:
-            return {"no_op": False, "emulation": None}
-        if emulation == "none":
-            return {"no_op": True, "emulation": None}
-        if emulation == "bias":
-            return {"no_op": True, "emulation": {"kind": "bias"}}
-        return {"no_op": True, "emulation": {"kind": "low_rank", "rank": self.rank}}
+def nearest_kept_attention(removed: Collection[Sublayer], block: int, count: int) -> tuple[int, ...]:
+    """The last `count` blocks before `block` that keep their attention, nearest first; fewer where there are fewer."""
+    kept = [earlier for earlier in range(block - 1, -1, -1) if Sublayer(earlier, "attention") not in removed]
+    return tuple(kept[:count])
 
 
 def parse_amount(amount: str | int, total: int, what: str) -> int:

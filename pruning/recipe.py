@@ -19,7 +19,7 @@ SEVERAL = Parameter(consume_multiple=True)
 Amount = str | int | None
 Share = str | None
 Search = Literal["rank", "greedy", "evolutionary", "policy-gradient", "consecutive"]
-Emulation = Literal["none", "bias", "low-rank"]
+Emulation = Literal["none", "bias", "self-only", "low-rank", "linear", "context"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -71,6 +71,9 @@ class Recipe(BaseModel):
     keep: Annotated[list[int], SELECTION, SEVERAL, Field(description="Blocks to leave alone.")] = []
     emulation: Annotated[Emulation, RECOVERY, Field(description="What takes a removed sublayer's place.")] = "low-rank"
     rank: Annotated[int, RECOVERY, Field(ge=1, description="Adapter rank r.")] = 64
+    sources: Annotated[
+        int, RECOVERY, Field(ge=1, description="Kept attention layers whose output a context adapter reads.")
+    ] = 1
     compensate: Annotated[
         bool, RECOVERY, Field(description="Refit the output projections of kept layers for what was removed (slow).")
     ] = False

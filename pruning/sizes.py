@@ -24,16 +24,22 @@ def sublayer_bytes(dense: DenseModel) -> dict[Kind, int]:
     return {kind: sum(weight_bytes(getattr(block, name)) for name in places(dense.family, kind)) for kind in KINDS}
 
 
-def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int) -> int:
-    """Weight bytes of what emulates one sublayer."""
-    parameters = {"none": 0, "bias": 1, "low_rank": 2 * rank + 1}
-    return parameters[kind] * dense.model.config.hidden_size * dense.model.dtype.itemsize
+def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int, sources: int = 1) -> int:
+    """Weight bytes of what emulates one sublayer; an upper bound for `self_only` and for `context` near block 0."""
+    config = dense.model.config
+    vectors = {
+        "none": 0, "bias": 1, "low_rank": 2 * rank + 1, "linear": 2 * config.hidden_size + 1,
+        "context": (2 + sources) * rank + 1, "self_only": 2 * config.num_key_value_heads * config.head_dim + 1,
+    }  # fmt: skip
+    return vectors[kind] * config.hidden_size * dense.model.dtype.itemsize
 
 
 def predicted_bytes(dense: DenseModel, plan: Plan) -> dict[str, int]:
     """Weight and KV bytes of the pruned model, and of the dense one."""
     whole, each = weight_bytes(dense.model), sublayer_bytes(dense)
-    saved = sum(each[s.kind] - adapter_bytes(dense, emulation, plan.rank) for s, emulation in plan.removed.items())
+    saved = sum(
+        each[s.kind] - adapter_bytes(dense, emulation, plan.rank, plan.sources) for s, emulation in plan.removed.items()
+    )
     return {
         "weights_dense": whole,
         "weights": whole - saved,

@@ -4,7 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pruning import parallel
 from pruning.families import Family
-from pruning.modeling import blocks_of, places, replace_sublayer
+from pruning.modeling import Tap, blocks_of, emulation_in, fed, places, replace_sublayer, sources_of, tapped
 from pruning.objective import Head, Objective
 from pruning.plan import KINDS, Kind, Sublayer
 from pruning.workdir import Journal
@@ -30,6 +30,9 @@ Visitor = Callable[[int, Sublayer, Tensor, Tensor], None]
 
 Arguments = list[dict[str, Any]]
 """Keyword arguments that the model gives to each block."""
+
+Taps = dict[int, Tap]
+"""Block -> what its attention put out in one stream."""
 
 
 class _Capture(nn.Module):
@@ -61,10 +64,11 @@ def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module |
 
 @dataclass(slots=True)
 class _State:
-    """A residual stream [b, T, D] and the plans that still share it."""
+    """A residual stream [b, T, D], the plans that still share it, and what its attention layers handed on."""
 
     hidden: Tensor
     plans: list[int]
+    taps: Taps = field(default_factory=dict)
 
 
 class Residency:
@@ -197,6 +201,26 @@ class Evaluator:
             gone[sublayer.kind] = emulation
         return self.run_block(sublayer.block, hidden, kwargs, gone)
 
+    def run_and_tap(
+        self, sublayer: Sublayer, hidden: Tensor, kwargs: Mapping[str, Any], emulation: nn.Module | None, taps: Taps
+    ) -> Tensor:
+        """`run_sublayer`, where emulations read `taps` and attention adds to them what it puts out."""
+        inside = emulation or emulation_in(self.blocks[sublayer.block], self.family, sublayer.kind)
+        tap, attention = Tap(), getattr(self.blocks[sublayer.block], self.family.attention)
+        with fed(inside, taps), tapped(attention, tap):
+            after = self.run_sublayer(sublayer, hidden, kwargs, emulation)
+        if sublayer.kind == "attention":
+            if emulation is not None:  # it took the place of the tapped module
+                tap.output = (after - hidden) / self.family.scale(self.model.config)
+            taps[sublayer.block] = tap
+        return after
+
+    def sources(self, plans: Sequence[Gone]) -> frozenset[int]:
+        """Blocks whose attention some emulation of the plans, or of the model itself, reads."""
+        own = [emulation_in(block, self.family, kind) for block in self.blocks for kind in KINDS]
+        given = [emulation for plan in plans for emulation in plan.values()]
+        return frozenset(source for emulation in (*own, *given) for source in sources_of(emulation))
+
     def head_loss(self, hidden: Tensor, batch: Tensor) -> Tensor:
         """Next-token cross-entropy of every window, float64 [b] in nats/token; logits come in chunks."""
         return self._head.cross_entropy(hidden, batch[:, 1:]).double().mean(1).cpu()
@@ -220,7 +244,7 @@ class Evaluator:
         plans = [self._complete(plan) for plan in plans]
         order = sorted(range(len(plans)), key=lambda p: (min(plans[p], default=_LAST), p))
         for numbers in self._rounds():
-            for group in self._groups(order, numbers):
+            for group in self._groups(order, numbers, 1 + len(self.sources(plans))):
                 for number, rows in self._group_rows(numbers, [plans[p] for p in group], objective):
                     table[group, self.span(number)] = rows
                     for _ in group if advance else ():
@@ -286,6 +310,7 @@ class Evaluator:
         gone = self._complete(gone or {})
         for numbers in self._rounds():
             streams = self._embedded(numbers)
+            taps: dict[int, Taps] = {number: {} for number in numbers}
             for index in range(len(self.blocks)):
                 with self.residency.block(index):
                     for number in numbers:
@@ -294,7 +319,8 @@ class Evaluator:
                             sublayer = Sublayer(index, kind)
                             if sublayer in gone and gone[sublayer] is None:
                                 continue
-                            after = self.run_sublayer(sublayer, hidden, kwargs[index], gone.get(sublayer))
+                            emulation = gone.get(sublayer)
+                            after = self.run_and_tap(sublayer, hidden, kwargs[index], emulation, taps[number])
                             if sublayer not in gone:
                                 visit(number, sublayer, hidden, after)
                             hidden = after
@@ -314,22 +340,24 @@ class Evaluator:
         hidden, kwargs = self.embed(batch)
         # One gate per window, so that one backward pass gives every window's own gradient.
         wide = gates.to(hidden.device, hidden.dtype).repeat(len(batch), 1, 1).requires_grad_(True)
+        taps: Taps = {}
         with torch.enable_grad():
             for index in range(len(self.blocks)):
-                hidden = checkpoint(self._gated, index, hidden, kwargs[index], wide[:, index], use_reentrant=False)
+                given = (index, hidden, kwargs[index], wide[:, index], taps)
+                hidden = checkpoint(self._gated, *given, use_reentrant=False)
             loss = self._head.cross_entropy(hidden, batch[:, 1:]).mean(1).sum()
             (gradient,) = torch.autograd.grad(loss, wide)
         return gradient.double().cpu()
 
-    def _gated(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor) -> Tensor:
+    def _gated(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps) -> Tensor:
         base = self._complete({})
         for column, kind in enumerate(KINDS):
             sublayer = Sublayer(index, kind)
             if sublayer in base:
                 emulation = base[sublayer]
-                hidden = hidden if emulation is None else self.run_sublayer(sublayer, hidden, kwargs, emulation)
+                hidden = hidden if emulation is None else self.run_and_tap(sublayer, hidden, kwargs, emulation, taps)
                 continue
-            after = self.run_sublayer(sublayer, hidden, kwargs)
+            after = self.run_and_tap(sublayer, hidden, kwargs, None, taps)
             hidden = hidden + gates[:, column, None, None] * (after - hidden)
         return hidden
 
@@ -338,8 +366,8 @@ class Evaluator:
         mine = self.mine()
         return [[number] for number in mine] if self.residency.keeps_blocks else [mine]
 
-    def _groups(self, order: list[int], numbers: list[int]) -> list[list[int]]:
-        size = self.model.config.hidden_size * self.model.dtype.itemsize
+    def _groups(self, order: list[int], numbers: list[int], tensors: int) -> list[list[int]]:
+        size = tensors * self.model.config.hidden_size * self.model.dtype.itemsize
         held = sum(self.batches[number].numel() for number in numbers) * size
         many = max(1, self.state_bytes // max(1, held))
         return [order[first : first + many] for first in range(0, len(order), many)]
@@ -354,12 +382,13 @@ class Evaluator:
         arguments = {number: kwargs for number, (_, kwargs) in entering.items()}
         states = {number: [_State(hidden, list(range(len(plans))))] for number, (hidden, _) in entering.items()}
         del entering
+        sources = self.sources(plans)
         for index in range(len(self.blocks)):
             with self.residency.block(index):
                 for number in numbers:
                     for kind in KINDS:
                         kwargs = arguments[number][index]
-                        states[number] = self._advance(Sublayer(index, kind), states[number], kwargs, plans)
+                        states[number] = self._advance(Sublayer(index, kind), states[number], kwargs, plans, sources)
         with self.residency.head():
             for number in numbers:
                 finals: list[Any] = [None] * len(plans)
@@ -369,7 +398,12 @@ class Evaluator:
                 yield number, finals
 
     def _advance(
-        self, sublayer: Sublayer, states: list[_State], kwargs: Mapping[str, Any], plans: Sequence[Gone]
+        self,
+        sublayer: Sublayer,
+        states: list[_State],
+        kwargs: Mapping[str, Any],
+        plans: Sequence[Gone],
+        sources: Collection[int],
     ) -> list[_State]:
         """Take every stream through one sublayer, splitting those whose plans differ in it."""
         out: list[_State] = []
@@ -385,30 +419,38 @@ class Evaluator:
                 else:
                     variants.setdefault(id(emulation), (emulation, []))[1].append(plan)
             if cut:
-                out.append(_State(state.hidden, cut))
+                out.append(_State(state.hidden, cut, dict(state.taps)))
             for emulation, members in variants.values():
-                out.append(_State(self.run_sublayer(sublayer, state.hidden, kwargs, emulation), members))
+                taps = dict(state.taps)
+                hidden = self.run_and_tap(sublayer, state.hidden, kwargs, emulation, taps)
+                out.append(_State(hidden, members, _only(taps, sources)))
             if kept:
-                keeping.append(_State(state.hidden, kept))
-        self._run_together(sublayer, keeping, kwargs)
+                keeping.append(_State(state.hidden, kept, dict(state.taps)))
+        self._run_together(sublayer, keeping, kwargs, sources)
         return out + keeping
 
-    def _run_together(self, sublayer: Sublayer, states: list[_State], kwargs: Mapping[str, Any]) -> None:
+    def _run_together(
+        self, sublayer: Sublayer, states: list[_State], kwargs: Mapping[str, Any], sources: Collection[int]
+    ) -> None:
         """Advance streams through one sublayer, several in a forward while they are small, in place."""
         if not states:
             return
         rows, length = states[0].hidden.shape[:2]
         device = states[0].hidden.device.type
         many = max(1, FORWARD_TOKENS.get(device, 4096) // (rows * length))
+        own = emulation_in(self.blocks[sublayer.block], self.family, sublayer.kind)
+        if sources_of(own):
+            many = 1  # it reads what is each stream's own
         for first in range(0, len(states), many):
             part = states[first : first + many]
-            if len(part) == 1:
-                part[0].hidden = self.run_sublayer(sublayer, part[0].hidden, kwargs)
-                continue
-            together = torch.cat([state.hidden for state in part])
-            after = self.run_sublayer(sublayer, together, _tile(kwargs, rows, len(part)))
+            together = torch.cat([state.hidden for state in part]) if len(part) > 1 else part[0].hidden
+            taps = dict(part[0].taps) if len(part) == 1 else {}
+            after = self.run_and_tap(sublayer, together, _tile(kwargs, rows, len(part)), None, taps)
             for state, hidden in zip(part, after.split(rows), strict=True):
                 state.hidden = hidden
+            if sublayer.kind == "attention" and sublayer.block in sources:
+                for state, tap in zip(part, taps[sublayer.block].split(rows), strict=True):
+                    state.taps[sublayer.block] = tap
 
     def _remember_dense(self, numbers: list[int]) -> None:
         missing = [number for number in numbers if number not in self._dense]
@@ -438,6 +480,10 @@ class Evaluator:
         return (wide * counted).sum(1) / counted.sum(1)
 
 
+def _only(taps: Taps, blocks: Collection[int]) -> Taps:
+    return {block: tap for block, tap in taps.items() if block in blocks}
+
+
 _LAST = Sublayer(2**31, "ffn")
 
 
@@ -448,7 +494,7 @@ def describe(plan: Gone) -> list[str]:
 
 def _fingerprint(module: nn.Module | None) -> str:
     assert module is not None
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(sources_of(module)).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

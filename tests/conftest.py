@@ -110,11 +110,11 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
     from pruning.console import Reporter
 
     family = FAMILIES[model_type]
-    emulations = fit_plan(Evaluator(model, family, tokens()), plan.removed, plan.rank, Reporter())
+    emulations = fit_plan(Evaluator(model, family, tokens()), plan.removed, plan.rank, Reporter(), plan.sources)
     apply_plan(model, family, plan, emulations)
     directory.mkdir(parents=True, exist_ok=True)
     write_weights(state_dict(model), directory)
-    pruned_config(model, family, plan).save_pretrained(directory)
+    pruned_config(model, family).save_pretrained(directory)
     manifest = Manifest(
         shoal_version=pruning.__version__,
         base={"model": model_type, "weight_hash": "", "dtype": "float32"},

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.errors import RecipeError
-from pruning.plan import KINDS, Plan, Sublayer, kv_bytes_per_token, parse_amount
+from pruning.plan import KINDS, Plan, Sublayer, kv_bytes_per_token, nearest_kept_attention, parse_amount
 from pruning.recipe import Recipe, counts
 
 
@@ -46,10 +46,15 @@ def test_every_block_is_kept_or_wholly_removed(blocks, data):
     plan = Plan(blocks, removed, rank=4)
     dropped = set(range(blocks)) - set(plan.blocks_kept())
     assert dropped == {b for b in range(blocks) if all(removed.get(Sublayer(b, k)) == "none" for k in KINDS)}
-    assert len(plan.block_configs()) == blocks - len(dropped)
     for kind in KINDS:
-        no_ops = sum(bool(config[kind]["no_op"]) for config in plan.block_configs())
-        assert blocks - len(plan.kept(kind)) == no_ops + len(dropped)
+        assert set(plan.kept(kind)) == {b for b in range(blocks) if Sublayer(b, kind) not in removed}
+
+
+def test_a_context_adapter_reads_the_nearest_kept_attention_before_it():
+    gone = [Sublayer(2, "attention"), Sublayer(3, "attention"), Sublayer(1, "ffn")]
+    assert nearest_kept_attention(gone, 3, 2) == (1, 0)
+    assert nearest_kept_attention(gone, 1, 2) == (0,)
+    assert nearest_kept_attention(gone, 0, 1) == ()
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_gate_gradients_equal_finite_differences(pico):
                 row = torch.ones(2, 2, dtype=torch.float64)
                 if index == block:
                     row[:, column] += step
-                hidden = evaluator._gated(index, hidden, kwargs[index], row)
+                hidden = evaluator._gated(index, hidden, kwargs[index], row, {})
             return float(evaluator.head_loss(hidden, evaluator.batches[0]).sum())
 
     for block, column in ((0, 0), (3, 1), (5, 0)):
