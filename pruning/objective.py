@@ -1,17 +1,19 @@
-"""What a subnetwork is judged by, from its final hidden states; logits exist only a chunk at a time."""
+"""What a subnetwork is judged by, from its final hidden states; logits exist only a tile at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pruning.families import Family
 
 Objective = Literal["loss", "kl", "logits"]
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 1024
+CHUNK_WORDS = 2048  # logits of one tile stay in the processor's cache, which the whole vocabulary would not
 
 
 class Head:
@@ -29,13 +31,6 @@ class Head:
         self.cap = getattr(model.config, "final_logit_softcapping", None)
         self._gram: Tensor | None = None
 
-    def logits(self, normed: Tensor) -> Tensor:
-        """Logits float32 [n, V] of normed states [n, D], scaled and capped as the family does."""
-        logits = self.projection(normed).float()
-        if self.scaling != 1.0:
-            logits = logits / self.scaling
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Next-token cross-entropy of final hidden states.
 
@@ -46,35 +41,40 @@ class Head:
         Returns:
             float32 [b, T-1], nats.
         """
-        flat, wanted = self._rows(hidden), targets.reshape(-1).to(hidden.device)
-        parts = [
-            functional.cross_entropy(self.logits(part), target, reduction="none")
-            for part, target in zip(flat.split(CHUNK_TOKENS), wanted.split(CHUNK_TOKENS), strict=True)
-        ]
-        return torch.cat(parts).view(targets.shape)
+        rows = self._rows(hidden)
+        return (self._normaliser(rows) - self._chosen(rows, targets.reshape(-1).to(rows.device))).view(targets.shape)
 
-    def divergence(self, dense: Tensor, plans: Sequence[Tensor]) -> list[Tensor]:
-        """KL(dense || plan) at every position but the last, nats; the dense distribution is computed once a chunk.
+    def normaliser(self, hidden: Tensor) -> Tensor:
+        """log of the sum of exp(logit) over the vocabulary at every position but the last, float32 [b, T-1]."""
+        return self._normaliser(self._rows(hidden)).view(hidden.shape[0], hidden.shape[1] - 1)
+
+    def divergence(self, dense: Tensor, normaliser: Tensor, plans: Sequence[Tensor]) -> list[Tensor]:
+        """KL(dense || plan) at every position but the last, nats; the dense distribution is computed once a tile.
 
         Args:
             dense: Final hidden states of the dense model, [b, T, D].
-            plans: Those of the subnetworks, [b, T, D] each.
+            normaliser: Its normaliser, float32 [b, T-1].
+            plans: Final hidden states of the subnetworks, [b, T, D] each.
 
         Returns:
             float32 [b, T-1] each.
         """
-        rows = [self._rows(hidden).split(CHUNK_TOKENS) for hidden in plans]
-        parts: list[list[Tensor]] = [[] for _ in plans]
-        for number, chunk in enumerate(self._rows(dense).split(CHUNK_TOKENS)):
-            reference = functional.log_softmax(self.logits(chunk), -1)
-            weights = reference.exp()
-            entropy = -(weights * reference).sum(-1)
-            for part, row in zip(parts, rows, strict=True):
-                logits = self.logits(row[number])
-                # Cross-entropy minus entropy: one pass over the vocabulary less than the textbook form.
-                part.append(torch.logsumexp(logits, -1) - (weights * logits).sum(-1) - entropy)
-        shape = (dense.shape[0], dense.shape[1] - 1)
-        return [torch.cat(part).view(shape) for part in parts]
+        everything = [self._rows(hidden).split(CHUNK_TOKENS) for hidden in (dense, *plans)]
+        norms = normaliser.reshape(-1).split(CHUNK_TOKENS)
+        out: list[list[Tensor]] = [[] for _ in plans]
+        for norm, reference, *rows in zip(norms, *everything, strict=True):
+            sums: list[list[Tensor]] = [[] for _ in plans]
+            excess = [torch.zeros_like(norm) for _ in plans]  # sum of p (dense logit - logit)
+            for tile in self._tiles():
+                logits = tile(reference)
+                weights = (logits - norm[:, None]).exp()
+                for plan, row in enumerate(rows):
+                    theirs = tile(row)
+                    sums[plan].append(torch.logsumexp(theirs, -1))
+                    excess[plan] += (weights * (logits - theirs)).sum(-1)
+            for plan, parts in enumerate(sums):
+                out[plan].append(_total(parts) - norm + excess[plan])
+        return [torch.cat(parts).view(normaliser.shape) for parts in out]
 
     def logit_distance(self, dense: Tensor, plan: Tensor) -> Tensor:
         """||W (z_plan - z_dense)||_2 at every position but the last, z the normed final states; float32 [b, T-1].
@@ -82,7 +82,7 @@ class Head:
         By the Gram matrix W'W [D, D], so no logits are computed. Scaling and soft caps of the logits are left out.
         """
         if self._gram is None:
-            weight = self.projection.get_parameter("weight").detach().float()
+            weight = self._weight().detach().float()
             self._gram = weight.T @ weight
         difference = (self._rows(plan) - self._rows(dense)).float()
         squared = ((difference @ self._gram) * difference).sum(-1).clamp_min(0)
@@ -90,3 +90,50 @@ class Head:
 
     def _rows(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden)[:, :-1].reshape(-1, hidden.shape[-1])
+
+    def _normaliser(self, rows: Tensor) -> Tensor:
+        """Of normed states [n, D], float32 [n]; where gradients are wanted, tiles are computed again for them."""
+
+        def part(tile: Callable[[Tensor], Tensor], some: Tensor) -> Tensor:
+            return torch.logsumexp(tile(some), -1)
+
+        def total(some: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return _total([part(tile, some) for tile in self._tiles()])
+            return _total([checkpoint(part, tile, some, use_reentrant=False) for tile in self._tiles()])
+
+        return torch.cat([total(some) for some in rows.split(CHUNK_TOKENS)])
+
+    def _chosen(self, rows: Tensor, words: Tensor) -> Tensor:
+        """The logit of one word for every row, float32 [n]."""
+        logits = torch.linalg.vecdot(rows.float(), self._weight()[words].float())
+        bias = self._bias()
+        return self._shaped(logits if bias is None else logits + bias[words].float())
+
+    def _tiles(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Parts of the projection: normed states [n, D] -> logits float32 [n, at most CHUNK_WORDS]."""
+        weight, bias = self._weight(), self._bias()
+        for first in range(0, len(weight), CHUNK_WORDS):
+            some = slice(first, first + CHUNK_WORDS)
+
+            def tile(rows: Tensor, some: slice = some) -> Tensor:
+                return self._shaped(functional.linear(rows, weight[some], None if bias is None else bias[some]).float())
+
+            yield tile
+
+    def _shaped(self, logits: Tensor) -> Tensor:
+        """Scaled and capped as the family does."""
+        if self.scaling != 1.0:
+            logits = logits / self.scaling
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def _weight(self) -> Tensor:
+        return self.projection.get_parameter("weight")
+
+    def _bias(self) -> Tensor | None:
+        return getattr(self.projection, "bias", None)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """logsumexp of the tiles' logsumexps, [n] each."""
+    return torch.logsumexp(torch.stack(parts), 0)

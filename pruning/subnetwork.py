@@ -128,7 +128,7 @@ class Evaluator:
         self.base: Gone = {}
         self.emulations: Mapping[Sublayer, nn.Module] = {}
         self._head = Head(model, family)
-        self._dense: dict[int, Tensor] = {}
+        self._dense: dict[int, tuple[Tensor, Tensor]] = {}
         self._texts: dict[int, str] = {}
 
     def view(self, base: Collection[Sublayer], emulations: Mapping[Sublayer, nn.Module] | None = None) -> "Evaluator":
@@ -456,7 +456,7 @@ class Evaluator:
         missing = [number for number in numbers if number not in self._dense]
         if missing:
             for number, finals in self._finals(missing, [{}]):
-                self._dense[number] = finals[0]
+                self._dense[number] = finals[0], self._head.normaliser(finals[0])
 
     def _score(self, finals: list[Tensor], number: int, objective: Objective) -> Tensor:
         """Rows float64 [plans, b] of the table; equal finals are scored once."""
@@ -465,10 +465,10 @@ class Evaluator:
             targets = self.batches[number][:, 1:]
             scored = {key: self._head.cross_entropy(hidden, targets) for key, hidden in distinct.items()}
         elif objective == "kl":
-            found = self._head.divergence(self._dense[number], list(distinct.values()))
+            found = self._head.divergence(*self._dense[number], list(distinct.values()))
             scored = dict(zip(distinct, found, strict=True))
         else:
-            dense = self._dense[number]
+            dense, _ = self._dense[number]
             scored = {key: self._head.logit_distance(dense, hidden) for key, hidden in distinct.items()}
         return torch.stack([self._reduce(scored[id(hidden)], number) for hidden in finals])
 
