@@ -62,6 +62,9 @@ def atomic_directory(output: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
+        # safetensors writes for the owner's eyes only, and a checkpoint is served by another user than made it.
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if output.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
             output.rename(retired / "old")
