@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pruning.errors import StorageError
 from pruning.workdir import atomic_directory
 
 
@@ -21,9 +22,8 @@ def test_what_appears_is_readable_by_other_users(tmp_path: Path) -> None:
 def test_a_failure_keeps_what_was_there_and_leaves_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out") as directory:
-        (directory / "new").write_text("new")
-        raise RuntimeError
+    with pytest.raises(StorageError, match="nothing was kept"), atomic_directory(tmp_path / "out") as directory:
+        (directory / "new").rename(tmp_path / "missing" / "new")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
 
