@@ -6,6 +6,7 @@ exit code 1 when a step fails.
 """
 
 import argparse
+import http.client
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ NAME = "shoal-check"
 
 
 def get(url: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
-    """Status and body of a GET, or of a POST when there is a body; status 0 when nobody answers."""
+    """Status and body of a GET, or of a POST when there is a body; status 0 when no whole answer comes."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
@@ -28,7 +29,7 @@ def get(url: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return 0, ""
 
 
@@ -53,7 +54,7 @@ def watch_start(url: str, started: float, running: list[str], deadline: float = 
 def drain(url: str, model: str, stop: list[str]) -> dict[str, Any]:
     """Stop the container while an answer is being written; the answer must come whole."""
     answer: list[tuple[int, str]] = []
-    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 200, "ignore_eos": True, "stream": True}
     request = threading.Thread(target=lambda: answer.append(get(f"{url}/v1/completions", body)))
     request.start()
     time.sleep(2)
