@@ -14,38 +14,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from load import Load, Outcome, served_model
+from monitoring import alert_arrives, series, wait_for
 
 DEPLOY = Path(__file__).resolve().parents[1]
 PORTS = (8001, 8002)
-QUERIES = ("shoal_ready", "shoal_kv_cache_capacity_tokens", "vllm:generation_tokens_total", "up")
 Process = subprocess.Popen[bytes]
-
-
-def fetch(url: str) -> Any:
-    """JSON (or text) of a GET, None when nobody answers or it is refused."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            text = answer.read().decode()
-    except OSError:
-        return None
-    return json.loads(text) if text[:1] in "[{" else text
-
-
-async def wait_for(url: str, seconds: float = 300) -> float:
-    """Seconds until a URL answers 200."""
-    begun = time.monotonic()
-    while await asyncio.to_thread(fetch, url) is None:
-        if time.monotonic() - begun > seconds:
-            raise TimeoutError(f"{url} does not answer")
-        await asyncio.sleep(0.5)
-    return round(time.monotonic() - begun, 1)
 
 
 class Stage:
@@ -102,30 +79,7 @@ class Stage:
             try:
                 process.wait(45)
             except subprocess.TimeoutExpired:
-                process.kill()
-
-
-async def alert_arrives(name: str, seconds: float) -> dict[str, Any] | None:
-    """Wait until Alertmanager holds an alert; its labels and how long it took."""
-    begun = time.monotonic()
-    while time.monotonic() - begun < seconds:
-        for alert in await asyncio.to_thread(fetch, "http://127.0.0.1:9093/api/v2/alerts") or []:
-            if alert["labels"]["alertname"] == name:
-                receivers = [receiver["name"] for receiver in alert["receivers"]]
-                return {
-                    "labels": alert["labels"],
-                    "receivers": receivers,
-                    "seconds": round(time.monotonic() - begun, 1),
-                }
-        await asyncio.sleep(1)
-    return None
-
-
-def scraped() -> dict[str, int]:
-    """Number of series Prometheus holds of each query."""
-    base = "http://127.0.0.1:9090/api/v1/query?query="
-    answers = {query: fetch(base + urllib.parse.quote(f'count({query}{{job="shoal"}})')) for query in QUERIES}
-    return {query: int(float(a["data"]["result"][0]["value"][1])) if a else 0 for query, a in answers.items()}
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 async def phase(model: str, workers: int, act: Any) -> tuple[Outcome, Any]:
@@ -144,34 +98,34 @@ async def check(stage: Stage, workers: int) -> dict[str, Any]:
     for port in PORTS:
         stage.replica(port)
     stage.around()
-    ready = [await wait_for(f"http://127.0.0.1:{port}/health/ready") for port in PORTS]
+    ready = [await asyncio.to_thread(wait_for, f"http://127.0.0.1:{port}/health/ready") for port in PORTS]
     model = await served_model("http://127.0.0.1:8080")
 
     async def kill() -> Any:
-        stage.replicas[8001].send_signal(signal.SIGKILL)
-        return await alert_arrives("ShoalDown", 100)
+        os.killpg(stage.replicas[8001].pid, signal.SIGKILL)
+        return await asyncio.to_thread(alert_arrives, "ShoalDown", 100)
 
     async def roll() -> Any:
-        codes = []
+        codes, seconds = [], []
         for port in PORTS:
             stage.replicas[port].terminate()
             codes.append(await asyncio.to_thread(stage.replicas[port].wait, 60))
             stage.replica(port)
-            await wait_for(f"http://127.0.0.1:{port}/health/ready")
-        return codes
+            seconds.append(await asyncio.to_thread(wait_for, f"http://127.0.0.1:{port}/health/ready"))
+        return codes, seconds
 
     killed, alert = await phase(model, workers, kill)
     print(
         json.dumps({"seconds_to_ready": ready, "alert": alert, "killed": killed.summary()}), file=sys.stderr, flush=True
     )
     stage.replica(8001)
-    await wait_for("http://127.0.0.1:8001/health/ready")
+    await asyncio.to_thread(wait_for, "http://127.0.0.1:8001/health/ready")
     await asyncio.sleep(6)
-    series = await asyncio.to_thread(scraped)
-    rolled, codes = await phase(model, workers, roll)
+    scraped = await asyncio.to_thread(series, "shoal_.+", "vllm:.+", "up")
+    rolled, (codes, restarts) = await phase(model, workers, roll)
     return {
-        "seconds_to_ready": ready, "series": series, "alert": alert, "killed": killed.summary(),
-        "rolling": rolled.summary(), "exit_codes": codes,
+        "seconds_to_ready": ready, "series": scraped, "alert": alert, "killed": killed.summary(),
+        "rolling": rolled.summary(), "exit_codes": codes, "seconds_to_ready_under_load": restarts,
     }  # fmt: skip
 
 
