@@ -21,7 +21,7 @@ def token_weights(target: Tensor) -> Tensor:
 
 
 def output_projection(family: Family, sublayer: Sublayer) -> str | None:
-    """Name of a sublayer's last linear map inside its block; None where a norm follows it.
+    """Name of a sublayer's last linear map inside its block; None where a norm follows it or experts share the work.
 
     What a post norm lets through is no linear function of the weight, so there is no closed form.
     """
@@ -29,7 +29,7 @@ def output_projection(family: Family, sublayer: Sublayer) -> str | None:
         return None
     if sublayer.kind == "attention":
         return f"{family.attention}.{family.attention_output}"
-    return f"{family.ffn}.{family.ffn_output}"
+    return f"{family.ffn}.{family.ffn_output}" if family.ffn_output else None
 
 
 @contextmanager

@@ -78,11 +78,11 @@ def recover(
     with reporter.progress("emulation", last + 1) as step:
         for index in range(last + 1):
             kwargs = [every[index] for every in arguments]
+            # As long as nothing is gone the two streams are one, and the dense one notes what attention puts out.
+            noted: list[Taps] = [{} for _ in taps] if emulations else taps
             for kind in KINDS:
                 sublayer = Sublayer(index, kind)
                 before = dense
-                # As long as nothing is gone the two streams are one, and the dense one notes what attention puts out.
-                noted: list[Taps] = [{} for _ in taps] if emulations else taps
                 calls = zip(dense, kwargs, noted, strict=True)
                 dense = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
                 if sublayer in removed:
@@ -154,8 +154,8 @@ def fit_candidates(
     with reporter.progress("emulations of candidates", last + 1) as step:
         for index in range(last + 1):
             kwargs = [every[index] for every in arguments]
+            noted: list[Taps] = [{} for _ in taps] if parted else taps
             for sublayer in (Sublayer(index, kind_) for kind_ in KINDS):
-                noted: list[Taps] = [{} for _ in taps] if parted else taps
                 calls = zip(dense, kwargs, noted, strict=True)
                 dense = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
                 module = None
@@ -205,7 +205,7 @@ def fit(
     moments = HeldOutMoments.zeros(size * (1 + len(sources)), size)
     for number, (x, target, each) in enumerate(zip(inputs, targets, taps, strict=True)):
         update = (target.float() - x.float()) / scale
-        features = context_features(x, [each[source].output for source in sources])
+        features = context_features(evaluator.reads(sublayer, x, each), [each[source].output for source in sources])
         moments.add(number, features.flatten(0, -2), update.flatten(0, -2), token_weights(target))
     if kind == "bias":
         both = moments.whole()
@@ -223,15 +223,16 @@ def self_only(evaluator: Evaluator, sublayer: Sublayer) -> Affine:
     LayerNorm the standard deviation is taken for the root mean square.
 
     Raises:
-        RecipeError: An FFN, or a family with a norm after attention: there is no such map.
+        RecipeError: An FFN, or a family with a norm after attention or one for both sublayers: there is no such map.
 
     Source: inferred; an attention pattern that is the identity matrix.
     """
     family = evaluator.family
-    if sublayer.kind != "attention" or family.attention_post_norm is not None:
-        raise RecipeError(f"{sublayer} cannot be emulated by self-only: it needs attention without a norm after it")
+    before, after = family.norms(sublayer.kind)
+    if sublayer.kind != "attention" or before is None or after is not None:
+        raise RecipeError(f"{sublayer} cannot be emulated by self-only: it needs attention with a norm only before it")
     block = evaluator.blocks[sublayer.block]
-    attention, norm = getattr(block, family.attention), getattr(block, family.attention_norm)
+    attention, norm = getattr(block, family.attention), getattr(block, before)
     size = evaluator.model.config.hidden_size
     token = evaluator.batches[0][:1, :1]
     _, arguments = evaluator.embed(token)

@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from pruning.configuration import config_class
 from pruning.errors import StorageError
-from pruning.families import Family
+from pruning.families import Family, keep_blocks
 from pruning.modeling import (
     ContextEmulation,
     block_configs_of,
@@ -57,9 +58,7 @@ def apply_plan(
     setattr(model.get_submodule(parent), name, nn.ModuleList(kept))
     number_cache_layers(kept, family)
     connect_sources(kept, family)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[index] for index in indices]
-    model.config.num_hidden_layers = len(kept)
+    keep_blocks(model.config, indices)
 
 
 def pruned_config(model: PreTrainedModel, family: Family) -> Any:
@@ -88,11 +87,11 @@ def ordinary_config(model: PreTrainedModel) -> Any:
 
 
 def state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors to store; a tied output projection is stored once."""
+    """The tensors to store by their published names, one an expert; a tied output projection is stored once."""
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    return tensors
+    return revert_weight_conversion(model, tensors)
 
 
 def write_weights(tensors: dict[str, Tensor], directory: Path) -> int:

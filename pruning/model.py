@@ -78,7 +78,7 @@ def convert_gguf(gguf: Path, reporter: Reporter) -> Path:
     try:
         arguments = {"gguf_file": gguf.name}
         config = AutoConfig.from_pretrained(gguf.parent, **arguments)
-        family_of(config.model_type)
+        family_of(config)
         dense = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
     except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
@@ -141,7 +141,7 @@ def find_model(name: str, reporter: Reporter) -> Source:
     else:
         directory = _from_hub(name)
     config = _read_config(directory, name)
-    source = Source(name, directory, config, family_of(config.model_type))
+    source = Source(name, directory, config, family_of(config))
     if not source.weights:
         raise ModelError(f"{name} has no .safetensors weights")
     return source

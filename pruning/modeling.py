@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from pruning.configuration import config_class, register_configs
 from pruning.errors import CheckpointError
@@ -64,10 +65,12 @@ class Tap:
 
     Attributes:
         output: What left the module (after its output projection, before any norm or multiplier), [..., D].
+        entered: The stream that entered the block, which is what a parallel family's FFN reads; others leave it out.
     """
 
-    def __init__(self, output: Tensor | None = None) -> None:
+    def __init__(self, output: Tensor | None = None, entered: Tensor | None = None) -> None:
         self.output = output
+        self.entered = entered
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
         """Note the output; the signature is that of a forward hook."""
@@ -76,7 +79,9 @@ class Tap:
     def split(self, rows: int) -> "list[Tap]":
         """One tap for each stream of `rows` windows that went through the layer together."""
         assert self.output is not None
-        return [Tap(part) for part in self.output.split(rows)]
+        parts = self.output.split(rows)
+        entered = [None] * len(parts) if self.entered is None else self.entered.split(rows)
+        return [Tap(part, start) for part, start in zip(parts, entered, strict=True)]
 
 
 class ContextEmulation(nn.Module):
@@ -253,14 +258,12 @@ def connect_sources(blocks: Sequence[nn.Module], family: Family) -> None:
                 emulation.taps = [taps[source] for source in emulation.sources]
 
 
-def apply_block_configs(model: nn.Module, family: Family, block_configs: Sequence[Mapping[str, Any]]) -> None:
-    """Give a freshly built model the shape its `block_configs` describe, in place."""
-    blocks = blocks_of(model, family)
-    hidden_size = model.config.hidden_size
-    for block, block_config in zip(blocks, block_configs, strict=True):
+def apply_block_configs(blocks: nn.ModuleList, family: Family, config: Any) -> None:
+    """Give freshly built blocks the shape `config.block_configs` describes, in place."""
+    for block, block_config in zip(blocks, config.block_configs, strict=True):
         for kind in KINDS:
             if block_config[kind]["no_op"]:
-                emulation = build_emulation(block_config[kind]["emulation"], hidden_size)
+                emulation = build_emulation(block_config[kind]["emulation"], config.hidden_size)
                 replace_sublayer(block, family, kind, emulation)
     number_cache_layers(list(blocks), family)
     connect_sources(list(blocks), family)
@@ -277,39 +280,40 @@ def block_configs_of(model: nn.Module, family: Family) -> list[dict[str, dict[st
     return [{kind: entry(block, kind) for kind in KINDS} for block in blocks_of(model, family)]
 
 
-def base_model_class(family: Family) -> type[PreTrainedModel]:
-    """The dense family's `<Name>ForCausalLM`."""
-    return getattr(importlib.import_module(family.transformers_module), f"{family.name}ForCausalLM")
+def base_model_class(family: Family, head: str = "ForCausalLM") -> type[PreTrainedModel]:
+    """The dense family's `<Name>ForCausalLM`, or its `<Name>Model` without the output projection."""
+    stem = family.decoder if head == "Model" and family.decoder else f"{family.name}{head}"
+    return getattr(importlib.import_module(family.transformers_module), stem)
 
 
-def _define(family: Family) -> type[PreTrainedModel]:
-    base = base_model_class(family)
+def _define(family: Family, head: str) -> type[PreTrainedModel]:
+    base = base_model_class(family, head)
+    path = family.blocks if head == "ForCausalLM" else family.blocks.rpartition(".")[2]
 
     def init(self: Any, config: Any) -> None:
         base.__init__(self, config)
-        apply_block_configs(self, family, config.block_configs)
+        apply_block_configs(self.get_submodule(path), family, config)
 
+    init.__annotations__.clear()  # vLLM's transformers backend checks arguments against them, and not Any
     namespace = {
         "__init__": init,
         "__module__": __name__,
         "__doc__": f"{family.name} without the sublayers that `config.block_configs` marks as removed.",
         "config_class": config_class(family),
-        "config": None,
         "__annotations__": {"config": config_class(family)},
     }
-    del namespace["config"]
-    return type(family.architecture, (base,), namespace)
+    return type(f"DepthPruned{family.name}{head}", (base,), namespace)
 
 
 _classes: dict[str, type[PreTrainedModel]] = {}
 
 
-def model_class(family: Family) -> type[PreTrainedModel]:
-    """The `PreTrainedModel` class of a depth-pruned family."""
-    if family.model_type not in _classes:
-        _classes[family.model_type] = _define(family)
-        globals()[family.architecture] = _classes[family.model_type]
-    return _classes[family.model_type]
+def model_class(family: Family, head: str = "ForCausalLM") -> type[PreTrainedModel]:
+    """The `PreTrainedModel` class of a depth-pruned family, with its output projection or without (`Model`)."""
+    name = f"DepthPruned{family.name}{head}"
+    if name not in _classes:
+        _classes[name] = globals()[name] = _define(family, head)
+    return _classes[name]
 
 
 def register_models() -> None:
@@ -317,3 +321,6 @@ def register_models() -> None:
     register_configs()
     for family in FAMILIES.values():
         AutoModelForCausalLM.register(config_class(family), model_class(family), exist_ok=True)
+        AutoModel.register(config_class(family), model_class(family, "Model"), exist_ok=True)
+        if (mapping := get_checkpoint_conversion_mapping(family.model_type)) is not None:
+            register_checkpoint_conversion_mapping(family.pruned_model_type, mapping, overwrite=True)

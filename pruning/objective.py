@@ -27,7 +27,8 @@ class Head:
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self.norm: nn.Module = model.get_submodule(family.norm)
         self.projection: nn.Module = model.get_submodule(family.head)
-        self.scaling = float(getattr(model.config, "logits_scaling", None) or 1.0)
+        divisor, factor = (getattr(model.config, name, None) or 1.0 for name in ("logits_scaling", "logit_scale"))
+        self.scaling = float(divisor) / float(factor)
         self.cap = getattr(model.config, "final_logit_softcapping", None)
         self._gram: Tensor | None = None
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from pruning.families import head_dim
 from pruning.model import DenseModel
 from pruning.modeling import blocks_of, places
 from pruning.plan import KINDS, EmulationKind, Kind, Plan, kv_bytes_per_token
@@ -15,7 +16,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 def kv_bytes(dense: DenseModel, kept_attention: int) -> int:
     """KV cache bytes per token with so many attention layers."""
     config = dense.model.config
-    return kv_bytes_per_token(kept_attention, config.num_key_value_heads, config.head_dim, dense.model.dtype.itemsize)
+    return kv_bytes_per_token(kept_attention, config.num_key_value_heads, head_dim(config), dense.model.dtype.itemsize)
 
 
 def sublayer_bytes(dense: DenseModel) -> dict[Kind, int]:

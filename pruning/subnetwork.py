@@ -62,6 +62,17 @@ def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module |
             setattr(block, name, module)
 
 
+class _Held(nn.Module):
+    """An update that is known already, [b, T, D]."""
+
+    def __init__(self, update: Tensor) -> None:
+        super().__init__()
+        self.update = update
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.update
+
+
 @dataclass(slots=True)
 class _State:
     """A residual stream [b, T, D], the plans that still share it, and what its attention layers handed on."""
@@ -192,28 +203,64 @@ class Evaluator:
         return out[0] if isinstance(out, tuple) else out
 
     def run_sublayer(
-        self, sublayer: Sublayer, hidden: Tensor, kwargs: Mapping[str, Any], emulation: nn.Module | None = None
+        self,
+        sublayer: Sublayer,
+        hidden: Tensor,
+        kwargs: Mapping[str, Any],
+        emulation: nn.Module | None = None,
+        entered: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream [b, T, D] after one sublayer, or after its emulation."""
+        """The residual stream [b, T, D] after one sublayer, or after its emulation.
+
+        Args:
+            sublayer: Which.
+            hidden: The stream before it.
+            kwargs: What the model gives to its block.
+            emulation: Takes the sublayer's place.
+            entered: What an FFN reads instead, where it stands in parallel to attention: the stream before the block.
+        """
         other: Kind = "ffn" if sublayer.kind == "attention" else "attention"
         gone: dict[Kind, Any] = {other: None}
         if emulation is not None:
             gone[sublayer.kind] = emulation
+        if entered is not None:
+            gone[other] = _Held(hidden - entered)  # what attention added
+            hidden = entered
         return self.run_block(sublayer.block, hidden, kwargs, gone)
 
     def run_and_tap(
         self, sublayer: Sublayer, hidden: Tensor, kwargs: Mapping[str, Any], emulation: nn.Module | None, taps: Taps
     ) -> Tensor:
         """`run_sublayer`, where emulations read `taps` and attention adds to them what it puts out."""
+        entered = self._entered(sublayer, taps)
         inside = emulation or emulation_in(self.blocks[sublayer.block], self.family, sublayer.kind)
         tap, attention = Tap(), getattr(self.blocks[sublayer.block], self.family.attention)
         with fed(inside, taps), tapped(attention, tap):
-            after = self.run_sublayer(sublayer, hidden, kwargs, emulation)
+            after = self.run_sublayer(sublayer, hidden, kwargs, emulation, entered)
         if sublayer.kind == "attention":
             if emulation is not None:  # it took the place of the tapped module
                 tap.output = (after - hidden) / self.family.scale(self.model.config)
+            tap.entered = hidden if self.family.parallel else None
             taps[sublayer.block] = tap
         return after
+
+    def _entered(self, sublayer: Sublayer, taps: Taps) -> Tensor | None:
+        """What entered the block, where that is not what comes before the sublayer; attention that ran noted it."""
+        attention = taps.get(sublayer.block) if sublayer.kind == "ffn" else None
+        return None if attention is None else attention.entered
+
+    def reads(self, sublayer: Sublayer, hidden: Tensor, taps: Taps) -> Tensor:
+        """What an emulation reads in a sublayer's place [b, T, D]: the stream before it.
+
+        In parallel families it is the stream that entered the block, after the norm which both sublayers share.
+        """
+        if not self.family.parallel:
+            return hidden
+        assert self.family.attention_norm is not None
+        entered = self._entered(sublayer, taps)
+        norm = self.blocks[sublayer.block].get_submodule(self.family.attention_norm)
+        normed: Tensor = norm(hidden if entered is None else entered)
+        return normed
 
     def sources(self, plans: Sequence[Gone]) -> frozenset[int]:
         """Blocks whose attention some emulation of the plans, or of the model itself, reads."""
@@ -244,7 +291,8 @@ class Evaluator:
         plans = [self._complete(plan) for plan in plans]
         order = sorted(range(len(plans)), key=lambda p: (min(plans[p], default=_LAST), p))
         for numbers in self._rounds():
-            for group in self._groups(order, numbers, 1 + len(self.sources(plans))):
+            tensors = 1 + self.family.parallel + len(self.sources(plans))
+            for group in self._groups(order, numbers, tensors):
                 for number, rows in self._group_rows(numbers, [plans[p] for p in group], objective):
                     table[group, self.span(number)] = rows
                     for _ in group if advance else ():
@@ -408,6 +456,7 @@ class Evaluator:
         """Take every stream through one sublayer, splitting those whose plans differ in it."""
         out: list[_State] = []
         keeping: list[_State] = []
+        keeps = {*sources, sublayer.block} if self.family.parallel else sources
         for state in states:
             variants: dict[int, tuple[nn.Module, list[int]]] = {}
             kept, cut = [], []
@@ -419,14 +468,14 @@ class Evaluator:
                 else:
                     variants.setdefault(id(emulation), (emulation, []))[1].append(plan)
             if cut:
-                out.append(_State(state.hidden, cut, dict(state.taps)))
+                out.append(_State(state.hidden, cut, _only(state.taps, keeps)))
             for emulation, members in variants.values():
                 taps = dict(state.taps)
                 hidden = self.run_and_tap(sublayer, state.hidden, kwargs, emulation, taps)
-                out.append(_State(hidden, members, _only(taps, sources)))
+                out.append(_State(hidden, members, _only(taps, keeps)))
             if kept:
-                keeping.append(_State(state.hidden, kept, dict(state.taps)))
-        self._run_together(sublayer, keeping, kwargs, sources)
+                keeping.append(_State(state.hidden, kept, _only(state.taps, keeps)))
+        self._run_together(sublayer, keeping, kwargs, keeps)
         return out + keeping
 
     def _run_together(
@@ -444,13 +493,21 @@ class Evaluator:
         for first in range(0, len(states), many):
             part = states[first : first + many]
             together = torch.cat([state.hidden for state in part]) if len(part) > 1 else part[0].hidden
-            taps = dict(part[0].taps) if len(part) == 1 else {}
+            taps = dict(part[0].taps) if len(part) == 1 else self._shared(sublayer, part)
             after = self.run_and_tap(sublayer, together, _tile(kwargs, rows, len(part)), None, taps)
             for state, hidden in zip(part, after.split(rows), strict=True):
                 state.hidden = hidden
             if sublayer.kind == "attention" and sublayer.block in sources:
                 for state, tap in zip(part, taps[sublayer.block].split(rows), strict=True):
                     state.taps[sublayer.block] = tap
+
+    def _shared(self, sublayer: Sublayer, states: Sequence[_State]) -> Taps:
+        """What several streams know when they go through a sublayer together: what entered the block."""
+        entered = [self._entered(sublayer, state.taps) for state in states]
+        if all(start is None for start in entered):
+            return {}
+        starts = [state.hidden if s is None else s for state, s in zip(states, entered, strict=True)]
+        return {sublayer.block: Tap(entered=torch.cat(starts))}
 
     def _remember_dense(self, numbers: list[int]) -> None:
         missing = [number for number in numbers if number not in self._dense]

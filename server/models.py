@@ -6,13 +6,13 @@ a KV cache to. A stand-in then takes the place, and the stock `forward` of the b
 
 Blocks come in two kinds. A *fused* block carries (update, residual) and its norms add the two; a removed sublayer
 hands the pending update on, so neither a norm nor an addition is spent on it. A *plain* block adds by itself and gets
-a zero. Adapters are replicated under tensor parallelism: at rank 64 they are 2% of a block, and sharding them would
-cost an all-reduce to save less than that.
+a zero. Families that vLLM runs through transformers' own code are in `transformers_models.py`.
+
+Adapters are replicated under tensor parallelism: at rank 64 they are 2% of a block, and sharding them would cost an
+all-reduce to save less than that.
 """
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pruning.families import FAMILIES, Family
 from server.loader import check_directory
-from server.vllm_models import RMSNorm, is_first_worker
+from server.vllm_models import RMSNorm, is_first_worker, replaced, stock, tensor_parallel_size
 
 RMS_EPSILON = 1e-6
 
@@ -34,15 +34,25 @@ class Seam:
         causal: Class of the whole model, `module:Class` under `vllm.model_executor.models`.
         layers: Module whose `make_layers` builds the blocks.
         attention: Class its blocks construct for attention, `module:Class`, looked up at construction.
-        ffn: The same for the FFN.
+        ffn: The same for the FFN; several where blocks differ.
         fused: Whether blocks carry (update, residual).
+        partial: Whether blocks sum their updates over tensor-parallel ranks themselves.
+        ffn_place: Attribute of a block that holds the FFN module, where it is not the family's.
     """
 
     causal: str
     layers: str
     attention: str
-    ffn: str
+    ffn: str | tuple[str, ...]
     fused: bool = True
+    partial: bool = False
+    ffn_place: str | None = None
+
+    def constructs(self, kind: str) -> tuple[str, ...]:
+        """The classes a block may construct for a sublayer ("attention" or "ffn")."""
+        if kind == "attention":
+            return (self.attention,)
+        return (self.ffn,) if isinstance(self.ffn, str) else self.ffn
 
 
 SEAMS: Mapping[str, Seam] = {
@@ -53,6 +63,27 @@ SEAMS: Mapping[str, Seam] = {
     "qwen3": Seam("qwen3:Qwen3ForCausalLM", "qwen2", "qwen3:Qwen3Attention", "qwen3:Qwen3MLP"),
     "gemma2": Seam("gemma2:Gemma2ForCausalLM", "gemma2", "gemma2:Gemma2Attention", "gemma2:Gemma2MLP"),
     "gemma3_text": Seam("gemma3:Gemma3ForCausalLM", "gemma3", "gemma3:Gemma3Attention", "gemma3:Gemma3MLP"),
+    "mixtral": Seam(
+        "mixtral:MixtralForCausalLM",
+        "mixtral",
+        "mixtral:MixtralAttention",
+        "mixtral:MixtralMoE",
+        ffn_place="block_sparse_moe",
+    ),
+    "qwen3_moe": Seam(
+        "qwen3_moe:Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        "qwen3_moe:Qwen3MoeAttention",
+        ("qwen3_moe:Qwen3MoeSparseMoeBlock", "qwen3_moe:Qwen3MoeMLP"),
+    ),
+    "cohere": Seam(
+        "commandr:CohereForCausalLM",
+        "commandr",
+        "commandr:CohereAttention",
+        "commandr:CohereMLP",
+        fused=False,
+        partial=True,
+    ),
     "granite": Seam(
         "granite:GraniteForCausalLM", "granite", "granite:GraniteAttention", "granite:GraniteMLP", fused=False
     ),
@@ -110,53 +141,48 @@ class SkippedNorm(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Takes the place of a removed attention or FFN module."""
+    """Takes the place of a removed attention or FFN module.
 
-    def __init__(self, emulation: nn.Module | None, fused: bool) -> None:
+    Args:
+        emulation: Makes the update; None where there is none.
+        norm: Before the emulation, where the block does not hold it in the place of the sublayer's own.
+        fused: Whether blocks carry (update, residual).
+        share: Of the update that this rank adds, where the block sums over ranks.
+    """
+
+    def __init__(self, emulation: nn.Module | None, norm: nn.Module | None, fused: bool, share: float) -> None:
         super().__init__()
         self.emulation = emulation
+        self.norm = norm
         self.fused = fused
+        self.share = share
 
     def forward(self, hidden_states: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The update [tokens, D]; without emulation the pending one (fused) or zero."""
-        if self.emulation is not None:
-            return self.emulation(hidden_states)
-        return hidden_states if self.fused else torch.zeros_like(hidden_states)
+        if self.emulation is None:
+            return hidden_states if self.fused else torch.zeros_like(hidden_states)
+        update = self.emulation(hidden_states if self.norm is None else self.norm(hidden_states))
+        return update if self.share == 1 else update * self.share
 
 
-def install(block: nn.Module, family: Family, kind: str, spec: Any, hidden_size: int, fused: bool) -> None:
+def install(block: nn.Module, family: Family, seam: Seam, kind: str, spec: Any, hidden_size: int) -> None:
     """Put the stand-in of a removed sublayer, and what its norms become, into a block."""
-    place = family.attention if kind == "attention" else family.ffn
+    place = family.attention if kind == "attention" else seam.ffn_place or family.ffn
     before, after = family.norms(kind)
     emulation: nn.Module | None = None
-    norm: nn.Module = SkippedNorm(fused)
+    norm: nn.Module | None = None
     if spec is not None and spec["kind"] == "bias":
-        emulation = Bias(hidden_size, fused)
+        emulation = Bias(hidden_size, seam.fused)
     elif spec is not None:
         emulation = LowRank(hidden_size, int(spec["rank"]))
         norm = RMSNorm(hidden_size, eps=RMS_EPSILON, has_weight=False)
-    setattr(block, place, StandIn(emulation, fused))
-    setattr(block, before, norm)
+    if before is not None:
+        setattr(block, before, norm or SkippedNorm(seam.fused))
+        norm = None
     if after is not None:
         setattr(block, after, nn.Identity())
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"vllm.model_executor.models.{name}")
-
-
-@contextmanager
-def _replaced(targets: Mapping[str, Any]) -> Iterator[None]:
-    """Bind `module:name` of vLLM's models to other objects inside the `with`."""
-    saved = [(_module(t.partition(":")[0]), t.partition(":")[2], value) for t, value in targets.items()]
-    old = [getattr(module, name) for module, name, _ in saved]
-    for module, name, value in saved:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for (module, name, _), value in zip(saved, old, strict=True):
-            setattr(module, name, value)
+    share = 1 / tensor_parallel_size() if seam.partial else 1
+    setattr(block, place, StandIn(emulation, norm, seam.fused, share))
 
 
 def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam, config: Any) -> Callable[..., Any]:
@@ -165,10 +191,10 @@ def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam,
     def build(layer: Callable[..., nn.Module], prefix: str) -> nn.Module:
         spec = config.block_configs[int(prefix.rpartition(".")[2])]
         gone = [kind for kind in ("attention", "ffn") if spec[kind]["no_op"]]
-        with _replaced({getattr(seam, kind): Absent for kind in gone}):
+        with replaced({name: Absent for kind in gone for name in seam.constructs(kind)}):
             block = layer(prefix=prefix)
         for kind in gone:
-            install(block, family, kind, spec[kind]["emulation"], config.hidden_size, seam.fused)
+            install(block, family, seam, kind, spec[kind]["emulation"], config.hidden_size)
         return block
 
     def make(count: int, layer: Callable[..., nn.Module], prefix: str) -> Any:
@@ -179,7 +205,7 @@ def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam,
 
 def _llama_block() -> type[nn.Module]:
     """A Llama block that looks its attention class up when built, not when defined."""
-    llama = _module("llama")
+    llama = stock("llama")
 
     class Block(llama.LlamaDecoderLayer):  # type: ignore[name-defined]
         def __init__(self, vllm_config: Any, prefix: str = "") -> None:
@@ -189,17 +215,21 @@ def _llama_block() -> type[nn.Module]:
 
 
 def _define(family: Family) -> type[nn.Module]:
+    if family.model_type not in SEAMS:
+        from server.transformers_models import define
+
+        return define(family)
     seam = SEAMS[family.model_type]
     module, _, name = seam.causal.partition(":")
-    base = getattr(_module(module), name)
+    base = getattr(stock(module), name)
 
     def init(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         if is_first_worker():
             check_directory(vllm_config.model_config.model, str(vllm_config.load_config.load_format))
-        make = _pruning_layers(_module(seam.layers).make_layers, family, seam, config)
+        make = _pruning_layers(stock(seam.layers).make_layers, family, seam, config)
         extra = {"layer_type": _llama_block()} if seam.attention == "llama:LlamaAttention" else {}
-        with _replaced({f"{seam.layers}:make_layers": make}):
+        with replaced({f"{seam.layers}:make_layers": make}):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix, **extra)
 
     return type(

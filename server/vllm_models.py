@@ -1,11 +1,40 @@
 """What the model classes take from vLLM beyond its model modules. Tested with vLLM 0.32."""
 
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-__all__ = ["RMSNorm", "is_first_worker"]
+__all__ = ["RMSNorm", "is_first_worker", "replaced", "stock", "tensor_parallel_size"]
 
 
 def is_first_worker() -> bool:
     """Whether this process is the first of all tensor and pipeline ranks."""
     return get_pp_group().is_first_rank and get_tensor_model_parallel_rank() == 0
+
+
+def tensor_parallel_size() -> int:
+    """Ranks that share every layer."""
+    return get_tensor_model_parallel_world_size()
+
+
+def stock(name: str) -> Any:
+    """A module of vLLM's models, such as `llama`."""
+    return importlib.import_module(f"vllm.model_executor.models.{name}")
+
+
+@contextmanager
+def replaced(targets: Mapping[str, Any]) -> Iterator[None]:
+    """Bind `module:name` of vLLM's models to other objects inside the `with`."""
+    saved = [(stock(t.partition(":")[0]), t.partition(":")[2], value) for t, value in targets.items()]
+    old = [getattr(module, name) for module, name, _ in saved]
+    for module, name, value in saved:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(saved, old, strict=True):
+            setattr(module, name, value)

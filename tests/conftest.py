@@ -51,6 +51,15 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
     "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 4.0},
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "cohere": {"logit_scale": 0.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "mlp_only_layers": [5],
+    },
 }
 
 

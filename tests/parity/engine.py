@@ -9,7 +9,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 
 def _projections(model) -> list[str]:
-    return [name for name, _ in model.named_modules() if name.endswith((".qkv_proj", ".gate_up_proj"))]
+    return [name for name, _ in model.named_modules() if name.endswith((".o_proj", ".down_proj", ".experts"))]
 
 
 def main(job: dict) -> None:

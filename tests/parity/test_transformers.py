@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pruning.families import FAMILIES
 from pruning.modeling import AttentionStandIn, blocks_of
+from pruning.objective import Head
+from pruning.plan import Sublayer
 from pruning.subnetwork import Evaluator
 
 PROMPT = torch.tensor([[5, 77, 130, 9, 260, 31, 8, 200, 14, 90, 61, 44, 17, 300, 23, 6, 99, 101, 210, 3, 55]])
@@ -36,13 +38,26 @@ def test_masked_dense_model_equals_the_exported_one(model_type, pico, pico_check
                 if hasattr(module, "emulation")
             }
             hidden = evaluator.run_block(index, hidden, kwargs[index], gone)
-        masked = pruned.lm_head(pruned.model.norm(hidden))
+        masked = Head(dense, family).logits(dense.model.norm(hidden))
         exported = loaded(PROMPT).logits
-    scale = getattr(dense.config, "logits_scaling", None)
-    masked = masked / scale if scale else masked
-    cap = getattr(dense.config, "final_logit_softcapping", None)
-    masked = torch.tanh(masked / cap) * cap if cap else masked
     assert (masked - exported).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_sublayer_by_sublayer_the_masked_model_has_the_loss_of_the_exported_one(model_type, pico, pico_checkpoint):
+    _, pruned = pico_checkpoint(model_type)
+    stand_ins = iter(blocks_of(pruned, FAMILIES[model_type]))
+    gone = {Sublayer(3, "attention"): None, Sublayer(3, "ffn"): None}
+    for index in (0, 1, 2, 4, 5):
+        block = next(stand_ins)
+        for kind, module in (("attention", block.self_attn), ("ffn", block.mlp)):
+            if hasattr(module, "emulation"):
+                gone[Sublayer(index, kind)] = module.emulation
+    evaluator = Evaluator(pico(model_type), FAMILIES[model_type], PROMPT)
+    masked = evaluator.values([gone, {}])[0]  # with the dense model, so that streams of both kinds run together
+    logits = pruned(PROMPT).logits[0, :-1]
+    exported = torch.nn.functional.cross_entropy(logits, PROMPT[0, 1:]).double()
+    torch.testing.assert_close(masked[0], exported, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -29,7 +29,9 @@ CONTEXT_PLAN = Plan(
     rank=4,
     sources=2,
 )
-NO_POST_NORM = [name for name, family in FAMILIES.items() if family.attention_post_norm is None]
+ONLY_A_NORM_BEFORE = [
+    name for name, family in FAMILIES.items() if family.norms("attention")[0] and not family.norms("attention")[1]
+]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_a_layer_that_repeats_another_is_recovered_by_context_and_not_by_a_map_o
     assert errors["low_rank"] > 0.8
 
 
-@pytest.mark.parametrize("model_type", NO_POST_NORM)
+@pytest.mark.parametrize("model_type", ONLY_A_NORM_BEFORE)
 def test_self_only_is_attention_where_there_is_one_token(model_type):
     evaluator = Evaluator(pico_model(model_type), FAMILIES[model_type], tokens(32, 1))
     sublayer = Sublayer(2, "attention")
@@ -154,8 +156,9 @@ def test_self_only_is_attention_where_there_is_one_token(model_type):
     assert (exact - emulated).abs().max() < 1e-5
 
 
-def test_self_only_refuses_a_norm_after_attention():
-    evaluator = Evaluator(pico_model("gemma2"), FAMILIES["gemma2"], tokens())
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "cohere"])
+def test_self_only_refuses_a_norm_after_attention_and_one_that_is_shared(model_type):
+    evaluator = Evaluator(pico_model(model_type), FAMILIES[model_type], tokens())
     with pytest.raises(RecipeError, match="self-only"):
         self_only(evaluator, Sublayer(1, "attention"))
 

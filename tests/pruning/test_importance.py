@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import MambaConfig, StableLmConfig
 
 from pruning.console import Reporter
 from pruning.errors import ModelError, RecipeError
@@ -176,5 +177,7 @@ def test_names_are_checked():
     with pytest.raises(RecipeError, match="did you mean 'cosine'"):
         metric("cosin")
     with pytest.raises(ModelError, match="'mamba' is not supported"):
-        family_of("mamba")
+        family_of(MambaConfig())
+    with pytest.raises(ModelError, match="stablelm models with use_parallel_residual are not supported"):
+        family_of(StableLmConfig(use_parallel_residual=True))
     assert all(row.source and row.unit and row.help for row in METRICS.values())

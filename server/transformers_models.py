@@ -1,0 +1,50 @@
+"""Depth-pruned models of families that vLLM runs through transformers' own code (its transformers backend).
+
+vLLM builds the model with `AutoModel`, here on the meta device, puts its own linear layers and norms into it, and makes
+an `Attention` for every layer that the configuration counts. The model is Shoal's transformers class, which has
+no attention module where there is no attention; the configuration is shown to that last step as to a KV
+cache: kept attention layers only, numbered 0, 1, ..., as the model's own `layer_idx` are.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from pruning.configuration import cache_view
+from pruning.families import Family
+from pruning.modeling import register_models
+from server.loader import check_directory
+from server.vllm_models import is_first_worker, replaced, stock
+
+
+def define(family: Family) -> type[nn.Module]:
+    """The vLLM class of a depth-pruned family."""
+    base = stock("transformers").TransformersForCausalLM
+
+    def init(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        if is_first_worker():
+            check_directory(vllm_config.model_config.model, str(vllm_config.load_config.load_format))
+        register_models()
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+
+    def create_attention_instances(self: Any, prefix: str = "") -> None:
+        here = sorted(self.attention_fusers)  # this stage's, found by walking its modules
+        stage = (here[0], here[-1] + 1) if here else (0, 0)
+        whole, self.text_config = self.text_config, cache_view(self.text_config)
+        try:
+            with replaced({"transformers.base:get_pp_indices": lambda *_: stage}):
+                base._create_attention_instances(self, prefix)
+        finally:
+            self.text_config = whole
+
+    return type(
+        family.architecture,
+        (base,),
+        {
+            "__init__": init,
+            "_create_attention_instances": create_attention_instances,
+            "__module__": "server.models",
+            "__doc__": f"{family.name} without the sublayers that `config.block_configs` marks as removed.",
+            "has_noops": True,
+        },
+    )
