@@ -7,10 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pruning import __version__
 from pruning.errors import CheckpointError
 
 MANIFEST = "pruning.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 
 class Manifest(BaseModel):
@@ -90,10 +92,11 @@ def read_manifest(directory: Path) -> Manifest:
         version = fields["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / MANIFEST} is damaged; export it again") from error
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{directory} has checkpoint format version {version!r}; this release reads version {FORMAT_VERSION}: "
-            "install the release of shoal that wrote it, or export again"
+            f"{directory} needs a reader of checkpoint format version {version!r}; this is shoal {__version__}, which "
+            f"reads {' and '.join(map(str, READABLE_VERSIONS))}: install shoal {fields.get('shoal_version', '')} or "
+            "newer (that one wrote it), or export again"
         )
     try:
         manifest = Manifest.model_validate(fields)

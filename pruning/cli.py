@@ -84,14 +84,32 @@ def score_units(
     score(model, output, recipe, units=units, reporter=Reporter())
 
 
+@app.command(name="convert")
+def convert_checkpoint(directory: Path, *, to: str, output: Path, overwrite: bool = False) -> None:
+    """Write a checkpoint again in another export format.
+
+    Args:
+        directory: The checkpoint; it stays as it is.
+        to: The format; see `prune-export list`.
+        output: Directory to write.
+        overwrite: Replace a directory that is not empty.
+    """
+    from pruning.convert import convert
+
+    convert(directory, to, output, overwrite=overwrite, reporter=Reporter())
+
+
 @app.command(name="list")
 def list_metrics() -> None:
-    """Print the importance metrics and model families."""
+    """Print the importance metrics, export formats and model families."""
     from pruning.families import FAMILIES
+    from pruning.formats import FORMATS
     from pruning.importance import METRICS
 
     for name, row in METRICS.items():
         print(f"{name:16}{row.cost:8}{row.source:28}{row.help}")
+    for name, form in FORMATS.items():
+        print(f"{name:16}{'format':8}{form.help}")
     print("families: " + ", ".join(sorted(FAMILIES)))
 
 

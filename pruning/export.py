@@ -61,27 +61,26 @@ def apply_plan(
     keep_blocks(model.config, indices)
 
 
-def pruned_config(model: PreTrainedModel, family: Family) -> Any:
-    """The configuration of the checkpoint: the fields of a model that `apply_plan` has cut, and `block_configs`."""
-    fields = model.config.to_dict()
+def fields_of(config: Any) -> dict[str, Any]:
+    """A configuration's fields without `block_configs` and what names its class, files or quantisation."""
+    fields: dict[str, Any] = config.to_dict()
     for name in (
         "model_type",
         "architectures",
         "_name_or_path",
         "transformers_version",
         "quantization_config",
+        "auto_map",
+        "block_configs",
     ):
         fields.pop(name, None)
-    config = config_class(family)(**fields, block_configs=block_configs_of(model, family))
+    return fields
+
+
+def pruned_config(model: PreTrainedModel, family: Family) -> Any:
+    """The configuration of the checkpoint: the fields of a model that `apply_plan` has cut, and `block_configs`."""
+    config = config_class(family)(**fields_of(model.config), block_configs=block_configs_of(model, family))
     config.architectures = [family.architecture]
-    config.dtype = model.dtype
-    return config
-
-
-def ordinary_config(model: PreTrainedModel) -> Any:
-    """The configuration of a model that lost whole blocks only: that of its own family, with fewer layers."""
-    config = type(model.config)(**model.config.to_dict())
-    config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     return config
 
@@ -94,13 +93,18 @@ def state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     return revert_weight_conversion(model, tensors)
 
 
-def write_weights(tensors: dict[str, Tensor], directory: Path) -> int:
+def write_weights(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> int:
     """Write sharded safetensors with their index; return the tensors' bytes.
+
+    Args:
+        tensors: Name -> tensor.
+        directory: To write into.
+        max_shard_size: Bytes, or a text such as `4GB`.
 
     Raises:
         StorageError: A shard cannot be written, for example because the disk is full.
     """
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].contiguous() for name in names}
         try:

@@ -1,5 +1,6 @@
 """transformers side of a depth-pruned model: stand-ins for sublayers, surgery, and the checkpoint's classes."""
 
+import copy
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -224,6 +225,13 @@ def replace_sublayer(block: nn.Module, family: Family, kind: Kind, emulation: nn
         setattr(block, norm, nn.Identity())
 
 
+def resize_ffn(block: nn.Module, family: Family, config: Any, size: int) -> None:
+    """Give a freshly built block an FFN of `size` units, in place."""
+    own = copy.copy(config)
+    own.intermediate_size = size
+    setattr(block, family.ffn, type(getattr(block, family.ffn))(own))
+
+
 def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
     """The model's block list."""
     return cast(nn.ModuleList, model.get_submodule(family.blocks))
@@ -265,17 +273,25 @@ def apply_block_configs(blocks: nn.ModuleList, family: Family, config: Any) -> N
             if block_config[kind]["no_op"]:
                 emulation = build_emulation(block_config[kind]["emulation"], config.hidden_size)
                 replace_sublayer(block, family, kind, emulation)
+        size = block_config["ffn"].get("intermediate_size", model.config.intermediate_size)
+        if size != model.config.intermediate_size:
+            resize_ffn(block, family, model.config, size)
     number_cache_layers(list(blocks), family)
     connect_sources(list(blocks), family)
 
 
 def block_configs_of(model: nn.Module, family: Family) -> list[dict[str, dict[str, Any]]]:
     """The shape of a model that `apply_plan` has cut, in the checkpoint's form: one entry a block."""
+    usual_size = model.config.intermediate_size
 
     def entry(block: nn.Module, kind: Kind) -> dict[str, Any]:
         module = getattr(block, family.attention if kind == "attention" else family.ffn)
         gone = isinstance(module, AttentionStandIn | FFNStandIn)
-        return {"no_op": gone, "emulation": describe_emulation(emulation_in(block, family, kind))}
+        described = {"no_op": gone, "emulation": describe_emulation(emulation_in(block, family, kind))}
+        output = getattr(module, family.ffn_output, None) if kind == "ffn" else None
+        if isinstance(output, nn.Linear) and output.in_features != usual_size:
+            described["intermediate_size"] = output.in_features
+        return described
 
     return [{kind: entry(block, kind) for kind in KINDS} for block in blocks_of(model, family)]
 

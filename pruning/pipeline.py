@@ -19,8 +19,10 @@ from pruning.console import Reporter, quiet_libraries
 from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.errors import RecipeError, StorageError
 from pruning.evaluate import loss
-from pruning.export import apply_plan, copy_companions, ordinary_config, pruned_config, state_dict, write_weights
+from pruning.export import apply_plan, copy_companions
 from pruning.families import Family
+from pruning.formats import PrunedModel, format_named
+from pruning.fuse import Fusion, apply_fusion, check_fusable, fuse, has_biases
 from pruning.importance import Sampling, Scores, metric
 from pruning.model import DenseModel, Source, cache_directory, find_model, load_model
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
@@ -235,6 +237,8 @@ def run(
         raise RecipeError("--stream scores only: run `prune-export score`, or leave it out")
     if not dry_run:
         check_output(output, overwrite)
+    if recipe.format == "nemotron-nas" and 0 not in recipe.keep:
+        recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # the format needs block 0's attention
     source, wanted = checked(model, recipe, reporter)
     num_blocks = source.config.num_hidden_layers
     with reporter.stage("load"):
@@ -259,23 +263,20 @@ def run(
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
-        evaluator = Evaluator(dense.model, dense.family, tokens)
-        recovery = recover(
-            evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate, sources=plan.sources
-        )
+        recovery = _recover(dense, plan, recipe, tokens, reporter)
     with reporter.stage("export"), atomic_directory(output) as directory:
         quality = _cut_and_measure(dense, plan, recovery, held_out)
-        ordinary = recipe.format == "llama"
-        config = ordinary_config(dense.model) if ordinary else pruned_config(dense.model, dense.family)
-        sizes["weights"] = write_weights(state_dict(dense.model), directory)
-        config.save_pretrained(directory)
+        pruned = PrunedModel.of(dense.model, dense.family, dense.directory)
+        if (reason := format_named(recipe.format).refusal(pruned)) is not None:
+            raise RecipeError(f"--format {recipe.format}: {reason}")
+        sizes["weights"] = format_named(recipe.format).write(pruned, directory)
         copy_companions(dense.directory, directory)
         manifest = Manifest(
             shoal_version=pruning.__version__,
             base={"model": dense.name, "weight_hash": dense.weight_hash, "dtype": str(dense.model.dtype)[6:]},
             recipe=recipe.model_dump(mode="json"),
             num_blocks=num_blocks,
-            removed={str(s): kind for s, kind in plan.removed.items()},
+            removed={str(s): _label(kind, recipe) for s, kind in plan.removed.items()},
             importance=table_of(chosen.scores, recipe.importance),
             quality=quality,
             sizes=sizes,
@@ -293,11 +294,32 @@ def run(
     return manifest
 
 
-def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery, held_out: Tensor) -> dict[str, Any]:
+def _label(kind: EmulationKind, recipe: Recipe) -> str:
+    """What `pruning.json` says of a removed sublayer: the kind of its emulation."""
+    return "fused" if recipe.fuse and kind != "none" else kind
+
+
+def _recover(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> Recovery | Fusion:
+    """Adapters, or the changes of kept weights that take their place."""
+    evaluator = Evaluator(dense.model, dense.family, tokens)
+    if not recipe.fuse:
+        return recover(
+            evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate, sources=plan.sources
+        )
+    check_fusable(dense.family, dense.model.config, plan.removed)
+    biased = has_biases(dense.model.config)
+    return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, compensated=recipe.compensate)
+
+
+def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor) -> dict[str, Any]:
     family: Family = dense.family
     before = loss(dense.model, family, held_out)
     apply_weights(dense.model, recovery.weights)
-    apply_plan(dense.model, family, plan, recovery.emulations)
+    if isinstance(recovery, Fusion):
+        apply_fusion(dense.model, family, recovery)
+        apply_plan(dense.model, family, recovery.plan(plan), {})
+    else:
+        apply_plan(dense.model, family, plan, recovery.emulations)
     after = loss(dense.model, family, held_out)
     return {"dense_loss": before, "pruned_loss": after, "text": "held-out calibration windows"}
 

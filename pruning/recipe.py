@@ -77,6 +77,9 @@ class Recipe(BaseModel):
     compensate: Annotated[
         bool, RECOVERY, Field(description="Refit the output projections of kept layers for what was removed (slow).")
     ] = False
+    fuse: Annotated[
+        bool, RECOVERY, Field(description="Write the emulation into ordinary weights: no extra operation when served.")
+    ] = False
     calibration: Annotated[
         list[Path],
         CALIBRATION,
@@ -99,9 +102,9 @@ class Recipe(BaseModel):
     ] = False
     device: Annotated[str, OUTPUT, Field(description="cpu, cuda, cuda:1 or auto.")] = "auto"
     format: Annotated[
-        Literal["shoal", "llama"],
+        Literal["shoal", "nemotron-nas", "llama"],
         OUTPUT,
-        Field(description="shoal, or llama: an ordinary checkpoint of the model's own family (whole blocks only)."),
+        Field(description="Who can read the checkpoint; see `prune-export list`."),
     ] = "shoal"
 
 
@@ -165,6 +168,15 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError("--sublayers ranks both kinds together; leave --attention, --ffn and --blocks out")
     if recipe.format == "llama" and set(amounts) != {"blocks"}:
         raise RecipeError("--format llama holds whole blocks only; ask for --blocks N, or for --format shoal")
+    if (
+        recipe.format == "nemotron-nas"
+        and not recipe.fuse
+        and recipe.emulation != "none"
+        and set(amounts) != {"blocks"}
+    ):
+        raise RecipeError(f"--format {recipe.format} holds no adapters; add --fuse, or choose --emulation none")
+    if recipe.fuse and recipe.max_loss_increase is not None:
+        raise RecipeError("--max-loss-increase measures adapters, which --fuse refits; leave one of them out")
     if named and named != ["--kv-budget"] and recipe.search not in ("rank", "greedy"):
         raise RecipeError(f"{named[0]} needs an order of removal: --search rank or greedy, not {recipe.search}")
     outside = [block for block in recipe.keep if not 0 <= block < num_blocks]

@@ -102,6 +102,48 @@ def fit_low_rank(moments: NormalEquations, rank: int, ridge: float) -> Affine:
     return Affine(down, up, mean_y - mean_x @ down @ up)
 
 
+@dataclass(frozen=True, slots=True)
+class PartlyLowRank:
+    """y ≈ x A B + z C + b with A [D, r], B [r, M], C [K, M], b [M], float64: of low rank in x, free in z."""
+
+    low: Affine
+    free: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """The map of [x, z], [D + K, M]."""
+        return torch.cat([self.low.matrix, self.free])
+
+
+def fit_partly_low_rank(
+    moments: NormalEquations, width: int, rank: int, ridge: float, *, intercept: bool = True
+) -> PartlyLowRank:
+    """Ridge regression on [x, z] whose map of the first `width` features has rank r at most.
+
+    With K = [[Kxx, Kxz], [Kzx, Kzz]] the centred Gram matrix and its penalty, and Wx the part of x in the full
+    solution: Wx is projected on the leading eigenvectors of Wx' (Kxx - Kxz Kzz^-1 Kzx) Wx, which is the best map of
+    that rank once z has taken its share, and the map of z is solved again.
+
+    Source: Reinsel and Velu 1998, chapter 3 (two sets of regressors). Inferred: the penalty.
+    """
+    weight = moments.weight
+    mean_x, mean_y = (
+        total / weight if intercept else torch.zeros_like(total) for total in (moments.x_sum, moments.y_sum)
+    )
+    gram = moments.xx - weight * torch.outer(mean_x, mean_x)
+    cross = moments.xy - weight * torch.outer(mean_x, mean_y)
+    gram = gram + (ridge * gram.diagonal().mean() + 1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+    full = torch.linalg.solve(gram, cross)[:width]
+    xz, zz = gram[:width, width:], gram[width:, width:]
+    remaining = gram[:width, :width] - xz @ torch.linalg.solve(zz, xz.T)
+    _, vectors = torch.linalg.eigh(full.T @ remaining @ full)
+    leading = vectors[:, max(0, vectors.shape[1] - rank) :]
+    down, up = full @ leading, leading.T
+    free = torch.linalg.solve(zz, cross[width:] - xz.T @ down @ up)
+    bias = mean_y - mean_x[:width] @ down @ up - mean_x[width:] @ free
+    return PartlyLowRank(Affine(down, up, bias), free)
+
+
 def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """(G + ridge · mean(diag(G)) I)^-1 C for a Gram matrix G [D, D] and cross moments C [D, M], float64."""
     penalty = ridge * gram.diagonal().mean() + 1e-12
@@ -165,6 +207,17 @@ class HeldOutMoments:
         if self.held_out.weight:
             return fit_with_held_out(self.train, self.held_out, rank)[0]
         return fit_low_rank(self.train, rank, 1e-2)
+
+    def partly_low_rank(self, width: int, rank: int, *, intercept: bool = True) -> PartlyLowRank:
+        """`fit_partly_low_rank` with the penalty of least held-out error, or a fixed one where nothing was held out."""
+        best = 1e-2
+        if self.held_out.weight:
+            errors = {}
+            for ridge in RIDGES:
+                one = fit_partly_low_rank(self.train, width, rank, ridge, intercept=intercept)
+                errors[ridge] = self.held_out.error(one.matrix, one.low.bias)
+            best = min(errors, key=lambda ridge: errors[ridge])
+        return fit_partly_low_rank(self.whole(), width, rank, best, intercept=intercept)
 
     def correction(self) -> Tensor | None:
         """`fit_correction`; None where nothing was held out to judge it."""

@@ -1,0 +1,368 @@
+"""Fuse emulations into ordinary weights, so that a pruned model needs no operation that its family does not have.
+
+The map of a removed attention layer goes into the FFN before it, which reads another input, so it is refitted; what it
+adds is in the stream where attention would have added it. Or it goes into the FFN of its own block, which reads the
+same input, but adds one sublayer later. The better of the two by held-out error is taken. A removed FFN becomes an FFN
+of r units, and a run of removed blocks a linear map on the output of the FFN before it, folded into its projection.
+
+An FFN's own output is a further feature that costs nothing, since a map of it is folded into the output projection.
+So what reads the stream after an FFN (its input plus its output) can be had from inside it.
+
+Source: the last map is ReplaceMe's (arXiv 2505.02819); bias as in arXiv 2407.16286; the rest is inferred.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from pruning.compensation import compensate, output_projection, token_weights
+from pruning.console import Reporter
+from pruning.errors import RecipeError
+from pruning.families import Family
+from pruning.modeling import blocks_of
+from pruning.plan import KINDS, EmulationKind, Plan, Sublayer
+from pruning.regression import HOLD_OUT_EVERY, HeldOutMoments, NormalEquations
+from pruning.subnetwork import Evaluator
+from pruning.units import Gate, Units, widened
+
+Streams = list[Tensor]
+"""Residual streams or FFN inputs, one [b, T, D] for each batch."""
+
+Removed = Mapping[Sublayer, EmulationKind]
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What one FFN adds besides its own output y: units of what it reads, and y T for T [D, D]."""
+
+    units: Units | None
+    turn: Tensor | None
+
+    def update(self, reading: "Reading", act: nn.Module) -> Streams:
+        """What is added, one [b, T, D] for each batch."""
+        out = []
+        for x, y in zip(reading.inputs, reading.outputs, strict=True):
+            update = torch.zeros_like(x) if self.units is None else self.units.update(x, act)
+            out.append(update if self.turn is None else update + y @ self.turn.to(y))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one FFN reads, and its own output; one [b, T, D] for each batch."""
+
+    block: int
+    inputs: Streams
+    outputs: Streams
+
+
+@dataclass(slots=True)
+class Fusion:
+    """What fusing changes in a dense model.
+
+    Attributes:
+        units: Block -> what its FFN gains.
+        replaced: Blocks whose own FFN is gone, so that the units are all there is.
+        turns: Block -> T [D, D]: its FFN's own output y becomes y + y T, folded into the output projection.
+        weights: Parameter name in the dense model -> new weight, turns included.
+        places: Sublayer -> "previous", "same" or "own": the FFN that took its emulation.
+        errors: Sublayer -> place tried -> held-out squared error after the block, divided by that without emulation.
+    """
+
+    units: dict[int, Units] = field(default_factory=dict)
+    replaced: set[int] = field(default_factory=set)
+    turns: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    places: dict[Sublayer, str] = field(default_factory=dict)
+    errors: dict[Sublayer, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, block: int, gain: "Gain") -> None:
+        """Give an FFN more."""
+        if gain.units is not None:
+            self.units[block] = self.units[block].plus(gain.units) if block in self.units else gain.units
+        if gain.turn is not None:
+            self.turns[block] = self.turns[block] + gain.turn if block in self.turns else gain.turn
+
+    def plan(self, plan: Plan) -> Plan:
+        """The plan as the fused model shows it: fused attention is simply gone, an FFN of units is an FFN."""
+        gone = [s for s in plan.removed if not (s.kind == "ffn" and s.block in self.replaced)]
+        return Plan(plan.num_blocks, dict.fromkeys(gone, "none"))
+
+
+def has_biases(config: Any) -> bool:
+    """Whether a family's FFNs can have biases (its configuration says so by `mlp_bias`)."""
+    return hasattr(config, "mlp_bias")
+
+
+def check_fusable(family: Family, config: Any, removed: Removed) -> None:
+    """Refuse what cannot be fused, before anything is fitted.
+
+    Raises:
+        RecipeError: The family's FFN cannot carry a map, an emulation cannot be written as one, or no FFN is near.
+    """
+    if family.norms("ffn")[1] is not None:
+        raise RecipeError(f"--fuse: {family.name} normalises what an FFN adds, so no map fits in; leave --fuse out")
+    if getattr(config, "use_parallel_residual", False):
+        raise RecipeError(f"--fuse: this {family.name} runs attention and FFN side by side; leave --fuse out")
+    for sublayer, kind in removed.items():
+        if kind not in ("none", "bias", "low_rank", "linear"):
+            raise RecipeError(
+                f"--fuse: no FFN can hold the {kind} of {sublayer}; use --emulation low-rank, linear or bias"
+            )
+        if sublayer.kind == "attention" and kind != "none" and not places(sublayer, removed):
+            raise RecipeError(f"--fuse: {sublayer} has no FFN before it or in its block; --keep {sublayer.block}")
+
+
+def places(attention: Sublayer, removed: Removed) -> list[str]:
+    """FFNs that can take a removed attention layer's emulation: "previous" (no attention runs in between), "same"."""
+    found = []
+    block = attention.block - 1
+    while block >= 0 and removed.get(Sublayer(block, "ffn")) == "none" and Sublayer(block, "attention") in removed:
+        block -= 1
+    if block >= 0 and removed.get(Sublayer(block, "ffn")) != "none":
+        found.append("previous")
+    if removed.get(Sublayer(attention.block, "ffn")) != "none":
+        found.append("same")
+    return found
+
+
+@torch.no_grad()
+def fuse(
+    evaluator: Evaluator, removed: Removed, rank: int, reporter: Reporter, *, biased: bool, compensated: bool = False
+) -> Fusion:
+    """Fit every emulation for the FFN that takes it, first to last, each on the stream as pruned and recovered so far.
+
+    Args:
+        evaluator: Of the dense model, which keeps its own weights.
+        removed: Sublayer -> kind of emulation; checked by `check_fusable`.
+        rank: Of the low-rank maps.
+        reporter: For progress.
+        biased: Whether FFNs may have biases.
+        compensated: Whether output projections of kept sublayers are refitted too.
+    """
+    walk = _Walk(evaluator, removed, rank, biased, compensated)
+    last = len(evaluator.blocks) - 1 if compensated else max(sublayer.block for sublayer in removed)
+    with reporter.progress("fuse", last + 1) as step:
+        for index in range(last + 1):
+            walk.block(index)
+            step.advance()
+    return walk.finish()
+
+
+def apply_fusion(model: PreTrainedModel, family: Family, fusion: Fusion) -> None:
+    """Give a dense model the units, in place; before `apply_plan`, since blocks are counted as in the dense model."""
+    config = model.config
+    biased = any(units.bias is not None for units in fusion.units.values())
+    if biased:
+        config.mlp_bias = True
+    for index, block in enumerate(blocks_of(model, family)):
+        ffn = getattr(block, family.ffn)
+        if index in fusion.units:
+            setattr(block, family.ffn, widened(ffn, config, fusion.units[index], index in fusion.replaced))
+        elif biased:
+            for linear in ffn.children():
+                if isinstance(linear, nn.Linear) and linear.bias is None:
+                    zeros = linear.weight.new_zeros(linear.out_features)
+                    linear.bias = nn.Parameter(zeros, requires_grad=False)
+
+
+class _Walk:
+    """The dense and the pruned streams on their way through the blocks; see `fuse`."""
+
+    def __init__(self, evaluator: Evaluator, removed: Removed, rank: int, biased: bool, compensated: bool) -> None:
+        self.evaluator, self.removed, self.rank = evaluator, removed, rank
+        self.biased, self.compensated = biased, compensated
+        self.family = evaluator.family
+        self.scale = self.family.scale(evaluator.model.config)
+        self.act = ACT2FN[evaluator.model.config.hidden_act]
+        self.fusion = Fusion()
+        embedded = [evaluator.embed(batch) for batch in evaluator.batches]
+        self.dense: Streams = [hidden for hidden, _ in embedded]
+        self.arguments = [kwargs for _, kwargs in embedded]
+        self.pruned = self.dense
+        self.parted = False
+        self.before: Reading | None = None
+        every = range(len(self.dense))
+        self.held = [n for n in every if n % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1] or list(every)
+
+    def block(self, index: int) -> None:
+        """Take the streams through one block."""
+        attention, ffn = Sublayer(index, "attention"), Sublayer(index, "ffn")
+        middle = self._run(attention, self.dense)
+        end = self._run(ffn, middle)
+        place = self._attention(attention, middle, end)
+        self._ffn(ffn, end, place)
+        self.dense = end
+        if self._gone(index) and not self._gone(index + 1):
+            self._patch()
+
+    def _gone(self, index: int) -> bool:
+        """Whether a block is removed as a whole with nothing in its place."""
+        return all(self.removed.get(Sublayer(index, kind)) == "none" for kind in KINDS)
+
+    def _attention(self, attention: Sublayer, middle: Streams, end: Streams) -> str:
+        """Take the pruned streams through a block's attention; returns the place of its emulation, if it has one."""
+        kind = self.removed.get(attention)
+        if kind is None:
+            self.pruned, self.before = self._kept(attention, middle), None
+            return ""
+        self.parted = True
+        if kind == "none":
+            return ""
+        place = self._choose(attention, kind, middle, end)
+        self.fusion.places[attention] = place
+        if place == "previous":
+            assert self.before is not None
+            self.pruned = self._gain(kind, self.before, self.pruned, middle)
+        return place
+
+    def _ffn(self, ffn: Sublayer, end: Streams, place: str) -> None:
+        """Take the pruned streams through a block's FFN, or what takes its place, and the units it gains."""
+        entering, kind = self.pruned, self.removed.get(ffn)
+        if kind == "none":
+            self.parted = True
+            return
+        if kind is None:
+            after = self._kept(ffn, end)
+        else:
+            after, self.parted = entering, True
+            self.fusion.replaced.add(ffn.block)
+            self.fusion.places[ffn] = "own"
+        inputs = self._read(ffn.block, entering)
+        outputs = [(out - h) / self.scale for h, out in zip(entering, after, strict=True)]
+        self.before = Reading(ffn.block, inputs, outputs)
+        if place == "same" or kind is not None:
+            after = self._gain(kind or self.removed[Sublayer(ffn.block, "attention")], self.before, after, end)
+        self.pruned = after
+
+    def _patch(self) -> None:
+        """Turn the output of the FFN before a run of removed blocks, where that helps on held-out batches."""
+        if self.before is None or self.before.block in self.fusion.replaced:
+            return
+        correction = self._moments(self.before.outputs, self.pruned, self.dense).correction()
+        if correction is not None:
+            gain = Gain(None, correction)
+            self.fusion.add(self.before.block, gain)
+            self.pruned = self._with(gain, self.before, self.pruned)
+
+    def _gain(self, kind: EmulationKind, reading: Reading, after: Streams, targets: Streams) -> Streams:
+        """Give an FFN what takes the stream `after` to the dense `targets`; returns the stream with it."""
+        gain = self._fit(kind, reading, after, targets)
+        self.fusion.add(reading.block, gain)
+        return self._with(gain, reading, after)
+
+    def _choose(self, attention: Sublayer, kind: EmulationKind, middle: Streams, end: Streams) -> str:
+        """The place of least error after the block on held-out batches, of fits on the others.
+
+        Args:
+            attention: Removed.
+            kind: Of its emulation.
+            middle: Dense streams after the attention.
+            end: Dense streams after the block.
+        """
+        ffn = Sublayer(attention.block, "ffn")
+        possible = places(attention, self.removed)
+        if len(possible) == 1 or ffn in self.removed:
+            return possible[0]
+        assert self.before is not None
+        gain = self._fit(kind, self.before, self.pruned, middle, judged=True)
+        previous = self._run(ffn, self._with(gain, self.before, self.pruned))
+        after = self._run(ffn, self.pruned)
+        outputs = [(out - h) / self.scale for h, out in zip(self.pruned, after, strict=True)]
+        reading = Reading(ffn.block, self._read(ffn.block, self.pruned), outputs)
+        same = self._with(self._fit(kind, reading, after, end, judged=True), reading, after)
+        nothing = self._error(after, end)
+        errors = {"previous": self._error(previous, end) / nothing, "same": self._error(same, end) / nothing}
+        self.fusion.errors[attention] = errors
+        return min(errors, key=lambda place: errors[place])
+
+    def _error(self, streams: Streams, targets: Streams) -> float:
+        """Weighted squared distance to the dense streams over the held-out batches."""
+        total = 0.0
+        for number in self.held:
+            square = (targets[number].float() - streams[number].float()).pow(2).sum(-1).double().flatten()
+            total += float(square @ token_weights(targets[number]))
+        return total
+
+    def _run(self, sublayer: Sublayer, streams: Streams) -> Streams:
+        """A sublayer of the dense model on streams."""
+        calls = zip(streams, self.arguments, strict=True)
+        return [self.evaluator.run_sublayer(sublayer, h, every[sublayer.block]) for h, every in calls]
+
+    def _kept(self, sublayer: Sublayer, target: Streams) -> Streams:
+        """The pruned streams after a kept sublayer, compensated towards the dense `target` if asked."""
+        if not self.parted:
+            return target
+        if not self.compensated:
+            return self._run(sublayer, self.pruned)
+        after, changed = compensate(self.evaluator, sublayer, self.pruned, target, self.arguments, [{} for _ in target])
+        self.fusion.weights |= changed
+        return after
+
+    def _read(self, block: int, streams: Streams) -> Streams:
+        """What the FFN of a block reads of streams."""
+        norm = getattr(self.evaluator.blocks[block], self.family.ffn_norm)
+        return [norm(hidden) for hidden in streams]
+
+    def _fit(
+        self, kind: EmulationKind, reading: Reading, after: Streams, targets: Streams, *, judged: bool = False
+    ) -> Gain:
+        """What an FFN has to add to take the stream `after` to the dense `targets`.
+
+        A map reads the FFN's input and its own output together, scaled to the same size: what it makes of the first has
+        the rank asked for and becomes units, what it makes of the second is free and becomes a turn. With `judged`,
+        held-out batches are left out of the fit.
+        """
+        gate, width = Gate(self.act), after[0].shape[-1]
+        flat = [x.flatten(0, -2).float() for x in reading.inputs]
+        if not self.biased:
+            gate = Gate.along(self.act, torch.cat(flat), torch.cat([token_weights(target) for target in targets]))
+        features = [gate.features(x) for x in flat]
+        ratio = 0.0
+        if kind != "bias" and reading.block not in self.fusion.replaced:
+            own = [y.flatten(0, -2).float() for y in reading.outputs]
+            ratio = self._ratio(features, own, targets)
+            features = [torch.cat([x, y * ratio], 1) for x, y in zip(features, own, strict=True)]
+        moments = self._moments(features, after, targets)
+        if judged and moments.held_out.weight:
+            moments = HeldOutMoments(moments.train, NormalEquations.zeros(features[0].shape[1], width))
+        units, rest = gate.fit(moments, kind, self.rank, after[0])
+        return Gain(units, rest * ratio if ratio else None)
+
+    def _ratio(self, features: Streams, own: Streams, targets: Streams) -> float:
+        """What makes an FFN's output as large as the other features."""
+        sums = [0.0, 0.0]
+        for x, y, target in zip(features, own, targets, strict=True):
+            weights = token_weights(target)
+            sums = [total + float(f.pow(2).sum(1).double() @ weights) for total, f in zip(sums, (x, y), strict=True)]
+        return (sums[0] / sums[1]) ** 0.5 if sums[1] else 0.0
+
+    def _moments(self, features: Streams, after: Streams, targets: Streams) -> HeldOutMoments:
+        """Moments of features and of what is missing from the stream `after`."""
+        moments = HeldOutMoments.zeros(features[0].shape[-1], after[0].shape[-1])
+        for number, (x, stream, target) in enumerate(zip(features, after, targets, strict=True)):
+            missing = (target.float() - stream.float()) / self.scale
+            moments.add(
+                number, x.flatten(0, -2).float() if x.dim() > 2 else x, missing.flatten(0, -2), token_weights(target)
+            )
+        return moments
+
+    def _with(self, gain: Gain, reading: Reading, after: Streams) -> Streams:
+        """The stream with what an FFN gained."""
+        return [h + self.scale * update for h, update in zip(after, gain.update(reading, self.act), strict=True)]
+
+    def finish(self) -> Fusion:
+        """Fold the turns into the output projections."""
+        for block, turn in self.fusion.turns.items():
+            name = output_projection(self.family, Sublayer(block, "ffn"))
+            for parameter in (f"{self.family.blocks}.{block}.{name}.{part}" for part in ("weight", "bias")):
+                if parameter in dict(self.evaluator.model.named_parameters()):
+                    old = self.fusion.weights.get(parameter, self.evaluator.model.get_parameter(parameter))
+                    whole = torch.eye(len(turn), dtype=turn.dtype) + turn.T
+                    self.fusion.weights[parameter] = (whole.to(old.device) @ old.double()).to(old.dtype)
+        return self.fusion
