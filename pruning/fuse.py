@@ -99,16 +99,30 @@ def has_biases(config: Any) -> bool:
     return hasattr(config, "mlp_bias")
 
 
-def check_fusable(family: Family, config: Any, removed: Removed) -> None:
+def _refusal(family: Family) -> str | None:
+    """Why a family's FFN cannot carry a map; None where it can."""
+    if family.norms("ffn")[1] is not None:
+        return f"{family.name} normalises what an FFN adds, so no map fits in"
+    if family.parallel or family.ffn_norm is None:
+        return f"{family.name} runs attention and FFN side by side, so an FFN does not see what attention added"
+    if family.ffn_output is None:
+        return f"{family.name} has experts, and no FFN that every token goes through"
+    return None
+
+
+def fusable(family: Family) -> bool:
+    """Whether a family's FFNs can carry an emulation."""
+    return _refusal(family) is None
+
+
+def check_fusable(family: Family, removed: Removed) -> None:
     """Refuse what cannot be fused, before anything is fitted.
 
     Raises:
         RecipeError: The family's FFN cannot carry a map, an emulation cannot be written as one, or no FFN is near.
     """
-    if family.norms("ffn")[1] is not None:
-        raise RecipeError(f"--fuse: {family.name} normalises what an FFN adds, so no map fits in; leave --fuse out")
-    if getattr(config, "use_parallel_residual", False):
-        raise RecipeError(f"--fuse: this {family.name} runs attention and FFN side by side; leave --fuse out")
+    if (reason := _refusal(family)) is not None:
+        raise RecipeError(f"--fuse: {reason}; leave --fuse out")
     for sublayer, kind in removed.items():
         if kind not in ("none", "bias", "low_rank", "linear"):
             raise RecipeError(
@@ -306,6 +320,7 @@ class _Walk:
 
     def _read(self, block: int, streams: Streams) -> Streams:
         """What the FFN of a block reads of streams."""
+        assert self.family.ffn_norm is not None
         norm = getattr(self.evaluator.blocks[block], self.family.ffn_norm)
         return [norm(hidden) for hidden in streams]
 

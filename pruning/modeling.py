@@ -273,9 +273,9 @@ def apply_block_configs(blocks: nn.ModuleList, family: Family, config: Any) -> N
             if block_config[kind]["no_op"]:
                 emulation = build_emulation(block_config[kind]["emulation"], config.hidden_size)
                 replace_sublayer(block, family, kind, emulation)
-        size = block_config["ffn"].get("intermediate_size", model.config.intermediate_size)
-        if size != model.config.intermediate_size:
-            resize_ffn(block, family, model.config, size)
+        size = block_config["ffn"].get("intermediate_size", config.intermediate_size)
+        if size != config.intermediate_size:
+            resize_ffn(block, family, config, size)
     number_cache_layers(list(blocks), family)
     connect_sources(list(blocks), family)
 
@@ -288,7 +288,7 @@ def block_configs_of(model: nn.Module, family: Family) -> list[dict[str, dict[st
         module = getattr(block, family.attention if kind == "attention" else family.ffn)
         gone = isinstance(module, AttentionStandIn | FFNStandIn)
         described = {"no_op": gone, "emulation": describe_emulation(emulation_in(block, family, kind))}
-        output = getattr(module, family.ffn_output, None) if kind == "ffn" else None
+        output = getattr(module, family.ffn_output, None) if kind == "ffn" and family.ffn_output else None
         if isinstance(output, nn.Linear) and output.in_features != usual_size:
             described["intermediate_size"] = output.in_features
         return described

@@ -202,6 +202,8 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
     metric(recipe.importance)
     source = find_model(model, reporter)
     wanted = counts(recipe, source.config.num_hidden_layers)
+    if recipe.fuse:
+        check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
     if recipe.rank > source.config.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
     if recipe.emulation == "self-only" and (source.family.attention_post_norm or wanted.ffn or wanted.sublayers):
@@ -306,7 +308,7 @@ def _recover(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, repo
         return recover(
             evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate, sources=plan.sources
         )
-    check_fusable(dense.family, dense.model.config, plan.removed)
+    check_fusable(dense.family, plan.removed)
     biased = has_biases(dense.model.config)
     return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, compensated=recipe.compensate)
 

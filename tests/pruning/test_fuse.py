@@ -12,13 +12,13 @@ from pruning.errors import RecipeError
 from pruning.export import apply_plan
 from pruning.families import FAMILIES
 from pruning.formats import FORMATS, PrunedModel
-from pruning.fuse import apply_fusion, check_fusable, fuse, has_biases, places
+from pruning.fuse import apply_fusion, check_fusable, fusable, fuse, has_biases, places
 from pruning.plan import Plan, Sublayer
 from pruning.regression import Affine
 from pruning.subnetwork import Evaluator
 from pruning.units import GATE, linear_units, widened
 
-FUSABLE = [name for name, family in FAMILIES.items() if family.ffn_post_norm is None]
+FUSABLE = [name for name, family in FAMILIES.items() if fusable(family)]
 
 
 def windows(rows: int = 32, length: int = 24, seed: int = 3) -> torch.Tensor:
@@ -136,17 +136,16 @@ def test_a_removed_run_of_blocks_becomes_a_map_on_the_output_of_the_ffn_before_i
     assert remaining < 0.9 * without
 
 
-def test_what_cannot_be_fused_is_refused_by_name(pico):
+def test_what_cannot_be_fused_is_refused_by_name():
     attention = {Sublayer(2, "attention"): "low_rank"}
     with pytest.raises(RecipeError, match="Gemma2 normalises what an FFN adds"):
-        check_fusable(FAMILIES["gemma2"], pico("gemma2").config, attention)
-    config = pico("llama").config
+        check_fusable(FAMILIES["gemma2"], attention)
     with pytest.raises(RecipeError, match=r"attention\.1 has no FFN"):
         check_fusable(
-            FAMILIES["llama"], config,
+            FAMILIES["llama"],
             {Sublayer(1, "attention"): "low_rank", Sublayer(0, "ffn"): "none", Sublayer(1, "ffn"): "none"},
         )  # fmt: skip
-    check_fusable(FAMILIES["llama"], config, attention)
+    check_fusable(FAMILIES["llama"], attention)
 
 
 def test_the_ffn_before_is_looked_for_across_removed_blocks():
