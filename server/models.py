@@ -191,7 +191,8 @@ def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam,
     def build(layer: Callable[..., nn.Module], prefix: str) -> nn.Module:
         spec = config.block_configs[int(prefix.rpartition(".")[2])]
         gone = [kind for kind in ("attention", "ffn") if spec[kind]["no_op"]]
-        with replaced({name: Absent for kind in gone for name in seam.constructs(kind)}):
+        size = spec["ffn"].get("intermediate_size", config.intermediate_size)
+        with replaced({name: Absent for kind in gone for name in seam.constructs(kind)}), _sized(config, size):
             block = layer(prefix=prefix)
         for kind in gone:
             install(block, family, seam, kind, spec[kind]["emulation"], config.hidden_size)
@@ -201,6 +202,16 @@ def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam,
         return make_layers(count, lambda prefix: build(layer, prefix), prefix=prefix)
 
     return make
+
+
+@contextmanager
+def _sized(config: Any, size: int) -> Iterator[None]:
+    """Let FFNs built inside the `with` have this many units."""
+    usual, config.intermediate_size = config.intermediate_size, size
+    try:
+        yield
+    finally:
+        config.intermediate_size = usual
 
 
 def _llama_block() -> type[nn.Module]:
