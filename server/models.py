@@ -12,7 +12,8 @@ Adapters are replicated under tensor parallelism: at rank 64 they are 2% of a bl
 all-reduce to save less than that.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
