@@ -20,10 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pruning
 from pruning.checkpoint import Manifest, write_manifest
+from pruning.compensation import apply_weights
 from pruning.configuration import base_config_class
 from pruning.emulation import fit_plan
 from pruning.export import apply_plan, pruned_config, state_dict, write_weights
 from pruning.families import FAMILIES
+from pruning.fuse import apply_fusion, fuse, has_biases
 from pruning.modeling import base_model_class
 from pruning.plan import Plan, Sublayer
 from pruning.subnetwork import Evaluator
@@ -114,13 +116,19 @@ def tokens(rows: int = 8, length: int = 48, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: Path) -> Path:
+def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: Path, *, fused: bool = False) -> Path:
     """Prune a tiny model in place by a plan and write the checkpoint."""
     from pruning.console import Reporter
 
-    family = FAMILIES[model_type]
-    emulations = fit_plan(Evaluator(model, family, tokens()), plan.removed, plan.rank, Reporter(), plan.sources)
-    apply_plan(model, family, plan, emulations)
+    family, evaluator = FAMILIES[model_type], Evaluator(model, FAMILIES[model_type], tokens())
+    if fused:
+        fusion = fuse(evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config))
+        apply_weights(model, fusion.weights)
+        apply_fusion(model, family, fusion)
+        apply_plan(model, family, fusion.plan(plan), {})
+    else:
+        emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources)
+        apply_plan(model, family, plan, emulations)
     directory.mkdir(parents=True, exist_ok=True)
     write_weights(state_dict(model), directory)
     pruned_config(model, family).save_pretrained(directory)
@@ -165,16 +173,20 @@ def pico_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 
 @pytest.fixture(scope="session")
 def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, PreTrainedModel]]:
-    """Factory of (checkpoint directory, the model in memory it was written from): `pico_checkpoint("llama")`."""
+    """Factory of (checkpoint directory, the model in memory it was written from): `pico_checkpoint("llama")`.
+
+    `"llama fused"` is the same with its emulations fused.
+    """
     pruning.register()
     made: dict[str, tuple[Path, PreTrainedModel]] = {}
 
-    def make(model_type: str = "llama") -> tuple[Path, PreTrainedModel]:
-        if model_type not in made:
+    def make(name: str = "llama") -> tuple[Path, PreTrainedModel]:
+        if name not in made:
+            model_type, _, fused = name.partition(" ")
             model = pico_model(model_type)
-            directory = tmp_path_factory.mktemp(f"pruned-{model_type}")
-            made[model_type] = export_pico(model, model_type, MIXED_PLAN, directory), model
-        return made[model_type]
+            directory = tmp_path_factory.mktemp(f"pruned-{name.replace(' ', '-')}")
+            made[name] = export_pico(model, model_type, MIXED_PLAN, directory, fused=bool(fused)), model
+        return made[name]
 
     return make
 

@@ -18,18 +18,23 @@ PROMPTS = [
 ]
 NEW_TOKENS = 16
 NEAR_TIE = 1e-3
+MODELS = [*FAMILIES, "llama fused", "qwen2 fused"]
 
 
-def run_engine(models: list[Path], **options) -> dict[str, dict]:
-    """What vLLM makes of the prompts with each model; one process for all."""
+def run_engine(models: list[Path], variables: dict[str, str] | None = None, **options) -> dict[str, dict]:
+    """What vLLM makes of the prompts with each model; one process, with these environment variables, for all."""
     job = {"models": [str(m) for m in models], "prompts": PROMPTS, "max_tokens": NEW_TOKENS, "options": options}
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is sent to the workers to list their modules
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
+    environment = (
+        os.environ
+        | (variables or {})
+        | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is sent to the workers to list their modules
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+    )
     command = [sys.executable, str(Path(__file__).with_name("engine.py")), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -39,13 +44,13 @@ def run_engine(models: list[Path], **options) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def served(pico_checkpoint) -> dict[str, dict]:
-    directories = {family: pico_checkpoint(family)[0] for family in FAMILIES}
+    directories = {family: pico_checkpoint(family)[0] for family in MODELS}
     results = run_engine(list(directories.values()), distributed_executor_backend="uni")
     return {family: results[str(directory)] for family, directory in directories.items()}
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_prompt_logprobs_and_greedy_tokens_agree(model_type, served, pico_checkpoint):
     model = AutoModelForCausalLM.from_pretrained(pico_checkpoint(model_type)[0])
     for prompt, logprobs, tokens in zip(
