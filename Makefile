@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEPLOY_VENV := .venv-deploy
 
-.PHONY: help setup run test check lint deploy-check clean
+.PHONY: help setup run test check lint deploy-check client-check fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -41,6 +41,23 @@ lint: setup ## Formatting, lint, types, import contracts
 deploy-check: $(DEPLOY_VENV)/.ready ## Check deploy/: manifests, rules, dashboard, Compose and Dockerfiles (needs no cluster)
 	PYTHONPATH=. $(DEPLOY_VENV)/bin/python -m pytest --confcutdir tests/deploy tests/deploy
 
+client-check: $(DIR)/pruning.json .venv-clients/.ready ## Let openai (Python, npm), litellm and LangChain talk to a real server
+	$(BIN)/python tests/clients/run.py $(DIR) .venv-clients/bin/python
+
+.venv-clients/.ready: pyproject.toml tests/clients/package.json | $(VENV)/.ready
+	$(PYTHON) -m venv .venv-clients
+	$(BIN)/uv pip install --quiet --python .venv-clients/bin/python --group clients
+	cd tests/clients && npm install --silent --no-audit --no-fund
+	touch $@
+
+fuzz: $(DIR)/pruning.json .venv-fuzz/.ready ## Send a real server requests made from its OpenAPI document (schemathesis)
+	$(BIN)/python tests/fuzz/run.py $(DIR) .venv-fuzz/bin/schemathesis
+
+.venv-fuzz/.ready: pyproject.toml | $(VENV)/.ready
+	$(PYTHON) -m venv .venv-fuzz
+	$(BIN)/uv pip install --quiet --python .venv-fuzz/bin/python --group fuzz
+	touch $@
+
 # PATH is what Debian puts promtool, amtool and kubectl on; everything else comes from PyPI.
 $(DEPLOY_VENV)/.ready: pyproject.toml | $(VENV)/.ready
 	$(PYTHON) -m venv $(DEPLOY_VENV)
@@ -48,4 +65,4 @@ $(DEPLOY_VENV)/.ready: pyproject.toml | $(VENV)/.ready
 	touch $@
 
 clean: ## Remove the environment and the models made here
-	rm -rf $(VENV) $(DEPLOY_VENV) models
+	rm -rf $(VENV) $(DEPLOY_VENV) .venv-clients .venv-fuzz tests/clients/node_modules models

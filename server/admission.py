@@ -1,10 +1,10 @@
 """Limits at the door: how many requests may wait, and how large a body may be."""
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import error_response
+from server.errors import error_response, whole_seconds
 from server.metrics import ACCEPTED, QUEUE_DEPTH, REJECTED
 
 
@@ -16,7 +16,7 @@ class Admission:
         running: Requests the engine runs at once.
         waiting: Requests that may wait beyond those; None: any number.
         body_bytes: Bytes of the largest body.
-        retry_after_seconds: For the 503 of a full queue.
+        retry_after_seconds: For the 503 of a full queue, and for a 429 or 503 of the application that names no time.
     """
 
     def __init__(
@@ -55,9 +55,12 @@ class Admission:
 
         async def noted(message: Message) -> None:
             nonlocal started
-            if not over:  # what the application says to a body cut short is of no interest
-                started = True
-                await send(message)
+            if over:  # what the application says to a body cut short is of no interest
+                return
+            started = True
+            if message["type"] == "http.response.start" and message["status"] in (429, 503):
+                MutableHeaders(scope=message).setdefault("retry-after", whole_seconds(self.retry_after))
+            await send(message)
 
         try:
             await self.app(scope, counted, noted)

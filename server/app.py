@@ -1,80 +1,76 @@
 """The application: vLLM's own with Shoal's routes and middleware around it, run to its end."""
 
 import logging
+import math
+import os
 import signal
+import socket
+import sys
 from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import pruning
 from pruning.checkpoint import Manifest, is_pruned, read_manifest
-from server import vllm_compat
+from server import logs, vllm_compat
 from server.admission import Admission
 from server.auth import Authenticate, KeyRing
 from server.inventory import Inventory, take_inventory
-from server.lifecycle import Gate, Lifecycle, supervise
+from server.lifecycle import OPERATIONS, Gate, Lifecycle, Split, supervise
+from server.limits import RateLimit, spend_tokens
 from server.metrics import Measure, publish
+from server.opening import opening, opening_app
+from server.routes import router
 from server.settings import Settings
 
 logger = logging.getLogger("shoal.app")
 
 
 def assemble(
-    stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: int, description: dict[str, Any]
+    stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: int, processes: int = 1, root: int | None = None
 ) -> ASGIApp:
-    """Add Shoal's routes to vLLM's application and put our middleware around it.
+    """Put our middleware around vLLM's application.
 
     vLLM hands the application over with its middleware stack already built, so ours wraps the whole: outermost the
-    stop-watch, then the gate, the keys, the limits.
+    log and the stop-watch, then the gate, the keys, their limits, the limits of all.
 
     Args:
-        stock: vLLM's application.
+        stock: vLLM's application, with our routes in it.
         settings: How to serve.
         lifecycle: What the gate and the health routes read.
         running: Requests the engine runs at once.
-        description: Answer of `/v1/pruning`.
+        processes: API processes that share the traffic; each hands out its part of the limits.
+        root: Process whose memory is reported; None: this one.
     """
-
-    async def answer(request: Request) -> JSONResponse:
-        return JSONResponse(description)
-
-    stock.router.routes[:0] = [*lifecycle.routes(), Route("/v1/pruning", answer)]
+    waiting = settings.max_queued_requests
     app: ASGIApp = Admission(
-        stock, running, settings.max_queued_requests, settings.max_body_bytes, settings.retry_after_seconds
+        stock,
+        math.ceil(running / processes),
+        None if waiting is None else math.ceil(waiting / processes),
+        settings.max_body_bytes,
+        settings.retry_after_seconds,
     )
     if settings.api_keys_file is not None:
+        app = RateLimit(app, settings.requests_per_minute, settings.tokens_per_minute, 1 / processes)
         app = Authenticate(app, KeyRing(settings.api_keys_file))
-    return Measure(Gate(app, lifecycle, settings.retry_after_seconds))
+    gate = Gate(app, lifecycle, settings.retry_after_seconds)
+    return logs.RequestLog(Measure(gate, root), quiet=OPERATIONS)
 
 
-def describe(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]:
-    """What `/v1/pruning` answers: the manifest and the numbers of the running engine."""
-    return {
-        "pruned": manifest is not None,
-        "manifest": manifest.model_dump(exclude={"files", "digest"}) if manifest else None,
-        "sublayers": list(inventory.blocks),
-        "kv_cache": {
-            "bytes_per_token": inventory.kv_bytes_per_token,
-            "bytes_per_token_dense": inventory.kv_bytes_per_token_dense,
-            "tokens": inventory.capacity_tokens,
-            "tokens_dense": inventory.capacity_tokens_dense,
-        },
-        "weight_bytes": inventory.weight_bytes,
-        "weight_bytes_dense": inventory.weight_bytes_dense,
-    }
-
-
-def announce(inventory: Inventory, args: Namespace) -> None:
-    """Print what the cache holds and a line to try."""
+def announce(inventory: Inventory, args: Namespace, settings: Settings) -> None:
+    """Say what the cache holds, and to people a line to try."""
+    if settings.log_format == "json":
+        logger.info(inventory.line())
+        return
     scheme = "https" if args.ssl_certfile else "http"
     host = "localhost" if args.host in ("0.0.0.0", "::", None, "") else args.host
     print(inventory.line())
@@ -86,39 +82,76 @@ def announce(inventory: Inventory, args: Namespace) -> None:
     )
 
 
-async def serve(args: Namespace, settings: Settings, sock: Any, client_config: dict[str, Any] | None = None) -> int:
-    """Start the engine, serve until the end, and return the exit code."""
+async def serve(
+    args: Namespace, settings: Settings, sockets: Sequence[socket.socket], client_config: dict[str, Any] | None = None
+) -> int:
+    """Start the engine, serve until the end, and return the exit code.
+
+    Args:
+        args: vLLM's arguments.
+        settings: How to serve.
+        sockets: Bound: the API's and, where it has its own, the one for operations.
+        client_config: How this process joins the engines, one of several API processes; None: it is alone.
+    """
     vllm_compat.warn_if_untested()
     lifecycle = Lifecycle()
     directory = Path(args.model)
     manifest: Manifest | None = read_manifest(directory) if is_pruned(directory) else None
-    async with vllm_compat.open_engine(args, client_config) as engine:
-        facts = vllm_compat.engine_facts(engine)
-        inventory = take_inventory(directory, manifest, facts)
-        publish(inventory, pruning.__version__, vllm_compat.VERSION, args.served_model_name[0])
-        stock = await vllm_compat.stock_app(engine, args)
-        app = assemble(stock, settings, lifecycle, facts.max_running, describe(manifest, inventory))
-        # vLLM's error handlers stop `state.server` at the first error of a dead engine; ours is stopped by `supervise`.
-        stock.state.server = SimpleNamespace(should_exit=False)
-        config = uvicorn.Config(
-            app,
-            log_level=settings.log_level,
-            timeout_graceful_shutdown=2,
-            **vllm_compat.uvicorn_options(args),
-        )
-        config.load()
-        server = vllm_compat.http_server(config, client_config)
-        return await supervise(
-            lifecycle, [(server, [sock])], engine, settings.grace_seconds, lambda: announce(inventory, args)
-        )
+    processes, root, first = 1, None, True
+    if client_config is not None:
+        processes, root, first = client_config["client_count"], os.getppid(), client_config["client_index"] == 0
+    peer_loads = vllm_compat.peer_loads(client_config)
+    options = vllm_compat.uvicorn_options(args) | {"access_log": False, "log_config": None}
+    waiting_room = opening_app(lifecycle, vllm_compat.metrics_registry(), settings.retry_after_seconds)
+    async with AsyncExitStack() as stack:
+        with opening(waiting_room, sockets, options):
+            engine = await stack.enter_async_context(vllm_compat.open_engine(args, client_config))
+            facts = vllm_compat.engine_facts(engine)
+            inventory = take_inventory(directory, manifest, facts)
+            publish(inventory, pruning.__version__, vllm_compat.VERSION, args.served_model_name[0])
+            vllm_compat.guard_generation(engine, settings.max_prompt_tokens, settings.max_output_tokens, spend_tokens)
+            stock = await vllm_compat.stock_app(engine, args)
+            own = router(manifest, inventory, partial(vllm_compat.model_cards, stock))
+            stock.router.routes[:0] = [*lifecycle.routes(), *own.routes]
+            # vLLM's error handlers stop `state.server` at the first error of a dead engine; `supervise` stops ours.
+            stock.state.server = SimpleNamespace(should_exit=False)
+            app = assemble(stock, settings, lifecycle, facts.max_running, processes, root)
+        apps: list[ASGIApp] = [app] if len(sockets) == 1 else [Split(app, False), Split(app, True)]
+        servers = []
+        for part, sock in zip(apps, sockets, strict=True):
+            main = sock is sockets[0]
+            lifespan: Literal["on", "off"] = "on" if main else "off"
+            config = uvicorn.Config(part, lifespan=lifespan, timeout_graceful_shutdown=2, **options)
+            config.load()
+            stack.callback(vllm_compat.refresh_certificates(config, args))
+            servers.append((vllm_compat.http_server(config, peer_loads if main else None), [sock]))
+        ready = partial(announce, inventory, args, settings) if first else lambda: None
+        dead = vllm_compat.death_watch(engine, root)
+        return await supervise(lifecycle, servers, engine, dead, settings.grace_seconds, ready)
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def api_process(
+    address: str, sock: socket.socket, args: Namespace, client_config: dict[str, Any] | None = None, **_: Any
+) -> None:
+    """One of several API processes: what vLLM starts in place of its own worker."""
+    vllm_compat.enter_api_process(args, client_config)
+    settings: Settings = args.shoal_settings
+    logs.configure(settings.log_level, settings.log_format)
+    sys.exit(uvloop.run(serve(args, settings, [sock, *args.shoal_sockets], client_config)))
+
+
 def run(args: Namespace, settings: Settings) -> int:
-    """Serve in this process and return the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)  # until the event loop takes it over
-    with vllm_compat.listen(args) as sock:
-        return uvloop.run(serve(args, settings, sock))
+    """Serve in this process, or in `--api-server-count` processes of its own, and return the exit code."""
+    logs.configure(settings.log_level, settings.log_format)
+    operations = settings.operations_port
+    with ExitStack() as stack:
+        extra = [] if operations is None else [stack.enter_context(vllm_compat.bind(args.host or "", operations))]
+        if (args.api_server_count or 1) > 1:
+            args.shoal_settings, args.shoal_sockets = settings, extra
+            return vllm_compat.run_api_processes(args, api_process)
+        signal.signal(signal.SIGTERM, _interrupt)  # until the event loop takes it over
+        return uvloop.run(serve(args, settings, [stack.enter_context(vllm_compat.listen(args)), *extra]))

@@ -17,7 +17,9 @@ from server.settings import PREFIX, Settings
 
 def _invalid(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else "settings"
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    name = str(first["loc"][0])
     return f"--{name.replace('_', '-')} ({PREFIX}{name.upper()}): {first['msg']} (got {first['input']!r})"
 
 
@@ -55,7 +57,8 @@ def serve(
     from server.app import run
     from server.vllm_compat import parse_arguments
 
-    return run(parse_arguments([directory, *engine], _defaults(directory, settings)), settings)
+    logging = ["--logging-config.formatter", settings.log_format]
+    return run(parse_arguments([directory, *logging, *engine], _defaults(directory, settings)), settings)
 
 
 def _check(directory: str, settings: Settings) -> None:

@@ -6,6 +6,8 @@ ShoalError (pruning) exit 1
 └── EngineError          the engine did not start, or died
 """
 
+import math
+
 from starlette.responses import JSONResponse
 
 from pruning.errors import ShoalError, UserError
@@ -28,6 +30,11 @@ class EngineError(ShoalError):
     """The engine did not start or died."""
 
 
+def whole_seconds(seconds: float) -> str:
+    """Value of a Retry-After header: rounded up, at least 1."""
+    return str(max(1, math.ceil(seconds)))
+
+
 def error_response(
     status: int, code: str, message: str, *, retry_after: float | None = None, retry: bool = True
 ) -> JSONResponse:
@@ -42,7 +49,7 @@ def error_response(
     """
     headers = {}
     if retry_after is not None:
-        headers["Retry-After"] = str(max(1, int(-(-retry_after // 1))))
+        headers["Retry-After"] = whole_seconds(retry_after)
     if not retry:
         headers["x-should-retry"] = "false"
     if status == 401:

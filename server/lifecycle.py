@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -46,7 +47,7 @@ class Lifecycle:
         self.started = self.started or phase is Phase.READY
         READY.set(phase is Phase.READY)
 
-    async def idle(self, seconds: float, unless: Any = lambda: False) -> bool:
+    async def idle(self, seconds: float, unless: Callable[[], bool] = lambda: False) -> bool:
         """Wait until no request is in flight; False when `seconds` passed or `unless()` came true first."""
         deadline = time.monotonic() + seconds
         while self.open_requests:
@@ -95,14 +96,43 @@ class Gate:
             life.open_requests -= 1
 
 
-async def supervise(lifecycle: Lifecycle, servers: list[Any], engine: Any, grace_seconds: float, ready: Any) -> int:
+class Split:
+    """Middleware: health and metrics on a port of their own.
+
+    Args:
+        app: What it guards.
+        operations: True: nothing but health and metrics here; False: all but those; else 404.
+    """
+
+    def __init__(self, app: ASGIApp, operations: bool) -> None:
+        self.app, self.operations = app, operations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what belongs to this port."""
+        if scope["type"] == "lifespan" or scope["path"].startswith(OPERATIONS) == self.operations:
+            await self.app(scope, receive, send)
+            return
+        where = "the API's port" if self.operations else "the operations port"
+        refusal = error_response(404, "wrong_port", f"there is no {scope['path']} on this port; ask {where}")
+        await refusal(scope, receive, send)
+
+
+async def supervise(
+    lifecycle: Lifecycle,
+    servers: list[Any],
+    engine: Any,
+    dead: Callable[[], bool],
+    grace_seconds: float,
+    ready: Callable[[], None],
+) -> int:
     """Run HTTP servers until a signal or the engine's death.
 
     Args:
         lifecycle: What the health routes and the gate read.
         servers: (uvicorn server, sockets) pairs.
         engine: vLLM's engine client.
-        grace_seconds: For requests in flight after SIGTERM or SIGINT; a second signal ends it.
+        dead: Whether the engine is.
+        grace_seconds: For requests in flight after SIGTERM or SIGINT; a further SIGINT ends it.
         ready: Called once the first token was generated.
 
     Returns:
@@ -110,21 +140,21 @@ async def supervise(lifecycle: Lifecycle, servers: list[Any], engine: Any, grace
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     hurry = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: hurry.set() if stop.is_set() else stop.set())
     running = [asyncio.create_task(server.serve(sockets=sockets)) for server, sockets in servers]
     warm_up = asyncio.create_task(vllm_compat.first_token(engine))
     try:
-        while not stop.is_set() and not engine.errored and not any(task.done() for task in running):
+        while not stop.is_set() and not dead() and not any(task.done() for task in running):
             if warm_up.done() and not lifecycle.started and warm_up.exception() is None:
                 lifecycle.become(Phase.READY)
                 ready()
             await asyncio.sleep(POLL_SECONDS)
         if stop.is_set():
             lifecycle.become(Phase.DRAINING)
-            if not await lifecycle.idle(grace_seconds, lambda: engine.errored or hurry.is_set()):
+            if not await lifecycle.idle(grace_seconds, lambda: dead() or hurry.is_set()) and not dead():
                 logger.warning("%d requests were cut off after the grace period", lifecycle.open_requests)
-        if engine.errored:
+        if dead():
             lifecycle.become(Phase.DEAD)
             await lifecycle.idle(DEATH_SECONDS)
         return 1 if lifecycle.phase is Phase.DEAD or not stop.is_set() else 0

@@ -3,15 +3,18 @@
 Every gauge states how several API processes are combined; `docs/metrics.md` lists them all.
 """
 
+import asyncio
 import time
 from typing import Literal
 
 import psutil
 from prometheus_client import Counter, Gauge, Histogram
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pruning.plan import KINDS
 from server.inventory import Inventory
+from server.vllm_compat import device_memory
 
 LATEST: Literal["mostrecent"] = "mostrecent"
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
@@ -42,6 +45,14 @@ RESIDENT = Gauge(
     "Resident memory of the server and its engine processes, in bytes.",
     multiprocess_mode="livemax",
 )
+DEVICE = Gauge(
+    "shoal_device_memory_bytes", "Memory of each GPU, in use and in all, in bytes; no samples without a GPU.",
+    ["device", "state"], multiprocess_mode=LATEST,
+)  # fmt: skip
+TASKS = Gauge(
+    "shoal_event_loop_tasks", "asyncio tasks of the API processes; grows without end only if requests leak.",
+    multiprocess_mode="livesum",
+)  # fmt: skip
 ACCEPTED = Counter("shoal_admission_accepted_total", "Requests let in.")
 REJECTED = Counter("shoal_admission_rejected_total", "Requests refused at the door, by reason.", ["reason"])
 QUEUE_DEPTH = Gauge(
@@ -77,23 +88,35 @@ def publish(inventory: Inventory, version: str, vllm_version: str, model_name: s
             SUBLAYERS.labels(kind, state).set(inventory.count(kind, state))
 
 
-def read_memory() -> None:
-    """Set the resident memory of this process and its children."""
+def read_memory(root: int | None = None) -> None:
+    """Set the resident memory of a process and its children, and the memory of the GPUs.
+
+    Args:
+        root: Process id; None: this process.
+    """
     total = 0
-    me = psutil.Process()
-    for process in (me, *me.children(recursive=True)):
+    first = psutil.Process(root)
+    for process in (first, *first.children(recursive=True)):
         try:
             total += process.memory_info().rss
         except psutil.NoSuchProcess:
             continue
     RESIDENT.set(total)
+    for device, used, size in device_memory():
+        DEVICE.labels(device, "used").set(used)
+        DEVICE.labels(device, "total").set(size)
 
 
 class Measure:
-    """Middleware: times every request by route and status, and the pieces of those that stream."""
+    """Middleware: times every request by route and status, and the pieces of those that stream.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Args:
+        app: What it wraps.
+        root: Process whose memory, with its children's, a scrape reports; None: this one.
+    """
+
+    def __init__(self, app: ASGIApp, root: int | None = None) -> None:
+        self.app, self.root = app, root
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on and watch what is sent; unknown paths share one label, so that clients cannot make more."""
@@ -101,7 +124,8 @@ class Measure:
             await self.app(scope, receive, send)
             return
         if scope["path"].rstrip("/") == "/metrics":
-            read_memory()
+            TASKS.set(len(asyncio.all_tasks()))
+            await run_in_threadpool(read_memory, self.root)
         start = time.perf_counter()
         status, streams, last = "000", False, None
 

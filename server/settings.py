@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, FilePath, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, FilePath, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 PREFIX = "SHOAL_"
@@ -19,6 +19,9 @@ class Settings(BaseSettings):
     config: FilePath | None = Field(None, description="YAML file with any of these settings.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: Port = Field(8000, description="Port of the API.")
+    operations_port: Port | None = Field(
+        None, description="Port for health and metrics, which then are only there; by default they are on the API's."
+    )
     served_model_name: list[str] = Field(
         default_factory=list, description="Further names clients may use; the first is the directory's base name."
     )
@@ -26,6 +29,12 @@ class Settings(BaseSettings):
 
     api_keys_file: FilePath | None = Field(
         None, description="File of `name:key` lines; requests then need one of the keys. Reloaded when it changes."
+    )
+    requests_per_minute: PositiveInt | None = Field(
+        None, description="Requests a minute of each key whose line names no limit of its own; more get 429."
+    )
+    tokens_per_minute: PositiveInt | None = Field(
+        None, description="Prompt and output tokens a minute of each key, likewise."
     )
     cors_origins: list[str] = Field(
         default_factory=list, description="Origins browsers may call from; none by default."
@@ -35,13 +44,24 @@ class Settings(BaseSettings):
         256, ge=0, description="Requests that may wait beyond those the engine runs at once; more get 503."
     )
     max_body_bytes: PositiveInt = Field(4 * 2**20, description="Bytes of a request body; more get 413.")
+    max_prompt_tokens: PositiveInt | None = Field(None, description="Tokens of one prompt; more get 400.")
+    max_output_tokens: PositiveInt | None = Field(
+        None, description="Tokens of one answer, which ends there with `finish_reason: length`."
+    )
     retry_after_seconds: PositiveFloat = Field(1.0, description="Retry-After of a 503 for a full queue, in seconds.")
 
     grace_seconds: NonNegativeFloat = Field(
         30.0, description="Seconds running requests may take to finish after SIGTERM."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or one JSON object a line.")
     log_prompts: bool = Field(False, description="Let vLLM log prompts and sampling parameters.")
+
+    @model_validator(mode="after")
+    def _limits_need_keys(self) -> "Settings":
+        if self.api_keys_file is None and (self.requests_per_minute or self.tokens_per_minute):
+            raise ValueError("requests_per_minute and tokens_per_minute are limits of API keys: give api_keys_file too")
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -9,21 +9,30 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import vllm
+import vllm.v1.utils as v1_utils
 from fastapi import FastAPI
 from vllm import SamplingParams
+from vllm.entrypoints.cli.serve import run_multi_api_server
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server import app_state, entry
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
+from vllm.third_party import pynvml
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.system_utils import decorate_logs, set_process_title
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from server.errors import EngineError, SettingsError
 
@@ -98,16 +107,28 @@ def parse_arguments(tokens: Sequence[str], defaults: dict[str, Any]) -> Namespac
     return args
 
 
-def listen(args: Namespace, *, reuse_port: bool = False) -> socket.socket:
+def listen(args: Namespace) -> socket.socket:
     """Bind the API's socket before the engine starts, so that a taken port costs no minute.
 
     Raises:
         SettingsError: The address cannot be bound.
     """
     try:
-        return launcher.setup_server(args, reuse_port=reuse_port)[1]
+        return launcher.setup_server(args, reuse_port=False)[1]
     except OSError as error:
         raise SettingsError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from error
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket of our own.
+
+    Raises:
+        SettingsError: The address cannot be bound.
+    """
+    try:
+        return launcher.create_server_socket((host, port), reuse_port=False)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
 @asynccontextmanager
@@ -139,11 +160,16 @@ async def stock_app(engine: Any, args: Namespace) -> FastAPI:
     return app
 
 
-def http_server(config: Any, client_config: dict[str, Any] | None = None) -> Any:
-    """A uvicorn server that leaves signals alone and shares one socket with its sibling processes."""
-    config_of_clients = client_config or {}
-    loads = config_of_clients.pop("api_server_loads", None)
-    return launcher.NoSignalServer(config, peer_loads=(loads, config_of_clients["client_index"]) if loads else None)
+def peer_loads(client_config: dict[str, Any] | None) -> Any:
+    """Take what API processes know of each other's load out of the configuration of one of them."""
+    if client_config is None or "api_server_loads" not in client_config:
+        return None
+    return client_config.pop("api_server_loads"), client_config["client_index"]
+
+
+def http_server(config: Any, loads: Any = None) -> Any:
+    """A uvicorn server that leaves signals alone and shares its socket with its sibling processes by their load."""
+    return launcher.NoSignalServer(config, peer_loads=loads)
 
 
 def uvicorn_options(args: Namespace) -> dict[str, Any]:
@@ -161,19 +187,36 @@ def uvicorn_options(args: Namespace) -> dict[str, Any]:
     }
 
 
-def run_api_processes(args: Namespace, worker: Callable[..., None]) -> None:
-    """Run `--api-server-count` API processes; `worker` is what each runs.
+def run_api_processes(args: Namespace, worker: Callable[..., None]) -> int:
+    """Run `--api-server-count` API processes on the same engines; `worker` is what each runs.
 
     vLLM offers no way to name another worker, but looks its own up when it starts the processes.
-    """
-    import vllm.v1.utils
-    from vllm.entrypoints.cli.serve import run_multi_api_server
 
-    stock, vllm.v1.utils.run_api_server_worker_proc = vllm.v1.utils.run_api_server_worker_proc, worker
+    Returns:
+        Exit code 0: stopped by a signal, every process drained.
+
+    Raises:
+        SettingsError: The address cannot be bound, or vLLM cannot serve the model or an argument.
+        EngineError: An engine or an API process died.
+    """
+    args.shutdown_timeout += 5  # what a process needs after its grace period to close the rest
+    stock, v1_utils.run_api_server_worker_proc = v1_utils.run_api_server_worker_proc, worker
     try:
         run_multi_api_server(args)
+    except RuntimeError as error:
+        raise EngineError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        raise SettingsError(f"cannot serve {args.model}: {' '.join(str(error).split())}") from error
     finally:
-        vllm.v1.utils.run_api_server_worker_proc = stock
+        v1_utils.run_api_server_worker_proc = stock
+    return 0
+
+
+def enter_api_process(args: Namespace, client_config: dict[str, Any] | None) -> None:
+    """Set logging and the title of an API process up as vLLM does in its own."""
+    configure_logging_from_args(args)
+    set_process_title("APIServer", str((client_config or {}).get("client_index", 0)))
+    decorate_logs()
 
 
 def engine_facts(engine: Any) -> EngineFacts:
@@ -211,6 +254,113 @@ async def first_token(engine: Any) -> None:
     prompt = {"prompt_token_ids": [1]}
     async for _ in engine.generate(prompt, SamplingParams(max_tokens=1), "shoal-first-token"):
         pass
+
+
+def guard_generation(
+    engine: Any,
+    max_prompt_tokens: int | None,
+    max_output_tokens: int | None,
+    spending: Callable[[], Callable[[int], None] | None],
+) -> None:
+    """Limit the tokens of every generation on this engine client, whatever route asks for it, and count them.
+
+    vLLM's handlers call `engine.generate` before they answer, so a refusal becomes an ordinary 400. Only what is needed
+    is wrapped: without limits the engine's own method stays.
+
+    Args:
+        engine: vLLM's engine client.
+        max_prompt_tokens: Of one prompt; None: no limit but the model's.
+        max_output_tokens: Of one answer, which is cut there; None: no limit but the model's.
+        spending: Called once a generation; gives what to call with each number of tokens, or None.
+    """
+    stock = engine.generate
+
+    def generate(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
+        length = len(prompt.get("prompt_token_ids") or prompt.get("prompt_embeds") or ()) if prompt else 0
+        if max_prompt_tokens is not None and length > max_prompt_tokens:
+            raise VLLMValidationError(
+                f"the prompt has {length} tokens; this server takes at most {max_prompt_tokens}", parameter="prompt"
+            )
+        if max_output_tokens is not None and (sampling_params.max_tokens or max_output_tokens + 1) > max_output_tokens:
+            sampling_params = sampling_params.clone()
+            sampling_params.max_tokens = max_output_tokens
+            sampling_params.min_tokens = min(sampling_params.min_tokens, max_output_tokens)
+        answer = stock(prompt, sampling_params, request_id, **options)
+        spend = spending()
+        if spend is None:
+            return answer
+        spend(length)
+        return _counted(answer, spend)
+
+    engine.generate = generate
+
+
+async def _counted(answer: Any, spend: Callable[[int], None]) -> AsyncIterator[Any]:
+    async with aclosing(answer):
+        async for output in answer:  # the server asks for deltas or for one final output, never for running totals
+            spend(sum(len(part.token_ids) for part in output.outputs))
+            yield output
+
+
+async def model_cards(app: FastAPI) -> dict[str, Any]:
+    """What vLLM's own `/v1/models` answers."""
+    return (await app.state.openai_serving_models.show_available_models()).model_dump()
+
+
+def metrics_registry() -> Any:
+    """The Prometheus registry a scrape reads: of all API processes, where there are several."""
+    return get_prometheus_registry()
+
+
+def device_memory() -> list[tuple[str, int, int]]:
+    """(index, bytes used, bytes in all) of each NVIDIA GPU, without touching CUDA; empty where there is none."""
+    if not current_platform.is_cuda():
+        return []
+    pynvml.nvmlInit()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        readings = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
+        return [(str(i), int(reading.used), int(reading.total)) for i, reading in enumerate(readings)]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def refresh_certificates(config: Any, args: Namespace) -> Callable[[], None]:
+    """Read TLS files again when they change, where `--enable-ssl-refresh` asks for it; gives what ends that."""
+    if not args.enable_ssl_refresh or config.ssl is None:
+        return lambda: None
+    return SSLCertRefresher(config.ssl, args.ssl_keyfile, args.ssl_certfile, args.ssl_ca_certs).stop
+
+
+def death_watch(engine: Any, root: int | None) -> Callable[[], bool]:
+    """How to ask whether the engine is dead.
+
+    A client that started its engines hears of their death from vLLM. One of several API processes hears nothing when
+    an engine is killed; it looks for the engine among its parent's processes, and tells its client, which ends every
+    open request with an error.
+
+    Args:
+        engine: vLLM's engine client.
+        root: Process that started the engines; None: this one.
+    """
+    title = f"{vllm.envs.VLLM_PROCESS_NAME_PREFIX}::EngineCore"
+    siblings = [] if root is None else psutil.Process(root).children()
+    engines = [process for process in siblings if "".join(process.cmdline()[:1]).startswith(title)]
+
+    def dead() -> bool:
+        if not engine.errored and not all(map(_lives, engines)):
+            engine.engine_core.resources.engine_dead = True
+            engine.engine_core.outputs_queue.put_nowait(EngineDeadError())
+        return bool(engine.errored)
+
+    return dead
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def shut_down(engine: Any, timeout_seconds: float) -> None:

@@ -2,13 +2,14 @@
 
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,13 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
 
 
 MIXED_PLAN = Plan(
@@ -130,6 +137,7 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
         emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources)
         apply_plan(model, family, plan, emulations)
     directory.mkdir(parents=True, exist_ok=True)
+    pico_tokenizer().save_pretrained(directory)
     write_weights(state_dict(model), directory)
     pruned_config(model, family).save_pretrained(directory)
     manifest = Manifest(
@@ -216,26 +224,51 @@ class LiveServer:
     process: subprocess.Popen[str]
     checkpoint: Path
     log: Path
+    operations_url: str
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextmanager
-def serve(checkpoint: Path, log: Path, *flags: str, engine: Sequence[str] = ()) -> Iterator[LiveServer]:
-    """Start `prune-serve` on a free port and wait until it is ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def serve(
+    checkpoint: Path,
+    log: Path,
+    *flags: str | Path | int,
+    engine: Sequence[str | Path | int] = (),
+    scheme: str = "http",
+    operations: bool = False,
+) -> Iterator[LiveServer]:
+    """Start `prune-serve` on a free port and wait until it is ready.
+
+    Args:
+        checkpoint: What to serve.
+        log: File for all it writes.
+        flags: Its own.
+        engine: vLLM's.
+        scheme: https where the flags ask for TLS.
+        operations: Have health and metrics on a port of their own.
+    """
+    port, other = free_port(), free_port()
+    if operations:
+        flags = (*flags, "--operations-port", other)
     program = Path(sys.executable).with_name("prune-serve")
     command = [program, checkpoint, "--host", "127.0.0.1", "--port", str(port), *flags, "--", *engine]
     with log.open("w") as stream:
         process = subprocess.Popen(list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, text=True)
-    url = f"http://127.0.0.1:{port}"
+    url = f"{scheme}://127.0.0.1:{port}"
+    operations_url = f"{scheme}://127.0.0.1:{other}" if operations else url
     try:
         deadline = time.monotonic() + 400
-        while not _answers(f"{url}/health/ready"):
+        while not _answers(f"{operations_url}/health/ready"):
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.5)
-        yield LiveServer(url, checkpoint.name, process, checkpoint, log)
+        yield LiveServer(url, checkpoint.name, process, checkpoint, log, operations_url)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -247,10 +280,16 @@ def serve(checkpoint: Path, log: Path, *flags: str, engine: Sequence[str] = ()) 
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=5, context=ssl._create_unverified_context()) as answer:
             return answer.status == 200
     except (OSError, urllib.error.URLError):
         return False
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Callable[..., AbstractContextManager[LiveServer]]:
+    """How to start a server of a test's own: `with start_server(checkpoint, log, "--flag") as server`."""
+    return serve
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,97 @@
+"""Shoal's own routes beside vLLM's: the page, what was pruned, and the models with it."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import HTMLResponse, JSONResponse
+
+from pruning.checkpoint import Manifest
+from server.inventory import Inventory
+
+
+def describe(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]:
+    """What `/v1/pruning` answers: the manifest and the numbers of the running engine."""
+    return {
+        "pruned": manifest is not None,
+        "manifest": manifest.model_dump(exclude={"files", "digest"}) if manifest else None,
+        "sublayers": list(inventory.blocks),
+        "kv_cache": {
+            "bytes_per_token": inventory.kv_bytes_per_token,
+            "bytes_per_token_dense": inventory.kv_bytes_per_token_dense,
+            "tokens": inventory.capacity_tokens,
+            "tokens_dense": inventory.capacity_tokens_dense,
+        },
+        "weight_bytes": inventory.weight_bytes,
+        "weight_bytes_dense": inventory.weight_bytes_dense,
+    }
+
+
+def summarise(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]:
+    """What a model's entry in `/v1/models` says of its pruning."""
+    gone = {
+        kind: [block for block, states in enumerate(inventory.blocks) if states[kind] != "kept"]
+        for kind in ("attention", "ffn")
+    }
+    return {
+        "pruned": manifest is not None,
+        "base_model": manifest.base.get("model") if manifest else None,
+        "blocks": len(inventory.blocks),
+        "attention_removed": gone["attention"],
+        "ffn_removed": gone["ffn"],
+        "emulated": inventory.count("attention", "emulated") + inventory.count("ffn", "emulated"),
+        "kv_bytes_per_token": inventory.kv_bytes_per_token,
+        "kv_bytes_per_token_dense": inventory.kv_bytes_per_token_dense,
+    }
+
+
+def page() -> tuple[str, dict[str, str]]:
+    """The page and its headers; only its own style and script run, and it talks to this server alone."""
+    html = files("server").joinpath("static/index.html").read_text(encoding="utf-8")
+    own = " ".join(
+        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}';"
+        for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", html, re.DOTALL)
+    )
+    policy = (
+        f"default-src 'none'; {own} connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+
+def router(
+    manifest: Manifest | None, inventory: Inventory, model_cards: Callable[[], Awaitable[dict[str, Any]]]
+) -> APIRouter:
+    """The routes.
+
+    Args:
+        manifest: Of a pruned checkpoint, None for a dense model.
+        inventory: What is served.
+        model_cards: vLLM's own answer to `/v1/models`.
+    """
+    description, summary = describe(manifest, inventory), summarise(manifest, inventory)
+    html, headers = page()
+    own = APIRouter()
+
+    @own.get("/", include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(html, headers=headers)
+
+    @own.get("/v1/pruning")
+    async def show_pruning() -> JSONResponse:
+        """What was removed, what it cost, and what the running engine's KV cache holds."""
+        return JSONResponse(description)
+
+    @own.get("/v1/models", include_in_schema=False)
+    async def show_models() -> JSONResponse:
+        """vLLM's list; each entry also says what was removed (adapters: from the model they sit on)."""
+        cards = await model_cards()
+        for card in cards["data"]:
+            card["pruning"] = summary
+        return JSONResponse(cards)
+
+    return own
