@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import openai
@@ -138,3 +139,41 @@ def test_a_checkpoint_that_was_tampered_with_is_not_served(smollm2_checkpoint, t
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "config.json does not match its SHA-256" in done.stderr.strip().splitlines()[-1]
+
+
+def test_tools_get_a_clear_error_where_the_model_has_no_tool_template(client, live_server):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(openai.BadRequestError, match="tool"):
+        client.chat.completions.create(model=live_server.model, messages=FRANCE, tools=[tool])
+
+
+def test_the_models_list_says_what_was_removed(client, live_server):
+    (model,) = client.models.list().data
+    assert model.id == live_server.model
+    assert len(model.pruning["attention_removed"]) == model.pruning["emulated"] == 10
+    assert model.pruning["kv_bytes_per_token"] * 30 == model.pruning["kv_bytes_per_token_dense"] * 20
+
+
+def test_a_client_that_goes_away_frees_its_cache(client, live_server):
+    def value(name: str) -> float:
+        text = client._client.get(f"{live_server.url}/metrics").text
+        return sum(float(found) for found in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+    tasks = value("shoal_event_loop_tasks")
+    streams = [
+        client.completions.create(
+            model=live_server.model, prompt=f"{i} fish", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+        )
+        for i in range(8)
+    ]
+    for stream in streams:
+        next(iter(stream))
+    assert value("vllm:num_requests_running") == 8
+    assert value("vllm:kv_cache_usage_perc") > 0
+    for stream in streams:
+        stream.close()
+    deadline = time.monotonic() + 30
+    while value("vllm:num_requests_running") + value("vllm:kv_cache_usage_perc") > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert value("shoal_event_loop_tasks") <= tasks + 1

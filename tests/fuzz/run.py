@@ -46,7 +46,7 @@ def main() -> int:
                 "examples,coverage,fuzzing", "--max-examples", "120", "--continue-on-failure", "--seed", "1",
                 "--no-shrink", "--workers", "4", "--request-timeout", str(TIMEOUT_SECONDS),
                 "--exclude-path-regex", LEFT_OUT,
-                "--report-har-path", str(har), "--suppress-health-check", "all", "--max-time", "400",
+                "--report-har-path", str(har), "--suppress-health-check", "all", "--max-time", "240",
             ], check=False)  # fmt: skip
             with urllib.request.urlopen(f"{server.url}/health/ready", timeout=10) as answer:
                 alive = answer.status == 200
