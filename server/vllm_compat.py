@@ -157,6 +157,8 @@ async def stock_app(engine: Any, args: Namespace) -> FastAPI:
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await app_state.init_app_state(engine, app.state, args, tasks)
+    if app.state.serving_structured_decisions is None:  # else it is documented, and answers 501 to everything
+        app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", None) != "/v1/systemone"]
     return app
 
 
