@@ -8,7 +8,7 @@
 3. SIGKILL to the engine with streams and whole requests open: each one is told, and the process ends with 1; once
    with one API process, once with two.
 
-Prints one JSON object; exit code 1 when a trial fails. Needs aiohttp and psutil, which vLLM brings.
+Prints a JSON object a trial; exit code 1 when a trial fails. Needs aiohttp and psutil, which vLLM brings.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Server:
         self.url, self.model, self.log = f"http://127.0.0.1:{self.port}", checkpoint.name, log
         self.command = [
             str(Path(sys.executable).with_name("prune-serve")), str(checkpoint), "--port", str(self.port), "--",
-            "--max-model-len", "512", *engine,
+            "--max-model-len", "512", "--max-num-seqs", "64", *engine,
         ]  # fmt: skip
 
     async def start(self, http: aiohttp.ClientSession) -> None:
@@ -206,22 +206,24 @@ async def kill(server: Server, http: aiohttp.ClientSession, requests: int) -> di
     }  # fmt: skip
 
 
-async def trials(checkpoint: Path, place: Path) -> dict[str, Any]:
-    """All of them; the servers that end are followed by new ones."""
-    results = {}
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=NO_LIMIT, connector=connector) as http:
-        first = Server(checkpoint, place / "first", "--max-num-seqs", "64")
+async def trials(checkpoint: Path, place: Path) -> bool:
+    """All of them; each prints its result as it ends."""
+    passed = []
+
+    def note(name: str, result: dict[str, Any]) -> None:
+        passed.append(result["passed"])
+        print(json.dumps({name: result}), flush=True)
+
+    async with aiohttp.ClientSession(timeout=NO_LIMIT, connector=aiohttp.TCPConnector(limit=0)) as http:
+        first = Server(checkpoint, place / "first")
         await first.start(http)
-        results["clients_that_vanish"] = await cut_off(first, http, 200)
-        results["sigterm_under_load"] = await stop(first, http, 30)
-        second = Server(checkpoint, place / "second", "--max-num-seqs", "64")
-        await second.start(http)
-        results["engine_killed"] = await kill(second, http, 20)
-        several = Server(checkpoint, place / "third", "--max-num-seqs", "64", "--api-server-count", "2")
-        await several.start(http)
-        results["engine_killed_two_api_processes"] = await kill(several, http, 20)
-    return results
+        note("clients_that_vanish", await cut_off(first, http, 200))
+        note("sigterm_under_load", await stop(first, http, 30))
+        for processes in ("1", "2"):
+            server = Server(checkpoint, place / processes, "--api-server-count", processes)
+            await server.start(http)
+            note(f"engine_killed_api_processes_{processes}", await kill(server, http, 20))
+    return all(passed)
 
 
 def main() -> int:
@@ -229,9 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     with tempfile.TemporaryDirectory() as place:
-        results = asyncio.run(trials(parser.parse_args().checkpoint.resolve(), Path(place)))
-    print(json.dumps(results, indent=1))
-    return int(not all(result["passed"] for result in results.values()))
+        return int(not asyncio.run(trials(parser.parse_args().checkpoint.resolve(), Path(place))))
 
 
 if __name__ == "__main__":
