@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,16 +22,39 @@ from pruning.emulation import recover
 from pruning.evaluate import loss, perplexity_ratio
 from pruning.export import apply_plan
 from pruning.model import load_dense
-from pruning.plan import Plan, Sublayer
+from pruning.plan import EmulationKind, Plan, Sublayer
 from pruning.search import greedy, rank
 from pruning.subnetwork import Evaluator
 
+
+@dataclass(frozen=True)
+class Technique:
+    """What `recover` is asked for."""
+
+    kind: EmulationKind
+    rank: int = 64
+    sources: int = 1
+    sequential: bool = True
+    compensated: bool = False
+
+
+# Ranks 76 (low-rank), 51 (one source) and 38 (two) make adapters of a tenth of SmolLM2-135M's attention weights.
 TECHNIQUES = {
-    "none": ("none", False),
-    "bias": ("bias", False),
-    "low-rank": ("low_rank", False),
-    "none-compensated": ("none", True),
-    "low-rank-compensated": ("low_rank", True),
+    "none": Technique("none"),
+    "bias": Technique("bias"),
+    "self-only": Technique("self_only"),
+    "low-rank-16": Technique("low_rank", 16),
+    "low-rank-64": Technique("low_rank", 64),
+    "low-rank-64-independent": Technique("low_rank", 64, sequential=False),
+    "low-rank-128": Technique("low_rank", 128),
+    "linear": Technique("linear"),
+    "context-1": Technique("context", 51, 1),
+    "context-2": Technique("context", 38, 2),
+    "none-compensated": Technique("none", compensated=True),
+    "low-rank-64-compensated": Technique("low_rank", 64, compensated=True),
+    "low-rank-76-compensated": Technique("low_rank", 76, compensated=True),
+    "context-1-compensated": Technique("context", 51, 1, compensated=True),
+    "context-2-compensated": Technique("context", 38, 2, compensated=True),
 }
 
 
@@ -41,7 +65,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--judge", type=Path, required=True, help="text that no fit and no choice has seen")
     parser.add_argument("--judge-tokens", type=int, default=20480)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384, 49152])
     parser.add_argument("--attention", nargs="+", default=["6", "10"], help="counts to choose, or lists: 4,5,6")
     parser.add_argument("--among", help="candidates of a choice; all by default: 4,5,6")
@@ -85,20 +108,24 @@ def row(options, spec: dict) -> dict:
         return {**spec, "chosen": chosen, "seconds": round(time.perf_counter() - start, 1)}
     if spec["technique"] == "dense":
         return {**spec, "loss": loss(dense.model, dense.family, judged)}
-    kind, compensated = TECHNIQUES[spec["technique"]]
+    how = TECHNIQUES[spec["technique"]]
     tokens = from_files(options.calibration, dense.tokenizer, spec["tokens"], options.length, 0)
     gone = attention_of(spec["attention"])
-    plan = Plan(dense.model.config.num_hidden_layers, dict.fromkeys(gone, kind), options.rank)
+    plan = Plan(dense.model.config.num_hidden_layers, dict.fromkeys(gone, how.kind), how.rank, how.sources)
     resting, start, cpu = peak_memory_bytes(), time.perf_counter(), time.process_time()
     recovery = recover(
-        Evaluator(dense.model, dense.family, tokens), plan.removed, plan.rank, Reporter(), compensated=compensated
-    )
+        Evaluator(dense.model, dense.family, tokens), plan.removed, how.rank, Reporter(),
+        compensated=how.compensated, sequential=how.sequential, sources=how.sources,
+    )  # fmt: skip
+    adapters = sum(p.numel() for module in recovery.emulations.values() if module for p in module.parameters())
+    removed = sum(sum(p.numel() for p in dense.model.model.layers[s.block].self_attn.parameters()) for s in gone)
     measured = {
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "resting_mib": resting >> 20,
         "peak_mib": peak_memory_bytes() >> 20,
         "weights_changed": len(recovery.weights),
+        "adapters_share": round(adapters / removed, 4),
     }
     apply_weights(dense.model, recovery.weights)
     apply_plan(dense.model, dense.family, plan, recovery.emulations)
@@ -148,7 +175,7 @@ def main() -> None:
         for tokens in options.tokens:
             for technique in options.technique:
                 # Nothing is fitted, so the calibration size does not matter.
-                size = 0 if technique == "none" else tokens
+                size = 0 if technique in ("none", "self-only") else tokens
                 spec = {"technique": technique, "chooser": chooser, "attention": attention, "tokens": size or 256}
                 made = run_row(document, spec)
                 made["ratio"] = round(perplexity_ratio(dense["loss"], made["loss"]), 4)

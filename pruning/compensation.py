@@ -43,17 +43,6 @@ def _inputs_of(projection: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-@contextmanager
-def _weight(projection: nn.Linear, weight: Tensor) -> Iterator[None]:
-    """Let a linear map run with another weight inside the `with`; the old tensor is back after it."""
-    saved = projection.weight.data
-    projection.weight.data = weight
-    try:
-        yield
-    finally:
-        projection.weight.data = saved
-
-
 def compensate(
     evaluator: Evaluator,
     sublayer: Sublayer,
@@ -65,7 +54,8 @@ def compensate(
     """Run a kept sublayer on the pruned stream, with its output projection refitted where that helps.
 
     With c the projection's input and s the family's update scale, fits (dense target - stream after) / s ≈ c ΔW by
-    ridge on ΔW, that is towards the old weight, and takes it where the error on held-out batches falls. The model
+    ridge on ΔW, that is towards the old weight (a penalty for each feature by its mean square), and takes it where the
+    error on held-out batches falls. The model
     keeps its own weights.
 
     Args:
@@ -75,6 +65,8 @@ def compensate(
         targets: The dense stream after it, the same.
         arguments: What the model gives to every block, for each batch.
         taps: Where attention notes what it puts out, for each batch.
+
+    The projection's inputs of all batches are held meanwhile, [N, F].
 
     Returns:
         The stream after the sublayer, and parameter name -> new weight (empty where the old one stays).
@@ -90,21 +82,25 @@ def compensate(
     assert isinstance(projection, nn.Linear)
     scale = evaluator.family.scale(evaluator.model.config)
     moments = HeldOutMoments.zeros(projection.in_features, projection.out_features)
-    after = []
+    after, entering = [], []
     for number, ((hidden, kwargs, tap), target) in enumerate(zip(calls, targets, strict=True)):
         with _inputs_of(projection) as seen:
             out = evaluator.run_and_tap(sublayer, hidden, kwargs, None, tap)
         residual = (target.float() - out.float()) / scale
         moments.add(number, seen[0].flatten(0, -2).float(), residual.flatten(0, -2), token_weights(target))
         after.append(out)
+        entering.append(seen[0])
     correction = moments.correction()
     if correction is None:
         return after, {}
     old = projection.weight
     weight = (old.double() + correction.T.to(old.device)).to(old.dtype)
-    del after
-    with _weight(projection, weight):
-        after = [evaluator.run_and_tap(sublayer, hidden, kwargs, None, tap) for hidden, kwargs, tap in calls]
+    change = (weight - old).T
+    for number, (features, tap) in enumerate(zip(entering, taps, strict=True)):
+        difference = features @ change
+        after[number] = after[number] + scale * difference.view_as(after[number])
+        if sublayer.kind == "attention" and (noted := tap[sublayer.block]).output is not None:
+            noted.output = noted.output + difference.view_as(noted.output)
     return after, {f"{evaluator.family.blocks}.{sublayer.block}.{name}.weight": weight}
 
 

@@ -1,6 +1,6 @@
 """Closed-form emulation: fit what a removed sublayer did, layer by layer, on the already-pruned prefix."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from pruning.errors import RecipeError
 from pruning.modeling import BiasEmulation, ContextEmulation, LowRankEmulation, context_features
 from pruning.plan import KINDS, EmulationKind, Sublayer, nearest_kept_attention
 from pruning.regression import Affine, HeldOutMoments
-from pruning.subnetwork import Evaluator, Taps
+from pruning.subnetwork import Arguments, Evaluator, Taps
 
 
 def as_module(affine: Affine, sources: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -55,6 +55,10 @@ def recover(
     Each fit sees the residual stream of the model as pruned and recovered so far and aims at the dense model's
     stream after the sublayer, so later fits also mend what earlier ones missed. The model keeps its own weights.
 
+    When compensated, the FFN before a run of blocks that go as a whole is refitted towards the dense stream after the
+    run: ReplaceMe's patch (arXiv 2505.02819) with the FFN's activations as regressors in place of its output, which
+    holds their D x D map and more, and costs no parameter.
+
     Args:
         evaluator: Of the dense model, on the calibration tokens.
         removed: Sublayer -> kind of emulation.
@@ -74,6 +78,7 @@ def recover(
     del embedded
     reads = _sources(removed, sources)
     wanted = {source for read in reads.values() for source in read}
+    runs = _runs(removed, len(evaluator.blocks)) if compensated else {}
     last = len(evaluator.blocks) - 1 if compensated else max(sublayer.block for sublayer in removed)
     with reporter.progress("emulation", last + 1) as step:
         for index in range(last + 1):
@@ -94,6 +99,10 @@ def recover(
                     if module is not None:
                         calls = zip(pruned, kwargs, taps, strict=True)
                         pruned = [evaluator.run_and_tap(sublayer, h, k, module, t) for h, k, t in calls]
+                elif kind == "ffn" and index in runs:
+                    goal = _ahead(evaluator, dense, arguments, range(index + 1, runs[index] + 1))
+                    pruned, changed = compensate(evaluator, sublayer, pruned, goal, arguments, taps)
+                    weights |= changed
                 elif not emulations:
                     pruned = list(dense)
                 elif compensated:
@@ -105,6 +114,29 @@ def recover(
             _forget(taps, wanted)
             step.advance()
     return Recovery(emulations, weights)
+
+
+def _runs(removed: Mapping[Sublayer, EmulationKind], num_blocks: int) -> dict[int, int]:
+    """Block before a run of blocks that go as a whole, nothing in their place -> last block of the run."""
+    whole = [all(removed.get(Sublayer(block, kind)) == "none" for kind in KINDS) for block in range(num_blocks)]
+    runs: dict[int, int] = {}
+    for block in range(num_blocks - 1):
+        if not whole[block] and whole[block + 1]:
+            end = block + 1
+            while end + 1 < num_blocks and whole[end + 1]:
+                end += 1
+            runs[block] = end
+    return runs
+
+
+def _ahead(
+    evaluator: Evaluator, streams: list[Tensor], arguments: list[Arguments], blocks: Iterable[int]
+) -> list[Tensor]:
+    """The dense streams after some more blocks, batches of [b, T, D]."""
+    for block in blocks:
+        calls = zip(streams, arguments, strict=True)
+        streams = [evaluator.run_block(block, hidden, every[block], {}) for hidden, every in calls]
+    return streams
 
 
 def _sources(removed: Mapping[Sublayer, EmulationKind], count: int) -> dict[Sublayer, tuple[int, ...]]:

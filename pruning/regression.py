@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RIDGES = (1e-4, 1e-2, 1e-1, 3e-1, 1.0, 3.0)
 HOLD_OUT_EVERY = 8
 
 
@@ -79,8 +79,8 @@ class Affine:
 def fit_low_rank(moments: NormalEquations, rank: int, ridge: float) -> Affine:
     """Reduced-rank ridge regression with an intercept.
 
-    Minimises sum_i w_i ||y_i - x_i W - b||^2 + λ ||W||_F^2 over rank(W) <= r with λ = ridge · mean diagonal of the
-    centred Gram matrix.
+    Minimises sum_i w_i ||y_i - x_i W - b||^2 + ridge · sum_j G_jj ||W_j||^2 over rank(W) <= r, with G the centred Gram
+    matrix and W_j the row of W that feature j meets.
 
     Args:
         moments: Of the features x and the update y.
@@ -88,7 +88,8 @@ def fit_low_rank(moments: NormalEquations, rank: int, ridge: float) -> Affine:
         ridge: Dimensionless penalty.
 
     Source: Izenman 1975; the ridge solution projected on the leading eigenvectors of W'(X'X + λ)W, that is in
-        prediction space. Inferred: centring first, the penalty's scale.
+        prediction space. Inferred: centring first, a penalty for each feature by its
+        variance, which is a ridge on standardised features: streams and attention outputs differ much in scale.
     """
     mean_x, mean_y = moments.x_sum / moments.weight, moments.y_sum / moments.weight
     gram = moments.xx - moments.weight * torch.outer(mean_x, mean_x)
@@ -145,9 +146,13 @@ def fit_partly_low_rank(
 
 
 def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """(G + ridge · mean(diag(G)) I)^-1 C for a Gram matrix G [D, D] and cross moments C [D, M], float64."""
-    penalty = ridge * gram.diagonal().mean() + 1e-12
-    return torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), cross)
+    """(G + ridge · diag(G))^-1 C for a Gram matrix G [D, D] and cross moments C [D, M], float64."""
+    diagonal = gram.diagonal()
+    penalty = ridge * diagonal + 1e-9 * diagonal.mean() + 1e-12
+    factor, info = torch.linalg.cholesky_ex(gram + torch.diag(penalty))
+    if info:  # rounding made it indefinite
+        return torch.linalg.solve(gram + torch.diag(penalty + 1e-6 * diagonal.mean()), cross)
+    return torch.cholesky_solve(cross, factor)
 
 
 def fit_with_held_out(train: NormalEquations, held_out: NormalEquations, rank: int) -> tuple[Affine, float]:

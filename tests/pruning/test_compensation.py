@@ -9,7 +9,7 @@ from pruning.console import Reporter
 from pruning.emulation import recover
 from pruning.export import apply_plan
 from pruning.families import FAMILIES
-from pruning.plan import Plan, Sublayer
+from pruning.plan import KINDS, Plan, Sublayer
 from pruning.subnetwork import Evaluator
 
 PLAN = Plan(6, {Sublayer(1, "attention"): "low_rank", Sublayer(3, "ffn"): "none"}, rank=4)
@@ -100,6 +100,25 @@ def test_families_with_a_norm_after_the_update_are_left_alone(pico):
     recovery = recover(evaluator_of(pico("gemma2"), "gemma2", ids()), PLAN.removed, PLAN.rank, Reporter())
     assert recovery.weights == {}
     assert recovery.emulations.keys() == PLAN.removed.keys()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "granite"])
+def test_the_ffn_before_a_run_of_removed_blocks_takes_over_from_it(pico, model_type):
+    tokens, unseen = ids(), ids(104)[96:]
+    plan = Plan(6, {Sublayer(block, kind): "none" for block in (2, 3) for kind in KINDS})
+    models = []
+    for compensated in (False, True):
+        model = pico(model_type)
+        evaluator = evaluator_of(model, model_type, tokens)
+        recovery = recover(evaluator, plan.removed, 4, Reporter(), compensated=compensated)
+        if compensated:
+            assert "model.layers.1.mlp.down_proj.weight" in recovery.weights
+            patch = {"model.layers.1.mlp.down_proj.weight": recovery.weights["model.layers.1.mlp.down_proj.weight"]}
+            apply_weights(model, patch)
+        apply_plan(model, FAMILIES[model_type], plan, recovery.emulations)
+        models.append(model)
+    without, patched = (divergence(model, pico(model_type), unseen) for model in models)
+    assert patched < 0.95 * without
 
 
 def test_too_few_batches_to_hold_any_out_change_nothing(pico):
