@@ -14,7 +14,7 @@ from pruning import __version__
 from pruning.console import Reporter
 from pruning.errors import Interrupted, ShoalError
 from pruning.plan import UnitKind
-from pruning.recipe import Recipe
+from pruning.recipe import SEVERAL, Dtype, Recipe
 
 DEFAULTS = Recipe()
 
@@ -97,6 +97,73 @@ def convert_checkpoint(directory: Path, *, to: str, output: Path, overwrite: boo
     from pruning.convert import convert
 
     convert(directory, to, output, overwrite=overwrite, reporter=Reporter())
+
+
+@app.command(name="evaluate")
+def evaluate_model(
+    directory: str,
+    *,
+    against: str | None = None,
+    text: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
+    text_tokens: int = 20480,
+    window: int = 512,
+    long_context: Annotated[list[int], SEVERAL] = [],  # noqa: B006
+    choice: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
+    letter: Path | None = None,
+    letter_examples: Path | None = None,
+    shots: int = 5,
+    limit: int | None = None,
+    generate: int = 0,
+    new_tokens: int = 64,
+    recall: int = 0,
+    tasks: Annotated[list[str], SEVERAL] = [],  # noqa: B006
+    include_path: Path | None = None,
+    url: str | None = None,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    output: Path | None = None,
+) -> None:
+    """Measure DIRECTORY, a checkpoint or a dense model, on text, questions and generation.
+
+    Args:
+        directory: What to measure.
+        against: Dense model to compare with, item by item; adds KL, agreement and 95% intervals.
+        text: Text files for perplexity.
+        text_tokens: Tokens of each text, from its start.
+        window: Tokens in one window.
+        long_context: Window lengths to measure the first text at as well, such as 2048 4096 8192.
+        choice: Multiple-choice files, JSON lines of context, choices and label.
+        letter: MMLU rows (subject, question, choices, label) to ask in its few-shot letter form.
+        letter_examples: Rows of the same form that the examples come from.
+        shots: Examples before each question of that form.
+        limit: Only so many questions of each file, evenly spread, and documents of each task.
+        generate: Prompts for the greedy comparison with the dense model; needs --against and --text.
+        new_tokens: Tokens it writes.
+        recall: Key-value recall prompts, made here: a generation task that needs no data.
+        tasks: Tasks of lm-evaluation-harness (shoal[eval]).
+        include_path: Directory of task files of your own.
+        url: Run the tasks against this server instead, http://HOST:PORT.
+        seed: Of the bootstrap and of the recall prompts.
+        dtype: Dtype to compute in; auto: float32 on CPU, else the model's own.
+        device: cpu, cuda, cuda:1 or auto.
+        output: JSON file to save the result in.
+    """
+    from pruning.errors import EvaluationError
+    from pruning.evaluate import Wanted, evaluate
+
+    if (letter is None) != (letter_examples is None):
+        raise EvaluationError("--letter and --letter-examples go together")
+    if generate and (against is None or not text):
+        raise EvaluationError(
+            "--generate compares with a dense model after the start of a text: add --against and --text"
+        )
+    letters = None if letter is None or letter_examples is None else (letter, letter_examples)
+    wanted = Wanted(
+        text, text_tokens, window, long_context, choice, letters, shots, limit, generate, new_tokens, recall, seed,
+        tasks, include_path, url,
+    )  # fmt: skip
+    print(evaluate(directory, against, wanted, dtype=dtype, device=device, output=output, reporter=Reporter()))
 
 
 @app.command(name="list")

@@ -93,6 +93,12 @@ def test_bad_lines_are_named(line, message, tmp_path):
         read_questions(path)
 
 
+def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"context": "a\u2028b", "choices": ["c"], "label": 0}\n')
+    assert read_questions(path)[0].context == "a\u2028b"
+
+
 def test_letter_form_shows_answered_examples_first(tmp_path):
     rows = [{"subject": "fish_lore", "question": f"Q{i}?", "choices": [" w", " x", " y", " z"], "label": i % 4}
             for i in range(4)]  # fmt: skip

@@ -1,0 +1,110 @@
+"""`prune-export evaluate` end to end on a small checkpoint and its dense model."""
+
+import json
+
+import pytest
+import torch
+
+from pruning import cli
+from pruning.evaluation.generation import agreement, greedy, recall_prompts
+from tests.conftest import tokens
+
+
+@pytest.fixture
+def files(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Herring swim in shoals of many thousands. " * 40)
+    questions = tmp_path / "fish.jsonl"
+    fields = {"task": "fish", "choices": [" herring", " cod"]}
+    rows = [{**fields, "id": str(i), "context": f"Number {i} is a", "label": i % 2} for i in range(6)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return text, questions
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["prune-export", "evaluate", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def test_pruned_against_dense(pico_checkpoint, pico_directory, files, tmp_path, monkeypatch, capsys):
+    directory, _ = pico_checkpoint("llama")
+    dense = pico_directory("llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (directory / name).exists():
+            (directory / name).write_bytes((dense / name).read_bytes())
+    text, questions = files
+    output = tmp_path / "found.json"
+    run(
+        monkeypatch, directory, "--against", dense, "--text", text, "--text-tokens", 512, "--window", 64,
+        "--long-context", 128, 256, "--choice", questions, "--generate", 2, "--new-tokens", 8, "--output", output,
+    )  # fmt: skip
+    found = json.loads(output.read_text())
+    one = found["text"]["text.txt"]
+    assert one["ratio"]["value"] == pytest.approx(one["perplexity"] / one["dense_perplexity"])
+    assert one["ratio"]["low"] <= one["ratio"]["value"] <= one["ratio"]["high"]
+    assert one["kl"]["value"] > 0
+    assert set(found["long_context"]) == {"128", "256"}
+    task = found["choice"]["fish"]
+    assert task["acc_difference"]["value"] == pytest.approx(task["acc"] - task["dense_acc"])
+    assert len(found["generation"]["lengths"]) == 2
+    shown = capsys.readouterr().out
+    assert f"{one['perplexity']:.3f}" in shown
+    assert f"{task['acc']:.4f}" in shown
+
+
+def test_a_model_agrees_with_itself(pico_directory, files, tmp_path, monkeypatch):
+    dense, output = pico_directory("llama"), tmp_path / "found.json"
+    run(monkeypatch, dense, "--against", dense, "--text", files[0], "--text-tokens", 256, "--window", 64,
+        "--generate", 2, "--new-tokens", 8, "--recall", 2, "--window", 64, "--output", output)  # fmt: skip
+    found = json.loads(output.read_text())
+    assert found["text"]["text.txt"]["ratio"]["value"] == pytest.approx(1, abs=1e-6)
+    assert found["text"]["text.txt"]["top1_agreement"]["value"] == 1
+    assert found["generation"]["all_agree"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to measure"),
+        (["--text", "absent.txt"], "absent.txt"),
+        (["--choice", "absent.jsonl"], "cannot read absent.jsonl"),
+        (["--generate", "2"], "--against and --text"),
+        (["--letter", "x.jsonl"], "--letter-examples go together"),
+        (["--recall", "1", "--output", "no/such/directory/x.json"], "no such directory"),
+    ],
+)
+def test_bad_requests_end_in_one_line(words, message, pico_directory, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, pico_directory("llama"), *words)
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_greedy_takes_the_likeliest_token(pico):
+    model, prompts = pico("llama"), tokens(rows=2, length=8)
+    ids = prompts.clone()
+    for _ in range(5):
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[:, -1]
+        logits[:, model.config.eos_token_id] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
+    assert torch.equal(greedy(model, prompts, 5), ids[:, 8:])
+
+
+def test_agreement_ends_at_the_first_difference():
+    a = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 1]])
+    b = torch.tensor([[1, 2, 9, 4], [5, 6, 7, 8], [2, 1, 1, 1]])
+    assert agreement(a, b) == [2, 4, 0]
+
+
+def test_recall_asks_for_a_code_that_was_given():
+    for one in recall_prompts(20, facts=6, seed=4):
+        facts, _, asked = one.prompt.rpartition("\n")
+        assert f"{asked} {one.answer}." in facts
+    assert recall_prompts(3, 6, seed=4) == recall_prompts(3, 6, seed=4)
