@@ -195,6 +195,8 @@ def evaluate(
     if output is not None and not output.resolve().parent.is_dir():
         raise StorageError(f"cannot write {output}: no such directory")
     questions_of(wanted)
+    for path in wanted.text:
+        read_text(path)
     found: dict[str, Any] = {"model": name, "against": against}
     only_server = wanted.url is not None and not (wanted.text or wanted.choice or wanted.letter or wanted.recall)
     if not only_server:

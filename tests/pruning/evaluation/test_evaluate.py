@@ -59,7 +59,7 @@ def test_pruned_against_dense(pico_checkpoint, pico_directory, files, tmp_path, 
 def test_a_model_agrees_with_itself(pico_directory, files, tmp_path, monkeypatch):
     dense, output = pico_directory("llama"), tmp_path / "found.json"
     run(monkeypatch, dense, "--against", dense, "--text", files[0], "--text-tokens", 256, "--window", 64,
-        "--generate", 2, "--new-tokens", 8, "--recall", 2, "--window", 64, "--output", output)  # fmt: skip
+        "--generate", 2, "--new-tokens", 8, "--recall", 2, "--output", output)  # fmt: skip
     found = json.loads(output.read_text())
     assert found["text"]["text.txt"]["ratio"]["value"] == pytest.approx(1, abs=1e-6)
     assert found["text"]["text.txt"]["top1_agreement"]["value"] == 1
