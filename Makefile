@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 DEPLOY_VENV := .venv-deploy
 
 .PHONY: help setup run test check lint deploy-check client-check fuzz clean
+
+
+.PHONY: help setup run test check lint bench bench-full deploy-check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -37,6 +40,13 @@ lint: setup ## Formatting, lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup $(DIR)/pruning.json ## Every benchmark, short; results in build/bench
+	$(BIN)/python benchmarks/run.py $(MODEL) $(DIR) --short --results build/bench
+
+bench-full: setup $(DIR)/pruning.json ## Every benchmark, whole (over an hour); results in benchmarks/results
+	$(BIN)/python benchmarks/run.py $(MODEL) $(DIR) $(BENCH)
+	$(BIN)/python benchmarks/tables.py
 
 deploy-check: $(DEPLOY_VENV)/.ready ## Check deploy/: manifests, rules, dashboard, Compose and Dockerfiles (needs no cluster)
 	PYTHONPATH=. $(DEPLOY_VENV)/bin/python -m pytest --confcutdir tests/deploy tests/deploy

@@ -1,5 +1,6 @@
 """`prune-export`: flags to a recipe, the recipe to the pipeline, errors to one line and an exit code."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from pruning import __version__
 from pruning.console import Reporter
 from pruning.errors import Interrupted, ShoalError
 from pruning.plan import UnitKind
-from pruning.recipe import SEVERAL, Dtype, Recipe
+from pruning.recipe import SEVERAL, Dtype, Emulation, Recipe
 
 DEFAULTS = Recipe()
 
@@ -164,6 +165,67 @@ def evaluate_model(
         tasks, include_path, url,
     )  # fmt: skip
     print(evaluate(directory, against, wanted, dtype=dtype, device=device, output=output, reporter=Reporter()))
+
+
+@app.command(name="sweep")
+def sweep_model(
+    model: str,
+    *,
+    output: Path,
+    attention: str = "0..20",
+    choosers: Annotated[list[str], SEVERAL] = ["leave-one-out", "cosine", "greedy"],  # noqa: B006
+    emulations: Annotated[list[Emulation], SEVERAL] = ["none", "low-rank"],  # noqa: B006
+    judge: Path | None = None,
+    judge_tokens: int = 8192,
+    choice: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
+    limit: int | None = None,
+    overwrite: bool = False,
+    importance: str = DEFAULTS.importance,
+    rank: int = DEFAULTS.rank,
+    keep: Annotated[list[int], SEVERAL] = [],  # noqa: B006
+    calibration: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
+    calibration_tokens: int = DEFAULTS.calibration_tokens,
+    score_tokens: int = DEFAULTS.score_tokens,
+    sequence_length: int = DEFAULTS.sequence_length,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+) -> None:
+    """Measure quality over how much attention goes, for several choosers and emulations; goes on where it was stopped.
+
+    Args:
+        model: Hugging Face id or directory, a GGUF file, or smollm2-135m (embedded).
+        output: Directory for sweep.json, report.html and the figures.
+        attention: Budgets: 0..20, 0..20/5 or 2,4,8.
+        choosers: Importance metrics, and greedy.
+        emulations: What takes the place of what goes.
+        judge: Text to judge on; held-out calibration text by default.
+        judge_tokens: Of it.
+        choice: Multiple-choice files to judge on as well.
+        limit: Questions of each.
+        overwrite: Replace a directory that is not empty.
+        importance: Metric that greedy re-scores with.
+        rank: Adapter rank.
+        keep: Blocks to leave alone.
+        calibration: Text or JSONL files; see the default command.
+        calibration_tokens: Tokens the adapters are fitted on.
+        score_tokens: Tokens that importance is measured on.
+        sequence_length: Tokens in one calibration window.
+        seed: Of everything drawn.
+        dtype: Dtype to compute in.
+        device: cpu, cuda, cuda:1 or auto.
+    """
+    from pruning.sweep import Curves, sweep
+
+    recipe = Recipe(
+        importance=importance, rank=rank, keep=keep, calibration=calibration, calibration_tokens=calibration_tokens,
+        score_tokens=score_tokens, sequence_length=sequence_length, seed=seed, dtype=dtype, device=device,
+    )  # fmt: skip
+    curves = Curves(choosers, emulations, judge, judge_tokens, choice, limit)
+    command = shlex.join(["prune-export", *sys.argv[1:]])
+    found = sweep(model, output, attention, curves, recipe, overwrite=overwrite, command=command, reporter=Reporter())
+    for name, knee in found["knees"].items():
+        print(f"knee of {name}: {knee} removed")
 
 
 @app.command(name="list")

@@ -27,7 +27,7 @@ from pruning.importance import Sampling, Scores, metric
 from pruning.model import DenseModel, Source, cache_directory, find_model, load_model
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Counts, Recipe, counts
-from pruning.report import score_table, write_card
+from pruning.report import score_table, write_card, write_report
 from pruning.selection import Judge, Selection
 from pruning.sizes import adapter_bytes, describe_bytes, predicted_bytes, sublayer_bytes
 from pruning.streaming import open_streamed
@@ -286,6 +286,7 @@ def run(
             files={},
         )
         write_card(directory, manifest)
+        write_report(directory, manifest)
         write_manifest(directory, manifest)
     with reporter.stage("verify"):
         manifest = verify(output)
@@ -315,7 +316,8 @@ def _recover(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, repo
 
 def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor) -> dict[str, Any]:
     family: Family = dense.family
-    before = loss(dense.model, family, held_out)
+    evaluator = Evaluator(dense.model, family, held_out)
+    before, without = evaluator.values([{}, dict.fromkeys(plan.removed)]).mean(1).tolist()
     apply_weights(dense.model, recovery.weights)
     if isinstance(recovery, Fusion):
         apply_fusion(dense.model, family, recovery)
@@ -323,7 +325,7 @@ def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion,
     else:
         apply_plan(dense.model, family, plan, recovery.emulations)
     after = loss(dense.model, family, held_out)
-    return {"dense_loss": before, "pruned_loss": after, "text": "held-out calibration windows"}
+    return {"dense_loss": before, "removed_loss": without, "pruned_loss": after, "text": "held-out calibration windows"}
 
 
 def table_of(scores: Mapping[str, Scores], importance: str) -> dict[str, dict[str, float]]:

@@ -1,10 +1,15 @@
-"""The model card: what was removed, what it cost and saved, and the command that reproduces it."""
+"""The model card and the reports: what was removed, what it cost and saved, and the command that reproduces it."""
 
 import math
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pruning import figures
 from pruning.checkpoint import Manifest
+from pruning.errors import RecipeError
+from pruning.importance import metric
 from pruning.plan import Unit
 
 
@@ -25,21 +30,29 @@ def command(manifest: Manifest, output: str = "DIR") -> str:
             continue
         flag = "--" + key.replace("_", "-")
         words += [flag, *(str(v) for v in value)] if isinstance(value, list) else [flag, str(value)]
-    return " ".join(words)
+    return shlex.join(words)
+
+
+def _quality_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
+    quality, sizes = manifest.quality, manifest.sizes
+    dense, pruned = quality["dense_loss"], quality["pruned_loss"]
+    mib = 2**20
+    return [
+        ("perplexity (held-out calibration text)", f"{math.exp(dense):.3f}", f"{math.exp(pruned):.3f}",
+         f"{math.exp(pruned - dense):.4f}"),
+        ("weights, MiB", f"{sizes['weights_dense'] / mib:.1f}", f"{sizes['weights'] / mib:.1f}",
+         f"{sizes['weights'] / sizes['weights_dense']:.4f}"),
+        ("KV cache, bytes per token", str(sizes["kv_per_token_dense"]), str(sizes["kv_per_token"]),
+         f"{sizes['kv_per_token'] / sizes['kv_per_token_dense']:.4f}"),
+        ("tokens in 1 GiB of KV cache", f"{2**30 // max(1, sizes['kv_per_token_dense']):,}",
+         f"{2**30 // max(1, sizes['kv_per_token']):,}",
+         f"{sizes['kv_per_token_dense'] / max(1, sizes['kv_per_token']):.4f}"),
+    ]  # fmt: skip
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
     """Write README.md, the model card."""
-    quality, sizes = manifest.quality, manifest.sizes
-    dense, pruned = quality["dense_loss"], quality["pruned_loss"]
-    rows = [
-        ("perplexity (held-out calibration text)", f"{math.exp(dense):.3f}", f"{math.exp(pruned):.3f}",
-         math.exp(pruned - dense)),
-        ("weight bytes", sizes["weights_dense"], sizes["weights"], sizes["weights"] / sizes["weights_dense"]),
-        ("KV cache bytes per token", sizes["kv_per_token_dense"], sizes["kv_per_token"],
-         sizes["kv_per_token"] / sizes["kv_per_token_dense"]),
-    ]  # fmt: skip
-    table = "\n".join(f"| {name} | {a} | {b} | {ratio:.4f} |" for name, a, b, ratio in rows)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in _quality_rows(manifest))
     (directory / "README.md").write_text(
         "---\ntags: [shoal, depth-pruned]\nlibrary_name: transformers\n---\n\n"
         f"# {manifest.base['model']}, depth-pruned\n\n"
@@ -58,3 +71,72 @@ def score_table(values: Mapping[Unit, float], errors: Mapping[Unit, float], unit
     for one in sorted(values, key=lambda u: (values[u], u)):
         rows.append(f"{one!s:16}{values[one]:16.6f}" + (f"{errors[one]:14.6f}" if one in errors else ""))
     return "\n".join(rows)
+
+
+def _page(title: str, lead: str, tables: Sequence[Mapping[str, Any]], drawn: Sequence[figures.Figure], made_by: str,
+          version: str) -> str:  # fmt: skip
+    """The report as one HTML file that needs nothing else."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    page = Environment(loader=PackageLoader("pruning"), autoescape=True, undefined=StrictUndefined)
+    return page.get_template("report.html.j2").render(
+        title=title, lead=lead, tables=tables, figures=drawn, command=made_by, version=version
+    )
+
+
+def write_report(directory: Path, manifest: Manifest) -> None:
+    """Write report.html, and its figures as PNG."""
+    drawn = [figures.strip(manifest.num_blocks, manifest.removed)]
+    name = str(manifest.recipe.get("importance", ""))
+    if values := manifest.importance.get(name):
+        drawn.append(figures.importance(values, manifest.removed, name, _unit(name)))
+    quality = manifest.quality
+    drawn.append(figures.recovery(quality["dense_loss"], quality.get("removed_loss"), quality["pruned_loss"]))
+    seconds = [(stage, f"{one['seconds']:.1f}", f"{one['peak_memory_bytes'] / 2**20:.0f}")
+               for stage, one in manifest.stages.items()]  # fmt: skip
+    tables: list[Mapping[str, Any]] = [
+        {"title": "Dense and pruned", "head": ("", "dense", "pruned", "ratio"), "rows": _quality_rows(manifest)},
+        {"title": "What it took", "head": ("stage", "seconds", "peak memory, MiB"), "rows": seconds},
+    ]
+    lead = f"{len(manifest.removed)} sublayers of {2 * manifest.num_blocks} were removed from {manifest.base['model']}."
+    title = f"{manifest.base['model']}, depth-pruned"
+    page = _page(title, lead, tables, drawn, command(manifest), manifest.shoal_version)
+    (directory / "report.html").write_text(page, encoding="utf-8")
+    for figure in drawn:
+        figure.save(directory)
+
+
+def _unit(name: str) -> str:
+    try:
+        return metric(name).unit
+    except RecipeError:
+        return "as scored"
+
+
+def write_sweep_report(directory: Path, document: Mapping[str, Any], front: Sequence[Mapping[str, Any]]) -> None:
+    """Write report.html and the figures of a sweep."""
+    points, judge = document["points"], document["judge"]
+    drawn = [figures.curves(points, document["knees"]), figures.bytes_front(points, front)]
+    if document["dense"]:
+        drawn.append(figures.tasks(points, document["dense"]))
+    if {p["emulation"] for p in points} > {"none"}:
+        drawn.append(figures.costs(points))
+    rows = []
+    for label, knee in document["knees"].items():
+        point = next(p for p in points if f"{p['chooser']}, {p['emulation']}" == label and p["removed"] == knee)
+        low, value, high = (math.exp(point["loss_increase"][k]) for k in ("low", "value", "high"))
+        rows.append((label, knee, f"{value:.3f} [{low:.3f}, {high:.3f}]",
+                     f"{point['kv_per_token'] / point['kv_per_token_dense']:.3f}"))  # fmt: skip
+    tables = [
+        {"title": "Knees", "head": ("chooser, emulation", "removed", "perplexity / dense", "KV / dense"), "rows": rows}
+    ]
+    lead = (
+        f"{len(points)} plans of {document['model']}, judged on {judge['tokens']:,} tokens of {judge['text']} in "
+        f"windows of {judge['window']}; dense perplexity {math.exp(judge['dense_loss']):.2f}. 95% intervals."
+    )
+    page = _page(
+        f"{document['model']}: how much can go", lead, tables, drawn, document["command"], document["shoal_version"]
+    )
+    (directory / "report.html").write_text(page, encoding="utf-8")
+    for figure in drawn:
+        figure.save(directory)

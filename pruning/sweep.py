@@ -1,0 +1,262 @@
+"""Quality over how much is removed, for several choosers and emulations: curves, their knees, and the Pareto front.
+
+A chooser is a metric of `prune-export list` (scored once, so its plans are nested), or `greedy` (scored again after
+every removal with --importance; nested as well). Everything is journalled, so a sweep that was stopped goes on.
+"""
+
+import copy
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pruning
+from pruning import selection
+from pruning.calibration import read_text
+from pruning.console import Reporter, quiet_libraries
+from pruning.emulation import fit_plan
+from pruning.errors import RecipeError
+from pruning.evaluation.choice import Question, answer, judged, read_questions
+from pruning.evaluation.paired import bootstrap, standard_error
+from pruning.evaluation.text import text_windows
+from pruning.export import apply_plan
+from pruning.importance import Sampling, metric
+from pruning.model import DenseModel, find_model, load_model
+from pruning.pipeline import calibrate, emulation_kind, groups_of, journal_of, judges_of, table_of
+from pruning.plan import Plan, Unit
+from pruning.recipe import Counts, Emulation, Recipe
+from pruning.report import write_sweep_report
+from pruning.sizes import predicted_bytes
+from pruning.subnetwork import Evaluator
+from pruning.workdir import Journal, atomic_directory, check_output
+
+JUDGE_WINDOW = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What to sweep.
+
+    Attributes:
+        choosers: Metrics, or `greedy`.
+        emulations: What takes their place.
+        judge: Text to judge on; held-out calibration text by default.
+        judge_tokens: Of it.
+        choice: Multiple-choice files to judge on as well.
+        limit: Questions of each.
+    """
+
+    choosers: Sequence[str]
+    emulations: Sequence[Emulation]
+    judge: Path | None = None
+    judge_tokens: int = 8192
+    choice: Sequence[Path] = ()
+    limit: int | None = None
+
+
+def parse_budgets(text: str, num_blocks: int) -> list[int]:
+    """`0..20`, `0..20/5` (every fifth) or `2,4,8`, ascending.
+
+    Raises:
+        RecipeError: Malformed, or none of the attention would be left.
+    """
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)(?:/(\d+))?", text.strip()):
+        first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
+        found = list(range(first, last + 1, max(1, step)))
+    elif re.fullmatch(r"\d+(,\d+)*", text.strip()):
+        found = sorted({int(part) for part in text.split(",")})
+    else:
+        raise RecipeError(f"--attention {text!r} is not a range such as 0..20, 0..20/5 or 2,4,8")
+    if not found or found[-1] >= num_blocks:
+        raise RecipeError(f"--attention {text}: the model has {num_blocks} attention sublayers and one must stay")
+    return found
+
+
+def sweep(
+    model: str, output: Path, attention: str, curves: Curves, recipe: Recipe, *, overwrite: bool, command: str,
+    reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the curves; write `sweep.json`, `report.html` and its figures; `command` is named in both.
+
+    Raises:
+        UserError: Anything about the request; nothing is written then.
+    """
+    quiet_libraries()
+    check_output(output, overwrite)
+    for name in curves.choosers:
+        metric(recipe.importance if name == "greedy" else name)
+    questions = [read_questions(path, curves.limit) for path in curves.choice]
+    for path in [*recipe.calibration, *([curves.judge] if curves.judge else [])]:
+        read_text(path)
+    source = find_model(model, reporter)
+    num_blocks = source.config.num_hidden_layers
+    budgets = parse_budgets(attention, num_blocks - len(set(recipe.keep)))
+    with reporter.stage("load"):
+        dense = load_model(source, recipe.dtype, recipe.device)
+    journal = journal_of(output, dense)
+    with reporter.stage("calibrate"):
+        tokens, held_out = calibrate(dense, recipe, reporter)
+        if curves.judge is not None:
+            held_out = text_windows(read_text(curves.judge), dense.tokenizer, JUDGE_WINDOW, curves.judge_tokens)
+    judging = Evaluator(dense.model, dense.family, held_out, journal=journal)
+    with reporter.stage("dense"):
+        base = judging.loss({})
+        answers = [_answers(dense, each, journal, []) for each in questions]
+    orders: dict[str, list[Unit]] = {}
+    scores: dict[str, Any] = {}
+    for name in curves.choosers:
+        with reporter.stage(f"choose by {name}"):
+            orders[name], seconds, found = _order(dense, recipe, name, max(budgets), tokens, journal, reporter)
+            scores[name] = {"seconds": seconds, "importance": found}
+    points: list[dict[str, Any]] = []
+    for name, order in orders.items():
+        for emulation in curves.emulations:
+            with reporter.stage(f"{name}, {emulation}"):
+                points += _curve(
+                    dense, recipe.model_copy(update={"emulation": emulation}), name, order, budgets, tokens, judging,
+                    base, questions, answers, journal, reporter,
+                )  # fmt: skip
+    document = {
+        "shoal_version": pruning.__version__, "model": dense.name, "weight_hash": dense.weight_hash,
+        "recipe": recipe.model_dump(mode="json"), "num_blocks": num_blocks,
+        "judge": {"text": curves.judge.name if curves.judge else "held-out calibration windows",
+                  "tokens": held_out.numel(), "window": held_out.shape[1], "dense_loss": float(base.mean())},
+        "dense": {each[0].task: _share(found, each) for each, found in zip(questions, answers, strict=True)},
+        "orders": {name: [str(unit) for unit in order] for name, order in orders.items()},
+        "command": command, "scores": scores, "points": points, "knees": knees(points), "stages": dict(reporter.stages),
+    }  # fmt: skip
+    with atomic_directory(output) as directory:
+        (directory / "sweep.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_sweep_report(directory, document, pareto(points))
+    journal.discard()
+    return document
+
+
+def _order(
+    dense: DenseModel, recipe: Recipe, chooser: str, count: int, tokens: Any, journal: Journal, reporter: Reporter
+) -> tuple[list[Unit], float, dict[str, Any]]:
+    """Units in order of removal, seconds it took (journalled with them), and the scores."""
+    how, name = ("greedy", recipe.importance) if chooser == "greedy" else ("rank", chooser)
+    key = ["order", how, name, count, recipe.keep, recipe.seed, recipe.samples, recipe.score_tokens, _digest(tokens)]
+    if (known := journal.recall(key)) is None:
+        start = time.perf_counter()
+        judges = judges_of(dense, recipe, tokens, journal, reporter)
+        groups = groups_of(Counts(attention=max(1, count)), dense.model.config.num_hidden_layers, recipe.keep)
+        sampling = Sampling(recipe.seed, recipe.samples, max(1, count))
+        chosen = selection.select(judges, groups, name, how, sampling, reporter)
+        known = [[unit.block for unit in chosen.order], time.perf_counter() - start, table_of(chosen.scores, name)]
+        journal.keep(key, known)
+    return [Unit(block, "attention") for block in known[0]], known[1], known[2]
+
+
+def _digest(tokens: Any) -> str:
+    return hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+
+
+def _curve(
+    dense: DenseModel, recipe: Recipe, chooser: str, order: Sequence[Unit], budgets: Sequence[int], tokens: Any,
+    judging: Evaluator, base: Any, questions: Sequence[list[Question]], answers: Sequence[list[list[float]]],
+    journal: Journal, reporter: Reporter,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One point for every budget. Without emulation all plans go through the model together, sharing prefixes."""
+    kind = emulation_kind(recipe)
+    plans = [Plan(len(judging.blocks), {s: kind for u in order[:n] for s in u.sublayers}, recipe.rank) for n in budgets]
+    together = None
+    if kind == "none":
+        together = judging.values([dict.fromkeys(plan.removed) for plan in plans])
+    points = []
+    fitting = Evaluator(dense.model, dense.family, tokens)
+    with reporter.progress(f"{chooser}, {recipe.emulation}", len(plans)) as step:
+        for index, plan in enumerate(plans):
+            gone = [str(s) for s in sorted(plan.removed)]
+            key = ["point", gone, kind, recipe.rank, _digest(tokens), [judging.windows, _digest(judging.batches[0])],
+                   [[q.id for q in each] for each in questions]]  # fmt: skip
+            if (known := journal.recall(key)) is None:
+                start = time.perf_counter()
+                emulations = fit_plan(fitting, plan.removed, recipe.rank, reporter) if plan.removed else {}
+                seconds = time.perf_counter() - start if kind != "none" else 0.0
+                losses = together[index] if together is not None else judging.loss(emulations)
+                found = [_answers(dense, each, journal, [plan, emulations]) for each in questions]
+                known = [losses.tolist(), seconds, found]
+                journal.keep(key, known)
+            points.append(_point(dense, chooser, recipe.emulation, plan, base.tolist(), known, questions, answers))
+            step.advance()
+    return points
+
+
+def _answers(
+    dense: DenseModel, questions: Sequence[Question], journal: Journal, cut: Sequence[Any]
+) -> list[list[float]]:
+    """Log-likelihoods of a question set by the dense model, or by a copy of it cut by [plan, emulations]."""
+    key = ["dense answers", [[q.id, q.context, q.choices] for q in questions]]
+    if not cut and (known := journal.recall(key)) is not None:
+        return known
+    model = dense.model
+    if cut and cut[0].removed:
+        model = copy.deepcopy(dense.model)
+        apply_plan(model, dense.family, *cut)
+    values = [list(one.loglikelihoods) for one in answer(model, dense.tokenizer, questions)]
+    if not cut:
+        journal.keep(key, values)
+    return values
+
+
+def _right(values: Sequence[Sequence[float]], questions: Sequence[Question]) -> list[float]:
+    return [float(judged(q, v).correct_norm) for q, v in zip(questions, values, strict=True)]
+
+
+def _share(values: Sequence[Sequence[float]], questions: Sequence[Question]) -> dict[str, float]:
+    right = _right(values, questions)
+    return {"n": len(right), "acc_norm": sum(right) / len(right), "acc_norm_stderr": standard_error(right)}
+
+
+def _point(
+    dense: DenseModel, chooser: str, emulation: str, plan: Plan, base: Sequence[float], known: Sequence[Any],
+    questions: Sequence[list[Question]], answers: Sequence[list[list[float]]],
+) -> dict[str, Any]:  # fmt: skip
+    losses, seconds, found = known
+    increase = bootstrap([a - b for a, b in zip(losses, base, strict=True)])
+    sizes = predicted_bytes(dense, plan)
+    tasks = {}
+    for each, mine, theirs in zip(questions, found, answers, strict=True):
+        gap = [a - b for a, b in zip(_right(mine, each), _right(theirs, each), strict=True)]
+        tasks[each[0].task] = _share(mine, each) | {"difference": bootstrap(gap).as_dict()}
+    return {
+        "chooser": chooser, "emulation": emulation, "removed": len(plan.removed),
+        "loss_increase": increase.as_dict(), "fit_seconds": round(seconds, 2), "weights": sizes["weights"],
+        "kv_per_token": sizes["kv_per_token"], "kv_per_token_dense": sizes["kv_per_token_dense"], "tasks": tasks,
+    }  # fmt: skip
+
+
+def knees(points: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """`chooser, emulation` -> budget after which the curve turns up.
+
+    The point farthest below the chord from the first to the last point of loss increase over number removed.
+
+    Source: Kneedle, Satopaa et al. 2011, without smoothing.
+    """
+    out = {}
+    for name in sorted({(point["chooser"], point["emulation"]) for point in points}):
+        curve = sorted(
+            (point["removed"], point["loss_increase"]["value"])
+            for point in points if (point["chooser"], point["emulation"]) == name
+        )  # fmt: skip
+        (x0, y0), (x1, y1) = curve[0], curve[-1]
+        if len(curve) < 3 or x1 == x0 or y1 <= y0:
+            continue
+        below = {x: (x - x0) / (x1 - x0) - (y - y0) / (y1 - y0) for x, y in curve}
+        out[", ".join(name)] = max(below, key=lambda x: below[x])
+    return out
+
+
+def pareto(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points that no other beats in both KV bytes and loss, most bytes first."""
+    front: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda p: (p["kv_per_token"], p["loss_increase"]["value"])):
+        if not front or point["loss_increase"]["value"] < front[-1]["loss_increase"]["value"]:
+            front.append(point)
+    return front[::-1]
