@@ -8,10 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEPLOY_VENV := .venv-deploy
 
-.PHONY: help setup run test check lint deploy-check client-check fuzz clean
-
-
-.PHONY: help setup run test check lint bench bench-full deploy-check clean
+.PHONY: help setup run test check lint bench bench-full deploy-check client-check fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
