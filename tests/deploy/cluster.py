@@ -89,14 +89,24 @@ def drain_problems(where: str, spec: Document, server: Document) -> Iterator[str
         yield f"{where} is killed before its drain ends ({needed:.0f} s)"
 
 
+def operations_ports(server: Document) -> set[str]:
+    """Names of the port on which the server answers health and metrics."""
+    environment = {entry["name"]: entry.get("value") for entry in server.get("env", [])}
+    return {
+        p["name"]
+        for p in server.get("ports", [])
+        if str(p["containerPort"]) == environment.get("SHOAL_OPERATIONS_PORT")
+    }
+
+
 def server_problems(where: str, spec: Document) -> Iterator[str]:
     """Probes on the real routes and named port, and the drain."""
     for server in (container for container in spec["containers"] if container["name"] == "server"):
-        ports = {port["name"] for port in server.get("ports", [])}
+        ports = operations_ports(server)
         for probe, path in PROBES.items():
             get = server.get(probe, {}).get("httpGet", {})
             if get.get("path") != path or get.get("port") not in ports:
-                yield f"{where} has no {probe} on {path} at a port it opens"
+                yield f"{where} has no {probe} on {path} at the port of health and metrics"
         yield from drain_problems(where, spec, server)
 
 
@@ -149,6 +159,8 @@ def selector_problems(document: Document, pods: dict[str, Document]) -> Iterator
 def reference_problems(documents: list[Document], names: dict[str, set[str]]) -> Iterator[str]:
     """Routes, monitors and autoscalers that point to nothing."""
     services = [d for d in documents if d["kind"] == "Service"]
+    containers = [c for d in documents for _, pod in templates(d) for c in pod["spec"]["containers"]]
+    operations = {port for c in containers if c["name"] == "server" for port in operations_ports(c)}
     for document in documents:
         where, spec = f"{document['kind']}/{document['metadata']['name']}", document.get("spec", {})
         if document["kind"] == "HTTPRoute":
@@ -162,9 +174,9 @@ def reference_problems(documents: list[Document], names: dict[str, set[str]]) ->
         if document["kind"] == "ServiceMonitor":
             wanted = spec["selector"]["matchLabels"].items()
             seen = [s for s in services if wanted <= s["metadata"]["labels"].items()]
-            ports = {p["name"] for s in seen for p in s["spec"]["ports"]}
+            ports = {p["name"] for s in seen for p in s["spec"]["ports"] if p["targetPort"] in operations}
             if not {endpoint["port"] for endpoint in spec["endpoints"]} <= ports:
-                yield f"{where} scrapes a port that no selected Service has"
+                yield f"{where} scrapes a port that leads to no metrics"
             if any(s["metadata"]["labels"].get(spec["jobLabel"]) != "shoal" for s in seen):
                 yield f"{where} does not give the job label that the rules select"
         if document["kind"] == "HorizontalPodAutoscaler":

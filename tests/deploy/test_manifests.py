@@ -48,6 +48,11 @@ FAULTS: dict[str, Callable[[list[Document]], object]] = {
         matchLabels={"app.kubernetes.io/component": "serve"}
     ),
     "policy port": lambda d: part(d, "NetworkPolicy", "shoal-server")["spec"]["ingress"][0]["ports"][0].update(port=80),
+    "probe on the port of clients": lambda d: server(d)["livenessProbe"]["httpGet"].update(port="http"),
+    "scrape on the port of clients": lambda d: part(d, "ServiceMonitor")["spec"]["endpoints"][0].update(port="http"),
+    "operations port": lambda d: next(
+        entry for entry in server(d)["env"] if entry["name"] == "SHOAL_OPERATIONS_PORT"
+    ).update(value="9999"),
     "monitor port": lambda d: part(d, "ServiceMonitor")["spec"]["endpoints"][0].update(port="metrics"),
     "job label": lambda d: part(d, "ServiceMonitor")["spec"].update(jobLabel="app.kubernetes.io/component"),
     "route port": lambda d: part(d, "HTTPRoute")["spec"]["rules"][0]["backendRefs"][0].update(port=8000),
