@@ -2,8 +2,8 @@
 
 `--beside-vllm` prints only what vLLM's image does not bring along: `deploy/requirements-cuda.txt`.
 
-The closure starts at the requirements in pyproject.toml, vLLM's CPU build among them. Left out: what needs a compiler or does not match
-torch's CPU build, and what only development needs.
+The closure starts at the requirements in pyproject.toml, vLLM's CPU build among them. Left out: what needs a compiler,
+what does not match torch's CPU build, and what only development needs.
 """
 
 import importlib.metadata as metadata
