@@ -64,8 +64,18 @@ ROWS: dict[str, list[Panel]] = {
             [(f"avg by (variant) (shoal_kv_bytes_per_token{{{HERE}}})", "{{variant}}")]),
         ("Weights", "bytes", "As served, and dense.",
             [(f"avg by (variant) (shoal_weight_bytes{{{HERE}}})", "{{variant}}")]),
+        ("Emulation parameters", "short", "Of the adapters that stand in for removed sublayers.",
+            [(f"shoal_emulation_parameters{{{HERE}}}", "{{instance}}")]),
+    ],
+    "Processes": [
         ("Resident memory", "bytes", "Server and engine processes.",
             [(f"shoal_process_resident_memory_bytes{{{HERE}}}", "{{instance}}")]),
+        ("GPU memory", "bytes", "In use and in all; empty without a GPU.",
+            [(f"shoal_device_memory_bytes{{{HERE}}}", "{{instance}} {{device}} {{state}}")]),
+        ("CPU", "short", "Cores in use by the server's process.",
+            [(rate("process_cpu_seconds_total", "instance"), "{{instance}}")]),
+        ("Tasks of the API", "short", "Grow without end only if requests leak.",
+            [(f"shoal_event_loop_tasks{{{HERE}}}", "{{instance}}")]),
     ],
 }  # fmt: skip
 
