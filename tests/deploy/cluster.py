@@ -156,6 +156,14 @@ def selector_problems(document: Document, pods: dict[str, Document]) -> Iterator
             yield f"{where} points to the port {port}, which no selected pod opens"
 
 
+def adapted(documents: list[Document]) -> set[str]:
+    """Names under which prometheus-adapter gives metrics, of series that a real server has."""
+    scraped = set((HERE / "scraped_names.txt").read_text().split())
+    files = [text for d in documents if d["kind"] == "ConfigMap" for text in d["data"].values()]
+    rules = [rule for text in files for rule in yaml.safe_load(text)["rules"]]
+    return {rule["name"]["as"] for rule in rules if rule["seriesQuery"].partition("{")[0] in scraped}
+
+
 def reference_problems(documents: list[Document], names: dict[str, set[str]]) -> Iterator[str]:
     """Routes, monitors and autoscalers that point to nothing."""
     services = [d for d in documents if d["kind"] == "Service"]
@@ -182,6 +190,8 @@ def reference_problems(documents: list[Document], names: dict[str, set[str]]) ->
         if document["kind"] == "HorizontalPodAutoscaler":
             if spec["scaleTargetRef"]["name"] not in names.get(spec["scaleTargetRef"]["kind"], set()):
                 yield f"{where} scales something that does not exist"
+            if unknown := {metric["pods"]["metric"]["name"] for metric in spec["metrics"]} - adapted(documents):
+                yield f"{where} waits for {', '.join(sorted(unknown))}, which the adapter does not give"
             if spec["minReplicas"] > spec["maxReplicas"]:
                 yield f"{where} wants at least more replicas than at most"
             if any(d["kind"] == "Deployment" and "replicas" in d["spec"] for d in documents):

@@ -71,6 +71,12 @@ FAULTS: dict[str, Callable[[list[Document]], object]] = {
         maxUnavailable=1
     ),
     "autoscaler bounds": lambda d: part(d, "HorizontalPodAutoscaler")["spec"].update(minReplicas=9),
+    "autoscaler metric": lambda d: part(d, "HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["metric"].update(
+        name="vllm:num_requests_waiting"
+    ),
+    "adapter series": lambda d: part(d, "ConfigMap", "shoal-prometheus-adapter")["data"].update(
+        {"config.yaml": "rules: [{seriesQuery: 'vllm:queue{}', name: {as: shoal_requests_waiting}}]"}
+    ),
     "autoscaler target": lambda d: part(d, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"].update(name="x"),
     "autoscaler against replicas": lambda d: part(d, "Deployment")["spec"].update(replicas=2),
 }
