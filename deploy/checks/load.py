@@ -89,6 +89,7 @@ class Load:
                 if answer.status != 200:
                     self.outcome.streams_refused += 1
                     self.outcome.reasons[f"stream status {answer.status}"] += 1
+                    await asyncio.sleep(0.25)
                     return
                 async for line in answer.content:
                     done = done or line.strip() == b"data: [DONE]"
