@@ -239,8 +239,8 @@ def run(
         raise RecipeError("--stream scores only: run `prune-export score`, or leave it out")
     if not dry_run:
         check_output(output, overwrite)
-    if recipe.format == "nemotron-nas" and 0 not in recipe.keep:
-        recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # the format needs block 0's attention
+    if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep:
+        recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # these formats need block 0's attention
     source, wanted = checked(model, recipe, reporter)
     num_blocks = source.config.num_hidden_layers
     with reporter.stage("load"):

@@ -102,7 +102,7 @@ class Recipe(BaseModel):
     ] = False
     device: Annotated[str, OUTPUT, Field(description="cpu, cuda, cuda:1 or auto.")] = "auto"
     format: Annotated[
-        Literal["shoal", "nemotron-nas", "llama"],
+        Literal["shoal", "nemotron-nas", "gguf", "llama"],
         OUTPUT,
         Field(description="Who can read the checkpoint; see `prune-export list`."),
     ] = "shoal"
@@ -169,7 +169,7 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
     if recipe.format == "llama" and set(amounts) != {"blocks"}:
         raise RecipeError("--format llama holds whole blocks only; ask for --blocks N, or for --format shoal")
     if (
-        recipe.format == "nemotron-nas"
+        recipe.format in ("nemotron-nas", "gguf")
         and not recipe.fuse
         and recipe.emulation != "none"
         and set(amounts) != {"blocks"}

@@ -90,6 +90,7 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     "shoal": Format("pruning.formats.shoal", "prune-serve, and vLLM or transformers with this package", adapters=True),
     "nemotron-nas": Format("pruning.formats.nemotron_nas", "stock vLLM with --trust-remote-code, no plugin"),
+    "gguf": Format("pruning.formats.llama_cpp", "llama.cpp, by its deci architecture"),
     "llama": Format("pruning.formats.ordinary", "anything that reads the model's own family; no KV cache saved"),
 }
 

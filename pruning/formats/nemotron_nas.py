@@ -26,15 +26,20 @@ FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qk
 
 def refusal(pruned: PrunedModel) -> str | None:
     """What DeciLM does not compute."""
-    family, fields = pruned.family, pruned.fields
+    family = pruned.family
     if family.model_type not in FAMILIES:
         return f"its blocks compute what Llama's do, and {family.name}'s differ; it holds {', '.join(FAMILIES)}"
-    windows = fields.get("use_sliding_window", family.model_type == "mistral") and fields.get("sliding_window")
-    if windows:
-        return f"it has no sliding window, and this {family.name} has one of {fields['sliding_window']} tokens"
+    if (size := windows(pruned)) is not None:
+        return f"it has no sliding window, and this {family.name} has one of {size} tokens"
     if pruned.block_configs[0]["attention"]["no_op"]:
         return "block 0 has to keep its attention; prune again with --keep 0"
     return None
+
+
+def windows(pruned: PrunedModel) -> int | None:
+    """Tokens of the sliding window that some attention has; None where there is none."""
+    used = pruned.fields.get("use_sliding_window", pruned.family.model_type == "mistral")
+    return pruned.fields.get("sliding_window") if used else None
 
 
 def write(pruned: PrunedModel, directory: Path) -> int:
