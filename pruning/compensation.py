@@ -55,7 +55,7 @@ def compensate(
 
     With c the projection's input and s the family's update scale, fits (dense target - stream after) / s ≈ c ΔW by
     ridge on ΔW, that is towards the old weight (a penalty for each feature by its mean square), and takes it where the
-    error on held-out batches falls. The model
+    error on held-out windows falls. The model
     keeps its own weights.
 
     Args:
@@ -83,11 +83,14 @@ def compensate(
     scale = evaluator.family.scale(evaluator.model.config)
     moments = HeldOutMoments.zeros(projection.in_features, projection.out_features)
     after, entering = [], []
-    for number, ((hidden, kwargs, tap), target) in enumerate(zip(calls, targets, strict=True)):
+    first = 0
+    for (hidden, kwargs, tap), target in zip(calls, targets, strict=True):
         with _inputs_of(projection) as seen:
             out = evaluator.run_and_tap(sublayer, hidden, kwargs, None, tap)
         residual = (target.float() - out.float()) / scale
-        moments.add(number, seen[0].flatten(0, -2).float(), residual.flatten(0, -2), token_weights(target))
+        windows = target.shape[:-1]
+        moments.add_windows(first, seen[0].float().view(*windows, -1), residual, token_weights(target).view(windows))
+        first += len(target)
         after.append(out)
         entering.append(seen[0])
     correction = moments.correction()

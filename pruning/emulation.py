@@ -235,10 +235,12 @@ def fit(
     size = inputs[0].shape[-1]
     scale = evaluator.family.scale(evaluator.model.config)
     moments = HeldOutMoments.zeros(size * (1 + len(sources)), size)
-    for number, (x, target, each) in enumerate(zip(inputs, targets, taps, strict=True)):
+    first = 0
+    for x, target, each in zip(inputs, targets, taps, strict=True):
         update = (target.float() - x.float()) / scale
         features = context_features(evaluator.reads(sublayer, x, each), [each[source].output for source in sources])
-        moments.add(number, features.flatten(0, -2), update.flatten(0, -2), token_weights(target))
+        moments.add_windows(first, features, update, token_weights(target).view(target.shape[:-1]))
+        first += len(target)
     if kind == "bias":
         both = moments.whole()
         module = BiasEmulation(size)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-2, 1e-1, 3e-1, 1.0, 3.0)
-HOLD_OUT_EVERY = 8
+HOLD_OUT_EVERY = 8  # batches
+HOLD_OUT_WINDOWS = 5  # no divisor of the number of texts that calibration usually mixes
 
 
 @dataclass
@@ -188,7 +189,7 @@ def fit_correction(
 
 @dataclass
 class HeldOutMoments:
-    """Normal equations of the batches fitted on and of those held out, one in eight."""
+    """Normal equations of what is fitted on and of what is held out: one window in five, or one batch in eight."""
 
     train: NormalEquations
     held_out: NormalEquations
@@ -202,6 +203,13 @@ class HeldOutMoments:
         """Add the rows of batch `number`; see `NormalEquations.add`."""
         part = self.held_out if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else self.train
         part.add(x, y, weights)
+
+    def add_windows(self, first: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add windows, the first of which is number `first`: x [b, T, D], y [b, T, M], weights [b, T]."""
+        held = torch.arange(first, first + len(x), device=x.device) % HOLD_OUT_WINDOWS == HOLD_OUT_WINDOWS - 1
+        for part, rows in ((self.train, ~held), (self.held_out, held)):
+            if rows.any():
+                part.add(x[rows].flatten(0, -2), y[rows].flatten(0, -2), weights[rows].flatten())
 
     def whole(self) -> NormalEquations:
         """Moments of every row."""

@@ -121,8 +121,8 @@ def test_the_ffn_before_a_run_of_removed_blocks_takes_over_from_it(pico, model_t
     assert patched < 0.95 * without
 
 
-def test_too_few_batches_to_hold_any_out_change_nothing(pico):
-    recovery = recover(evaluator_of(pico("llama"), "llama", ids(8)), PLAN.removed, PLAN.rank, Reporter())
+def test_too_few_windows_to_hold_any_out_change_nothing(pico):
+    recovery = recover(evaluator_of(pico("llama"), "llama", ids(4)), PLAN.removed, PLAN.rank, Reporter())
     assert recovery.weights == {}
 
 
