@@ -154,6 +154,13 @@ def test_the_models_list_says_what_was_removed(client, live_server):
     assert model.pruning["kv_bytes_per_token"] * 30 == model.pruning["kv_bytes_per_token_dense"] * 20
 
 
+def wait(truth, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_client_that_goes_away_frees_its_cache(client, live_server):
     def value(name: str) -> float:
         text = client._client.get(f"{live_server.url}/metrics").text
@@ -168,12 +175,8 @@ def test_a_client_that_goes_away_frees_its_cache(client, live_server):
     ]
     for stream in streams:
         next(iter(stream))
-    assert value("vllm:num_requests_running") == 8
-    assert value("vllm:kv_cache_usage_perc") > 0
+    wait(lambda: value("vllm:num_requests_running") == 8 and value("vllm:kv_cache_usage_perc") > 0)
     for stream in streams:
         stream.close()
-    deadline = time.monotonic() + 30
-    while value("vllm:num_requests_running") + value("vllm:kv_cache_usage_perc") > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert value("shoal_event_loop_tasks") <= tasks + 1
+    wait(lambda: value("vllm:num_requests_running") + value("vllm:kv_cache_usage_perc") == 0)
+    wait(lambda: value("shoal_event_loop_tasks") <= tasks + 1)
