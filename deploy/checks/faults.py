@@ -137,7 +137,8 @@ async def cut_off(server: Server, http: aiohttp.ClientSession, streams: int) -> 
 
     # Each stream has its own connection: closing it is how a client goes away.
     async def one(number: int) -> str:
-        async with aiohttp.ClientSession(timeout=NO_LIMIT, connector=aiohttp.TCPConnector(force_close=True)) as own:
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(timeout=NO_LIMIT, connector=connector, headers=http.headers) as own:
             return await ask(server, own, 24, number, cut=8 if number % 2 else None)
 
     running = [asyncio.create_task(one(number)) for number in range(streams)]
