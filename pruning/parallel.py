@@ -21,6 +21,11 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 
+def everywhere(known: bool) -> bool:
+    """Whether something holds in every process; all must ask."""
+    return int(gather(torch.tensor([float(known)], dtype=torch.float64))) == process()[1]
+
+
 def gather(table: Tensor) -> Tensor:
     """Add the processes' tables.
 

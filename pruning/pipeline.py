@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pruning.console import Reporter, quiet_libraries
 from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.errors import RecipeError, StorageError
 from pruning.evaluate import loss
+from pruning.evaluation.choice import read_questions
 from pruning.export import apply_plan, copy_companions
 from pruning.families import Family
 from pruning.formats import PrunedModel, format_named
@@ -32,6 +33,7 @@ from pruning.selection import Judge, Selection
 from pruning.sizes import adapter_bytes, describe_bytes, predicted_bytes, sublayer_bytes
 from pruning.streaming import open_streamed
 from pruning.subnetwork import Evaluator, Residency
+from pruning.tasks import TaskEvaluator, holds_questions, parse_task, read_task
 from pruning.workdir import Journal, atomic_directory, check_free_space, check_output
 
 HELD_OUT_WINDOWS = 8
@@ -66,6 +68,10 @@ def judges_of(
         )
 
     windows = max(1, recipe.score_tokens // recipe.sequence_length)
+    if recipe.task:
+        adapters = _adapters(dense, recipe, tokens, reporter) if recipe.recovery_aware else None
+        settings = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
+        return [_task_judge(dense, recipe, text, adapters, settings, _identity(recipe, tokens)) for text in recipe.task]
     if not recipe.recovery_aware:
         return [Judge("calibration text", evaluator(tokens[:windows]))]
     sources = len(recipe.calibration) or 2
@@ -75,9 +81,32 @@ def judges_of(
     halves = [tokens[[row for row, source in enumerate(row_source) if source % 2 == half]] for half in (0, 1)]
     return [
         Judge(f"half {half + 1}", evaluator(halves[half][: max(1, windows // 2)]),
-              adapters=_adapters(dense, recipe, halves[1 - half], reporter))
+              adapters=_adapters(dense, recipe, halves[1 - half], reporter),
+              fitted_on=_identity(recipe, halves[1 - half]))
         for half in (0, 1)
     ]  # fmt: skip
+
+
+def _task_judge(
+    dense: DenseModel, recipe: Recipe, text: str, adapters: selection.Adapters | None, settings: Mapping[str, Any],
+    fitted_on: str,
+) -> Judge:  # fmt: skip
+    """What one `--task` asks for."""
+    path, weight = parse_task(text)
+    evaluator: Evaluator
+    if holds_questions(path):
+        questions = read_task(path, dense.tokenizer, recipe.score_tokens)
+        evaluator = TaskEvaluator(dense.model, dense.family, questions, dense.tokenizer, recipe.judged_by, **settings)
+    else:
+        rows = from_files([path], dense.tokenizer, recipe.score_tokens, recipe.sequence_length, recipe.seed)
+        evaluator = Evaluator(dense.model, dense.family, rows, **settings)
+    return Judge(path.name, evaluator, weight, adapters, fitted_on)
+
+
+def _identity(recipe: Recipe, tokens: Tensor) -> str:
+    """Digest of what adapters depend on besides the model."""
+    settings = f"{recipe.emulation} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
+    return hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
 def _adapters(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> selection.Adapters:
@@ -86,7 +115,7 @@ def _adapters(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Repor
     candidates = sublayers_of(free_units(counts(recipe, len(evaluator.blocks)), len(evaluator.blocks), recipe.keep))
     kept: dict[tuple[Sublayer, ...], dict[Sublayer, nn.Module]] = {}
 
-    def adapters(base: Collection[Sublayer]) -> Mapping[Sublayer, nn.Module]:
+    def adapters(base: Sequence[Sublayer]) -> Mapping[Sublayer, nn.Module]:
         key = tuple(sorted(base))
         if key not in kept:
             kept.clear()
@@ -124,6 +153,19 @@ def choose(judges: Sequence[Judge], recipe: Recipe, wanted: Counts, reporter: Re
         Sampling(recipe.seed, recipe.samples, depth), reporter,
         objective=recipe.objective, generations=recipe.generations, offspring=recipe.offspring,
     )  # fmt: skip
+
+
+def tasks_of(
+    judges: Sequence[Judge], recipe: Recipe, wanted: Counts, chosen: Selection, reporter: Reporter
+) -> dict[str, dict[str, float]]:
+    """Print, and return for the manifest, what the plan costs every task, and what each task alone would choose."""
+    found = selection.trade_off(judges, groups_of(wanted, len(judges[0].evaluator.blocks), recipe.keep), chosen)
+    named = {name or "chosen plan": costs for name, costs in found.items()}
+    reporter.say("increase by task: " + ", ".join(f"{judge.name} (weight {judge.weight:g})" for judge in judges))
+    for name, costs in named.items():
+        label = name if name == "chosen plan" else f"plan for {name} alone"
+        reporter.say(f"  {label}: " + ", ".join(f"{cost:+.4f}" for cost in costs.values()))
+    return named
 
 
 def within_budget(
@@ -199,7 +241,12 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
     Raises:
         UserError: What is wrong with the request.
     """
-    metric(recipe.importance)
+    row = metric(recipe.importance)
+    if recipe.task and not row.target.startswith("pruning.importance.ablation"):
+        raise RecipeError(f"--importance {recipe.importance} does not see answers; with --task use leave-one-out, kl, "
+                          "a Shapley value, or leave --task out")  # fmt: skip
+    if recipe.importance == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
+        raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
     source = find_model(model, reporter)
     wanted = counts(recipe, source.config.num_hidden_layers)
     if recipe.fuse:
@@ -210,6 +257,11 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
         raise RecipeError("--emulation self-only is for attention without a norm after it; choose another")
     for path in recipe.calibration:
         read_text(path)
+    for path, _ in map(parse_task, recipe.task):
+        if holds_questions(path):
+            read_questions(path)
+        else:
+            read_text(path)
     return source, wanted
 
 
@@ -255,6 +307,7 @@ def run(
         judges = judges_of(dense, recipe, tokens, journal, reporter)
         chosen = choose(judges, recipe, wanted, reporter)
         gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter)
+        tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
     sizes = predicted_bytes(dense, plan)
@@ -280,7 +333,7 @@ def run(
             num_blocks=num_blocks,
             removed={str(s): _label(kind, recipe) for s, kind in plan.removed.items()},
             importance=table_of(chosen.scores, recipe.importance),
-            quality=quality,
+            quality=quality | ({"tasks": tasks} if tasks else {}),
             sizes=sizes,
             stages=dict(reporter.stages),
             files={},

@@ -64,6 +64,15 @@ class Recipe(BaseModel):
     objective: Annotated[
         Literal["kl", "loss"], SELECTION, Field(description="What evolutionary and policy-gradient minimise.")
     ] = "kl"
+    task: Annotated[
+        list[str],
+        SELECTION,
+        SEVERAL,
+        Field(description="FILE or FILE:weight to judge on instead of calibration text: text or questions (JSONL)."),
+    ] = []
+    judged_by: Annotated[
+        Literal["loss", "error"], SELECTION, Field(description="What counts in multiple-choice questions.")
+    ] = "loss"
     generations: Annotated[
         int, SELECTION, Field(ge=1, description="Generations of evolutionary, steps of policy-gradient.")
     ] = 20

@@ -40,8 +40,8 @@ class NormalEquations:
 
         Products of float32 rows are formed in float32 (a call holds few rows) and summed over the calls in float64.
         """
-        root = weights.to(x).sqrt()[:, None]
-        x, y = x * root, y.to(x) * root
+        root = weights.to(x.device, torch.promote_types(x.dtype, torch.float32)).sqrt()[:, None]
+        x, y = x * root, y.to(root) * root
         self.weight += float(weights.sum())
         self.x_sum += (x * root).sum(0).double().cpu()
         self.y_sum += (y * root).sum(0).double().cpu()

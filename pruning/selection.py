@@ -1,12 +1,12 @@
 """Score units on several texts and tasks, and choose with any search; with emulation in place where that is asked."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from pruning import search
+from pruning import parallel, search
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.importance import Sampling, Scores, metric
@@ -16,9 +16,12 @@ from pruning.plan import Sublayer, Unit, sublayers_of
 from pruning.subnetwork import Evaluator
 
 SEARCHES = ("rank", "greedy", "evolutionary", "policy-gradient", "consecutive")
+SHORTLIST = 8  # units that greedy scores at a time, where a metric scores each apart from the others
 
-Adapters = Callable[[Collection[Sublayer]], Mapping[Sublayer, nn.Module]]
-"""(sublayers removed so far) -> the emulation of every sublayer that may go, fitted on what is left."""
+REFIT_EVERY = 3  # removals after which greedy fits all emulations anew
+
+Adapters = Callable[[Sequence[Sublayer]], Mapping[Sublayer, nn.Module]]
+"""(sublayers removed, in order) -> the emulation of every sublayer that may go, fitted with those removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +33,22 @@ class Judge:
         evaluator: The dense model on its tokens.
         weight: Its share of the whole.
         adapters: Emulations to judge with; none by default.
+        fitted_on: What the adapters depend on, for the journal's key.
     """
 
     name: str
     evaluator: Evaluator
     weight: float = 1.0
     adapters: Adapters | None = None
+    fitted_on: str = ""
 
     def seen_from(self, base: Sequence[Unit]) -> Evaluator:
         """The model with `base` removed, and with emulations if plans are judged with them."""
-        gone = sublayers_of(base)
-        return self.evaluator.view(gone, self.adapters(gone) if self.adapters else None)
+        gone = [sublayer for unit in base for sublayer in unit.sublayers]
+        if self.adapters is None:
+            return self.evaluator.view(gone)
+        # What went since the last fit is emulated as it was fitted when it was a candidate.
+        return self.evaluator.view(gone, self.adapters(gone[: len(gone) // REFIT_EVERY * REFIT_EVERY]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +70,59 @@ def score(
 ) -> dict[str, Scores]:  # fmt: skip
     """Importance of every unit for every judge, with `base` removed, and under "" their weighted mean."""
     function = metric(importance).load()
-    each = {judge.name: function(judge.seen_from(base), units, sampling, reporter) for judge in judges}
+
+    def scored(judge: Judge) -> Scores:
+        if judge.adapters is None:
+            return function(judge.seen_from(base), units, sampling, reporter)
+        # Known scores spare the fits; without fits the evaluator's own journal is enough.
+        key = ["scores", judge.evaluator.text, judge.fitted_on, importance, asdict(sampling), *_names(base, units)]
+        journal = judge.evaluator.journal
+        known = journal.recall(key)
+        if parallel.everywhere(known is not None):
+            values, errors = (dict(zip(units, row, strict=False)) for row in known)
+            return Scores(values, errors)
+        found = function(judge.seen_from(base), units, sampling, reporter)
+        journal.keep(key, [[found.values[unit] for unit in units], [found.errors[u] for u in units if found.errors]])
+        return found
+
+    each = {judge.name: scored(judge) for judge in judges}
     total = sum(judge.weight for judge in judges)
     shares = [(judge.weight / total, each[judge.name]) for judge in judges]
     values = {unit: sum(share * scores.values[unit] for share, scores in shares) for unit in units}
     known = [unit for unit in units if all(unit in scores.errors for _, scores in shares)]
     errors = {unit: math.hypot(*(share * scores.errors[unit] for share, scores in shares)) for unit in known}
     return {"": Scores(values, errors), **(each if len(judges) > 1 else {})}
+
+
+def _names(*several: Sequence[Unit]) -> list[list[str]]:
+    return [[str(unit) for unit in units] for units in several]
+
+
+def trade_off(
+    judges: Sequence[Judge], groups: Sequence[tuple[Sequence[Unit], int]], chosen: Selection
+) -> dict[str, dict[str, float]]:
+    """What each task would choose for itself, and what that costs every task.
+
+    Returns:
+        "" (the plan chosen) and name of a judge (one shot, by its scores alone) -> judge -> cost minus that of the
+        dense model, in the judge's own unit; emulations as the judge has them.
+    """
+    plans: dict[str, list[Unit]] = {"": list(chosen.order)}
+    if len(judges) > 1:
+        for judge in judges:
+            plans[judge.name] = []
+            for units, count in groups:
+                taken = set(sublayers_of(plans[judge.name]))
+                among = [unit for unit in units if not taken & set(unit.sublayers)]
+                plans[judge.name] += search.rank(chosen.scores[judge.name].values, count, among)
+    out: dict[str, dict[str, float]] = {name: {} for name in plans}
+    for judge in judges:
+        dense = float(judge.evaluator.loss({}).mean())
+        view = judge.seen_from([])
+        table = view.values([dict.fromkeys(sublayers_of(plan)) for plan in plans.values()]).mean(1)
+        for name, cost in zip(plans, table.tolist(), strict=True):
+            out[name][judge.name] = cost - dense
+    return out
 
 
 def select(
@@ -110,7 +164,8 @@ def select(
         if how == "rank":
             order += search.rank(whole, count, among)
         elif how == "greedy":
-            order += search.greedy(_rescorer(judges, importance, sampling, reporter, fixed, whole), count, among)
+            rescore = _rescorer(judges, importance, sampling, reporter, fixed, whole)
+            order += search.greedy(rescore, count, among, SHORTLIST if metric(importance).apart else None)
         elif how == "consecutive":
             order += _run(judges[0].evaluator, among, count, reporter)
         elif how == "evolutionary":

@@ -117,6 +117,8 @@ class Evaluator:
         journal: Values already computed; none are kept by default.
     """
 
+    answers_questions = False
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -166,6 +168,11 @@ class Evaluator:
     def windows(self) -> int:
         """n, windows in all batches."""
         return sum(len(batch) for batch in self.batches)
+
+    @property
+    def text(self) -> list[str]:
+        """Digests of all batches."""
+        return [self._text(number) for number in range(len(self.batches))]
 
     def mine(self) -> list[int]:
         """Numbers of the batches that this process computes."""

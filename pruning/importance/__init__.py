@@ -43,6 +43,7 @@ class Metric:
         source: Where it comes from.
         help: One line.
         draws: The work grows with `Sampling.samples`.
+        apart: A unit's value does not depend on which others are scored, and each costs forwards of its own.
     """
 
     target: str
@@ -51,6 +52,7 @@ class Metric:
     source: str
     help: str
     draws: bool = False
+    apart: bool = False
 
     def load(self) -> Callable[..., Scores]:
         """Import the function."""
@@ -87,15 +89,15 @@ METRICS: dict[str, Metric] = {
     ),
     "leave-one-out": Metric(
         "pruning.importance.ablation:leave_one_out", "U/2", "nats/token", "arXiv 2407.16286",
-        "increase of the next-token loss when the unit alone is removed",
+        "increase of the next-token loss when the unit alone is removed", apart=True,
     ),
     "perplexity": Metric(
         "pruning.importance.ablation:perplexity", "U/2", "perplexity", "arXiv 2406.10594",
-        "increase of the perplexity when the unit alone is removed",
+        "increase of the perplexity when the unit alone is removed", apart=True,
     ),
     "kl": Metric(
         "pruning.importance.ablation:kl", "U/2", "nats/token", "arXiv 2410.14649",
-        "KL from the dense model's next-token distribution when the unit alone is removed",
+        "KL from the dense model's next-token distribution when the unit alone is removed", apart=True,
     ),
     "loss-shapley": Metric(
         "pruning.importance.ablation:loss_shapley", "S", "nats/token", "arXiv 2407.16286",
@@ -104,6 +106,10 @@ METRICS: dict[str, Metric] = {
     "logit-shapley": Metric(
         "pruning.importance.ablation:logit_shapley", "S", "logit distance", "arXiv 2407.16286",
         "distance to the dense logits of sampled subnetworks without the unit minus with it", draws=True,
+    ),
+    "task-shapley": Metric(
+        "pruning.importance.ablation:task_shapley", "S", "per question", "arXiv 2407.16286",
+        "loss or error on --task questions of sampled subnetworks without the unit minus with it", draws=True,
     ),
     "shapley": Metric(
         "pruning.importance.ablation:shapley", "2 S U", "nats/token", "arXiv 1904.02868",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pruning.console import Reporter
+from pruning.errors import RecipeError
 from pruning.importance import Sampling, Scores
 from pruning.objective import Objective
 from pruning.plan import Unit, sublayers_of
@@ -36,11 +37,12 @@ def perplexity(evaluator: Evaluator, units: Sequence[Unit], sampling: Sampling, 
 
 
 def kl(evaluator: Evaluator, units: Sequence[Unit], sampling: Sampling, reporter: Reporter) -> Scores:
-    """Mean over tokens of KL(dense || without the unit), nats/token.
+    """Mean over tokens of KL(dense || without the unit), minus that with it (0 in the dense model), nats/token.
 
     Source: the fitness of EvoPress, arXiv 2410.14649, on one unit at a time.
     """
-    return _scores(units, _without_each(evaluator, units, "kl", reporter)[1:].mean(1))
+    table = _without_each(evaluator, units, "kl", reporter).mean(1)
+    return _scores(units, table[1:] - table[0])
 
 
 def loss_shapley(evaluator: Evaluator, units: Sequence[Unit], sampling: Sampling, reporter: Reporter) -> Scores:
@@ -57,6 +59,19 @@ def logit_shapley(evaluator: Evaluator, units: Sequence[Unit], sampling: Samplin
     Source: arXiv 2407.16286; see `shapley.sampled_contributions`.
     """
     return _sampled(evaluator, units, "logits", sampling, reporter)
+
+
+def task_shapley(evaluator: Evaluator, units: Sequence[Unit], sampling: Sampling, reporter: Reporter) -> Scores:
+    """As `loss_shapley`, by the loss or the zero-one error on multiple-choice questions.
+
+    Raises:
+        RecipeError: There are no questions.
+
+    Source: arXiv 2407.16286 (the task performance Shapley value); see `shapley.sampled_contributions`.
+    """
+    if not evaluator.answers_questions:
+        raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
+    return _sampled(evaluator, units, "loss", sampling, reporter)
 
 
 def shapley(evaluator: Evaluator, units: Sequence[Unit], sampling: Sampling, reporter: Reporter) -> Scores:

@@ -43,6 +43,32 @@ def test_greedy_sees_what_removals_do_to_each_other_and_rank_does_not():
     assert [u.block for u in greedy(rescore, 3, UNITS)] == [0, 3, 6]
 
 
+@given(st.lists(st.integers(0, 5), min_size=8, max_size=8), st.integers(1, 7), st.integers(1, 4))
+@settings(max_examples=50, deadline=None)
+def test_lazy_greedy_chooses_what_greedy_does_where_importance_only_grows(weights, count, shortlist):
+    asked = []
+
+    def rescore(gone, rest):
+        asked.append(len(rest))
+        return {unit: cost_of([*gone, unit], weights) - cost_of(gone, weights) for unit in rest}
+
+    lazily = greedy(rescore, count, UNITS, shortlist)
+    scored = sum(asked)
+    assert lazily == greedy(rescore, count, UNITS)
+    assert scored <= sum(asked) - scored
+
+
+def test_lazy_greedy_scores_few_where_units_are_apart():
+    asked = []
+
+    def rescore(gone, rest):
+        asked.append(len(rest))
+        return {unit: float(unit.block) for unit in rest}
+
+    assert [unit.block for unit in greedy(rescore, 5, UNITS, 2)] == [0, 1, 2, 3, 4]
+    assert asked == [8, 2, 2, 2, 2]
+
+
 def test_evolution_finds_the_best_plan_and_measures_few_closely():
     asked = []
     found = evolutionary(fitness_of(WEIGHTS, asked), UNITS[:3], UNITS, seed=0, generations=15, offspring=16)

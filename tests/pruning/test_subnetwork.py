@@ -132,8 +132,10 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 from pruning import parallel
+from pruning.console import Reporter
 from pruning.families import FAMILIES
-from pruning.plan import Sublayer
+from pruning.importance import Sampling, metric
+from pruning.plan import Sublayer, Unit
 from pruning.subnetwork import Evaluator
 
 torch.set_num_threads(1)
@@ -142,12 +144,17 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 ids = torch.randint(3, 320, (6, 24), generator=torch.Generator().manual_seed(1))
 plans = [{}, *({Sublayer(block, "attention"): None} for block in range(6))]
 table = Evaluator(model, FAMILIES["llama"], ids, batch_size=1).values(plans)
+units = [Unit(block, kind) for block in range(6) for kind in ("attention", "ffn")]
+evaluator = Evaluator(model, FAMILIES["llama"], ids, batch_size=1)
+names = ("cosine", "bip", "kl", "taylor", "shapley", "logit-shapley", "random")
+scores = {n: metric(n).load()(evaluator, units, Sampling(samples=1, depth=3), Reporter()).values for n in names}
+table = torch.cat([table.flatten(), *(torch.tensor(list(s.values()), dtype=torch.float64) for s in scores.values())])
 rank, processes = parallel.process()
 torch.save((table, processes), f"{sys.argv[2]}.{rank}")
 """
 
 
-def test_two_processes_give_the_same_bits(pico_directory, tmp_path):
+def test_two_processes_give_the_same_losses_and_scores_bit_for_bit(pico_directory, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": str(Path(pruning.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     tables = []

@@ -1,0 +1,210 @@
+"""Every chooser: which attention it removes, and what the model is then worth on text of another domain.
+
+python benchmarks/choosers.py smollm2-135m --calibration c4.txt books.txt --judge TEXT --output FILE
+
+Rows are added to the JSON file as they come; the same line again goes on where it stopped.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from pruning.calibration import from_files, read_text
+from pruning.console import Reporter, quiet_libraries
+from pruning.emulation import fit_candidates, fit_plan
+from pruning.importance import METRICS, Sampling
+from pruning.model import load_dense
+from pruning.plan import Unit, lowest, sublayers_of
+from pruning.selection import Judge, score, select
+from pruning.subnetwork import Evaluator
+from pruning.workdir import Journal
+
+SEARCHES = {
+    # name: metric, search, with emulation in place
+    "greedy leave-one-out": ("leave-one-out", "greedy", False),
+    "greedy kl": ("kl", "greedy", False),
+    "evolutionary": ("leave-one-out", "evolutionary", False),
+    "policy-gradient": ("leave-one-out", "policy-gradient", False),
+    "recovery-aware greedy kl": ("kl", "greedy", True),
+    "recovery-aware greedy leave-one-out": ("leave-one-out", "greedy", True),
+}
+METRIC_CHOOSERS = [name for name in METRICS if not name.startswith("task")]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", nargs="+", type=Path, required=True)
+    parser.add_argument("--judge", type=Path, required=True, help="text that no fit and no choice has seen")
+    parser.add_argument("--judge-tokens", type=int, default=6144)
+    parser.add_argument("--score-tokens", type=int, default=2048)
+    parser.add_argument("--fit-tokens", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--counts", nargs="+", type=int, default=[6, 10, 15])
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--choosers", nargs="+", default=[*METRIC_CHOOSERS, *SEARCHES])
+    parser.add_argument("--output", type=Path, required=True)
+    return parser.parse_args()
+
+
+class Results:
+    """The JSON file; several processes may add to it in turn."""
+
+    def __init__(self, path: Path, settings: dict) -> None:
+        self.path, self.settings = path, settings
+
+    def read(self) -> dict:
+        if self.path.exists():
+            return json.loads(self.path.read_text())
+        return {"settings": self.settings, "scores": {}, "plans": {}, "losses": {}}
+
+    def put(self, part: str, key: str, value: object) -> None:
+        document = self.read()
+        document[part][key] = value
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def judges_of(dense, options, candidates, recovery_aware: bool) -> list[Judge]:
+    """Text to score on; for a recovery-aware search two halves of other files, each judged with the other's fits."""
+    rows = from_files(options.calibration, dense.tokenizer, options.score_tokens, options.length, 1)
+    journal = Journal(options.output.with_suffix(".journal"), f"{options.model} {dense.model.dtype}")
+    if not recovery_aware:
+        return [Judge("text", Evaluator(dense.model, dense.family, rows, 1, journal=journal))]
+    fitting = from_files(options.calibration, dense.tokenizer, 2 * options.fit_tokens, options.length, 2)
+
+    def half(tokens, number):
+        return tokens[[row for row in range(len(tokens)) if row % len(options.calibration) % 2 == number]]
+
+    def adapters(evaluator):
+        kept: dict = {}
+
+        def fitted(base):
+            key = tuple(base)
+            if key not in kept:
+                kept.clear()
+                kept[key] = fit_candidates(evaluator, key, candidates, "low_rank", options.rank, Reporter())
+            return kept[key]
+
+        return fitted
+
+    return [
+        Judge(
+            f"half {number}",
+            Evaluator(dense.model, dense.family, half(rows, number), 1, journal=journal),
+            adapters=adapters(Evaluator(dense.model, dense.family, half(fitting, 1 - number), 2)),
+            fitted_on=f"{options.fit_tokens} tokens of half {1 - number}, rank {options.rank}",
+        )
+        for number in (0, 1)
+    ]
+
+
+def choose(dense, options, results: Results, chooser: str) -> None:
+    """Plans of every count by one chooser."""
+    units = [Unit(block, "attention") for block in range(dense.model.config.num_hidden_layers)]
+    sampling = Sampling(seed=0, samples=1 if chooser == "shapley" else 2, depth=10)
+    if chooser == "aumann-shapley":
+        sampling = Sampling(seed=0, samples=4, depth=10)
+    start = time.process_time()
+    if chooser in METRICS:
+        judges = judges_of(dense, options, units, False)
+        values = score(judges, units, chooser, sampling, Reporter())[""].values
+        results.put("scores", chooser, {str(unit): value for unit, value in values.items()})
+        plans = {count: lowest(values, count, units) for count in options.counts}
+    else:
+        importance, search, recovery_aware = SEARCHES[chooser]
+        judges = judges_of(dense, options, sublayers_of(units), recovery_aware)
+        # What greedy removes first does not depend on how many follow.
+        counts = [max(options.counts)] if search == "greedy" else options.counts
+        found = {
+            count: select(
+                judges, [(units, count)], importance, search, sampling, Reporter(), generations=8, offspring=8
+            ).order
+            for count in counts
+        }
+        plans = {count: found.get(count, found[max(found)][:count]) for count in options.counts}
+    entry = {str(count): [unit.block for unit in plan] for count, plan in plans.items()}
+    results.put("plans", chooser, {**entry, "cpu_seconds": round(time.process_time() - start, 1)})
+
+
+def judge(dense, options, results: Results, chooser: str) -> None:
+    """Loss of a chooser's plans on the judging text, with nothing and with adapters in place."""
+    length, tokens = 512, options.judge_tokens
+    ids = dense.tokenizer(read_text(options.judge)[: tokens * 12], add_special_tokens=False, verbose=False)["input_ids"]
+    judging = Evaluator(dense.model, dense.family, torch.tensor(ids[:tokens]).view(-1, length), 1)
+    fitting = Evaluator(
+        dense.model, dense.family,
+        from_files(options.calibration, dense.tokenizer, options.fit_tokens, options.length, 0), 2,
+    )  # fmt: skip
+    plans = results.read()["plans"][chooser]
+    wanted = {name_of(plans[str(count)]): sublayers_of(Unit(b, "attention") for b in plans[str(count)])
+              for count in options.counts}  # fmt: skip
+    known = results.read()["losses"]
+    if "dense" not in known:
+        results.put("losses", "dense", judging.loss({}).tolist())
+    bare = {name: plan for name, plan in wanted.items() if f"none {name}" not in known}
+    table = judging.values([dict.fromkeys(plan) for plan in bare.values()]) if bare else []
+    for name, row in zip(bare, table, strict=True):
+        results.put("losses", f"none {name}", row.tolist())
+    for name, plan in wanted.items():
+        if f"low_rank {name}" not in known:
+            emulations = fit_plan(fitting, dict.fromkeys(plan, "low_rank"), options.rank, Reporter())
+            results.put("losses", f"low_rank {name}", judging.loss(emulations).tolist())
+
+
+def name_of(blocks: list[int]) -> str:
+    return ",".join(map(str, sorted(blocks)))
+
+
+def ratio(document: dict, emulation: str, blocks: list[int]) -> float:
+    losses, dense = (torch.tensor(document["losses"][key]) for key in (f"{emulation} {name_of(blocks)}", "dense"))
+    return float((losses - dense).mean().exp())
+
+
+def rank_correlation(one: dict[str, float], other: dict[str, float]) -> float:
+    """Spearman's."""
+    ranks = [torch.tensor([scores[unit] for unit in one]).argsort().argsort().double() for scores in (one, other)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def table(document: dict, counts: list[int]) -> str:
+    lines = [
+        "| chooser | " + " | ".join(f"{count}, {what}" for what in ("none", "low-rank") for count in counts) + " |",
+        "|---" * (1 + 2 * len(counts)) + "|",
+    ]
+    for chooser, plans in document["plans"].items():
+        cells = [f"{ratio(document, e, plans[str(c)]):.3f}" for e in ("none", "low_rank") for c in counts]
+        lines.append(f"| {chooser} | " + " | ".join(cells) + " |")
+    scores = document["scores"]
+    if {"shapley", "aumann-shapley"} <= set(scores):
+        value = rank_correlation(scores["shapley"], scores["aumann-shapley"])
+        lines.append(f"\nRank correlation of aumann-shapley with shapley: {value:.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = arguments()
+    quiet_libraries()
+    dense = load_dense(options.model, options.dtype, "cpu", Reporter())
+    settings = {
+        "model": options.model, "dtype": str(dense.model.dtype)[6:],
+        "calibration": [path.name for path in options.calibration],
+        "judge": options.judge.name, "judge_tokens": options.judge_tokens, "score_tokens": options.score_tokens,
+        "fit_tokens": options.fit_tokens, "rank": options.rank,
+    }  # fmt: skip
+    results = Results(options.output, settings)
+    for chooser in options.choosers:
+        if chooser not in results.read()["plans"]:
+            choose(dense, options, results, chooser)
+        judge(dense, options, results, chooser)
+        print(f"{chooser} done", flush=True)
+    print(table(results.read(), options.counts))
+
+
+if __name__ == "__main__":
+    main()
