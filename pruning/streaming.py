@@ -1,5 +1,6 @@
 """Blocks from disk one at a time, for models that do not fit into memory."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,9 @@ class Streamed(Residency):
         # The model's own forward, which prepares what blocks are given, ends with the final norm.
         self._embedding = [name for name in outside if not name.startswith(family.head + ".")]
         self._stored_as: dict[str, str] = {}
+        # Memory of the last block is used again for the next: freed and asked for anew, it fragments the heap, and the
+        # process grows by most of a block each time.
+        self._spare: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
         if model.config.tie_word_embeddings:
             # Held at different times, so each gets a parameter of its own, read from the one stored tensor.
             weight = f"{family.head}.weight"
@@ -51,8 +55,12 @@ class Streamed(Residency):
     def block(self, index: int) -> Iterator[None]:
         """Hold one block in memory inside the `with`."""
         prefix = f"{self._family.blocks}.{index}."
-        with self._held([name for name, _ in self._model.named_parameters() if name.startswith(prefix)]):
+        names = [name for name, _ in self._model.named_parameters() if name.startswith(prefix)]
+        with self._held(names):
             yield
+            for name in names:
+                tensor = self._model.get_parameter(name).detach()
+                self._spare[tensor.shape].append(tensor)
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
@@ -81,7 +89,10 @@ class Streamed(Residency):
             raise ModelError(f"the weights lack {name}; --stream reads checkpoints with the family's usual names only")
         with safe_open(self._file_of[name], framework="pt", device="cpu") as file:
             tensor: torch.Tensor = file.get_tensor(name)
-        return tensor.to(self._device, self._dtype, copy=True)
+        spare = self._spare[tensor.shape]
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
+            out = spare.pop() if spare else torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
+        return out.copy_(tensor)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         owner, _, attribute = name.rpartition(".")
