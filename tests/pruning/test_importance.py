@@ -28,7 +28,7 @@ def scores(name, evaluator, units=EVERY, sampling=SAMPLING):
     return metric(name).load()(evaluator, units, sampling, Reporter())
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "task-shapley"])  # see test_tasks.py
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_every_metric_scores_sublayers_and_blocks_whatever_the_batches(pico, model_type, name):
     model, family = pico(model_type), FAMILIES[model_type]
@@ -99,7 +99,7 @@ def test_path_gradients_sum_to_the_loss_at_the_end_of_the_path(pico):
     gates = torch.full((2, 2), 1 - share, dtype=torch.float64)
     with torch.no_grad():
         for index in range(6):
-            hidden = evaluator._gated(index, hidden, kwargs[index], gates)
+            hidden = evaluator._gated(index, hidden, kwargs[index], gates, {})
         end = float(evaluator.head_loss(hidden, evaluator.batches[0]).mean())
     increase = end - float(evaluator.loss({}).mean())
     assert share * sum(found.values()) == pytest.approx(increase, rel=1e-3, abs=1e-4)
