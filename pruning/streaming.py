@@ -1,6 +1,6 @@
 """Blocks from disk one at a time, for models that do not fit into memory."""
 
-from collections import defaultdict
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,9 +40,6 @@ class Streamed(Residency):
         # The model's own forward, which prepares what blocks are given, ends with the final norm.
         self._embedding = [name for name in outside if not name.startswith(family.head + ".")]
         self._stored_as: dict[str, str] = {}
-        # Memory of the last block is used again for the next: freed and asked for anew, it fragments the heap, and the
-        # process grows by most of a block each time.
-        self._spare: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
         if model.config.tie_word_embeddings:
             # Held at different times, so each gets a parameter of its own, read from the one stored tensor.
             weight = f"{family.head}.weight"
@@ -55,12 +52,8 @@ class Streamed(Residency):
     def block(self, index: int) -> Iterator[None]:
         """Hold one block in memory inside the `with`."""
         prefix = f"{self._family.blocks}.{index}."
-        names = [name for name, _ in self._model.named_parameters() if name.startswith(prefix)]
-        with self._held(names):
+        with self._held([name for name, _ in self._model.named_parameters() if name.startswith(prefix)]):
             yield
-            for name in names:
-                tensor = self._model.get_parameter(name).detach()
-                self._spare[tensor.shape].append(tensor)
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
@@ -83,20 +76,28 @@ class Streamed(Residency):
         finally:
             for name in names:
                 self._put(name, self._model.get_parameter(name).detach().to("meta"))
+            _give_back()
 
     def _read(self, name: str) -> torch.Tensor:
         if name not in self._file_of:
             raise ModelError(f"the weights lack {name}; --stream reads checkpoints with the family's usual names only")
         with safe_open(self._file_of[name], framework="pt", device="cpu") as file:
             tensor: torch.Tensor = file.get_tensor(name)
-        spare = self._spare[tensor.shape]
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
-            out = spare.pop() if spare else torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
-        return out.copy_(tensor)
+        return tensor.to(self._device, self._dtype, copy=True)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         owner, _, attribute = name.rpartition(".")
         setattr(self._model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def _give_back() -> None:
+    """Return freed memory to the system where the C library (glibc) keeps it.
+
+    PyTorch's aligned tensors fragment its heap: blocks loaded and freed in turn made the process grow by most of a
+    block each time, until it held most of the model.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
