@@ -42,8 +42,9 @@ def greedy(rescore: Rescore, count: int, among: Sequence[Unit], shortlist: int |
         many = len(rest) if shortlist is None or not gone else shortlist
         fresh: dict[Unit, float] = {}
         while rest and (not fresh or min(fresh.values()) >= known[rest[0]]):
-            fresh |= rescore(gone, sorted(rest[:many]))
-            rest = rest[many:]
+            asked, rest = sorted(rest[:many]), rest[many:]
+            scores = rescore(gone, asked)
+            fresh |= {unit: scores[unit] for unit in asked}
         known |= fresh
         gone += lowest(fresh, 1, list(fresh))
     return gone

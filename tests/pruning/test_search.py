@@ -69,6 +69,13 @@ def test_lazy_greedy_scores_few_where_units_are_apart():
     assert asked == [8, 2, 2, 2, 2]
 
 
+def test_greedy_takes_only_what_it_asked_about():
+    def rescore(gone, rest):
+        return {Unit(0, "ffn"): -1.0, **{unit: float(unit.block) for unit in UNITS}}
+
+    assert [str(unit) for unit in greedy(rescore, 2, UNITS[3:])] == ["attention.3", "attention.4"]
+
+
 def test_evolution_finds_the_best_plan_and_measures_few_closely():
     asked = []
     found = evolutionary(fitness_of(WEIGHTS, asked), UNITS[:3], UNITS, seed=0, generations=15, offspring=16)
