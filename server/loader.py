@@ -1,7 +1,9 @@
 """Refuse a damaged checkpoint before any weight is loaded."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pruning.checkpoint import verify
 from pruning.errors import CheckpointError
@@ -21,3 +23,27 @@ def check_directory(model: str, load_format: str) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"{model} is not a directory; download the checkpoint first and give its path")
     verify(directory)
+
+
+def check_stage(block_configs: Sequence[Any], start: int, end: int) -> None:
+    """Check that one pipeline stage can run by itself.
+
+    Args:
+        block_configs: One entry a block of the whole model.
+        start: First block of the stage.
+        end: One past its last.
+
+    Raises:
+        CheckpointError: It has no attention layer left, or an emulation reads an attention layer of another stage.
+    """
+    stage, split = f"the pipeline stage of blocks {start} to {end - 1}", "set VLLM_PP_LAYER_PARTITION to another split"
+    if all(block_configs[index]["attention"]["no_op"] for index in range(start, end)):
+        raise CheckpointError(f"{stage} has no attention layer left, and vLLM cannot size its KV cache; {split}")
+    for index in range(start, end):
+        for kind in ("attention", "ffn"):
+            emulation = block_configs[index][kind]["emulation"] or {}
+            for source in emulation.get("sources", ()):
+                if not start <= source < end:
+                    raise CheckpointError(
+                        f"{stage} reads the attention output of block {source}, which another stage holds; {split}"
+                    )

@@ -2,14 +2,9 @@
 
 While a stock model builds its blocks, the attention and FFN class names in its module are replaced by
 `Absent` wherever `block_configs` says so: the dense module is never allocated and vLLM finds no `Attention` to give
-a KV cache to. A stand-in then takes the place, and the stock `forward` of the block runs unchanged.
+a KV cache to. A stand-in (`stand_ins.py`) then takes the place, and the stock `forward` of the block runs unchanged.
 
-Blocks come in two kinds. A *fused* block carries (update, residual) and its norms add the two; a removed sublayer
-hands the pending update on, so neither a norm nor an addition is spent on it. A *plain* block adds by itself and gets
-a zero. Families that vLLM runs through transformers' own code are in `transformers_models.py`.
-
-Adapters are replicated under tensor parallelism: at rank 64 they are 2% of a block, and sharding them would cost an
-all-reduce to save less than that.
+Families that vLLM runs through transformers' own code are in `transformers_models.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,14 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pruning.families import FAMILIES, Family
-from server.loader import check_directory
-from server.vllm_models import RMSNorm, is_first_worker, replaced, stock, tensor_parallel_size
-
-RMS_EPSILON = 1e-6
+from server.loader import check_directory, check_stage
+from server.stand_ins import Absent, Place, build_emulation, connect_sources, install
+from server.vllm_models import is_first_worker, replaced, stock, tensor_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,98 +87,6 @@ SEAMS: Mapping[str, Seam] = {
 }
 
 
-class Absent(nn.Module):
-    """Built where a removed attention or FFN would have been; holds nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-
-class Bias(nn.Module):
-    """A constant update [D]."""
-
-    def __init__(self, hidden_size: int, fused: bool) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
-        self.fused = fused
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Pending update plus bias (fused), or the bias for every token: [tokens, D]."""
-        return hidden + self.bias if self.fused else self.bias.expand_as(hidden)
-
-
-class LowRank(nn.Module):
-    """An affine map of rank r of the normalised residual stream, as `pruning.modeling.LowRankEmulation`."""
-
-    def __init__(self, hidden_size: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False)
-        self.up = nn.Linear(rank, hidden_size, bias=True)
-
-    def forward(self, normalised: Tensor) -> Tensor:
-        """Update [tokens, D]."""
-        return self.up(self.down(normalised))
-
-
-class SkippedNorm(nn.Module):
-    """Norm before a sublayer that does not read its input: hands the pending update on."""
-
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        self.fused = fused
-
-    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
-        """(update, residual) as they came; in block 0 of a fused model nothing is pending yet."""
-        if residual is not None:
-            return hidden, residual
-        return torch.zeros_like(hidden) if self.fused else hidden
-
-
-class StandIn(nn.Module):
-    """Takes the place of a removed attention or FFN module.
-
-    Args:
-        emulation: Makes the update; None where there is none.
-        norm: Before the emulation, where the block does not hold it in the place of the sublayer's own.
-        fused: Whether blocks carry (update, residual).
-        share: Of the update that this rank adds, where the block sums over ranks.
-    """
-
-    def __init__(self, emulation: nn.Module | None, norm: nn.Module | None, fused: bool, share: float) -> None:
-        super().__init__()
-        self.emulation = emulation
-        self.norm = norm
-        self.fused = fused
-        self.share = share
-
-    def forward(self, hidden_states: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The update [tokens, D]; without emulation the pending one (fused) or zero."""
-        if self.emulation is None:
-            return hidden_states if self.fused else torch.zeros_like(hidden_states)
-        update = self.emulation(hidden_states if self.norm is None else self.norm(hidden_states))
-        return update if self.share == 1 else update * self.share
-
-
-def install(block: nn.Module, family: Family, seam: Seam, kind: str, spec: Any, hidden_size: int) -> None:
-    """Put the stand-in of a removed sublayer, and what its norms become, into a block."""
-    place = family.attention if kind == "attention" else seam.ffn_place or family.ffn
-    before, after = family.norms(kind)
-    emulation: nn.Module | None = None
-    norm: nn.Module | None = None
-    if spec is not None and spec["kind"] == "bias":
-        emulation = Bias(hidden_size, seam.fused)
-    elif spec is not None:
-        emulation = LowRank(hidden_size, int(spec["rank"]))
-        norm = RMSNorm(hidden_size, eps=RMS_EPSILON, has_weight=False)
-    if before is not None:
-        setattr(block, before, norm or SkippedNorm(seam.fused))
-        norm = None
-    if after is not None:
-        setattr(block, after, nn.Identity())
-    share = 1 / tensor_parallel_size() if seam.partial else 1
-    setattr(block, place, StandIn(emulation, norm, seam.fused, share))
-
-
 def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam, config: Any) -> Callable[..., Any]:
     """`make_layers` that builds block i as `config.block_configs[i]` says."""
 
@@ -195,12 +96,20 @@ def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam,
         size = spec["ffn"].get("intermediate_size", config.intermediate_size)
         with replaced({name: Absent for kind in gone for name in seam.constructs(kind)}), _sized(config, size):
             block = layer(prefix=prefix)
+        share = 1 / tensor_parallel_size() if seam.partial else 1
         for kind in gone:
-            install(block, family, seam, kind, spec[kind]["emulation"], config.hidden_size)
+            before, after = family.norms(kind)
+            place = family.attention if kind == "attention" else seam.ffn_place or family.ffn
+            emulation = build_emulation(spec[kind]["emulation"], config.hidden_size, seam.fused)
+            install(block, Place(place, before, after), emulation, fused=seam.fused, share=share)
         return block
 
     def make(count: int, layer: Callable[..., nn.Module], prefix: str) -> Any:
-        return make_layers(count, lambda prefix: build(layer, prefix), prefix=prefix)
+        start, end, layers = make_layers(count, lambda prefix: build(layer, prefix), prefix=prefix)
+        check_stage(config.block_configs, start, end)
+        places = (family.attention, seam.ffn_place or family.ffn)
+        connect_sources(layers, config.block_configs, places, start, end, partial=seam.partial)
+        return start, end, layers
 
     return make
 

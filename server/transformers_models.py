@@ -13,7 +13,7 @@ from torch import nn
 from pruning.configuration import cache_view
 from pruning.families import Family
 from pruning.modeling import register_models
-from server.loader import check_directory
+from server.loader import check_directory, check_stage
 from server.vllm_models import is_first_worker, replaced, stock
 
 
@@ -27,9 +27,15 @@ def define(family: Family) -> type[nn.Module]:
         register_models()
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)
 
+    def pipeline_parallel(self: Any) -> None:
+        configs, group = self.config.block_configs, self.pp_group
+        start, end = stock("transformers.base").get_pp_indices(len(configs), group.rank_in_group, group.world_size)
+        check_stage(configs, start, end)
+        base.pipeline_parallel(self)
+
     def create_attention_instances(self: Any, prefix: str = "") -> None:
         here = sorted(self.attention_fusers)  # this stage's, found by walking its modules
-        stage = (here[0], here[-1] + 1) if here else (0, 0)
+        stage = here[0], here[-1] + 1
         whole, self.text_config = self.text_config, cache_view(self.text_config)
         try:
             with replaced({"transformers.base:get_pp_indices": lambda *_: stage}):
@@ -42,6 +48,7 @@ def define(family: Family) -> type[nn.Module]:
         (base,),
         {
             "__init__": init,
+            "pipeline_parallel": pipeline_parallel,
             "_create_attention_instances": create_attention_instances,
             "__module__": "server.models",
             "__doc__": f"{family.name} without the sublayers that `config.block_configs` marks as removed.",

@@ -5,10 +5,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from torch import Tensor
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-__all__ = ["RMSNorm", "is_first_worker", "replaced", "stock", "tensor_parallel_size"]
+__all__ = ["RMSNorm", "is_first_worker", "replaced", "stock", "sum_over_ranks", "tensor_parallel_size"]
 
 
 def is_first_worker() -> bool:
@@ -19,6 +25,12 @@ def is_first_worker() -> bool:
 def tensor_parallel_size() -> int:
     """Ranks that share every layer."""
     return get_tensor_model_parallel_world_size()
+
+
+def sum_over_ranks(partial: Tensor) -> Tensor:
+    """Sum of what every tensor-parallel rank holds, on every rank."""
+    whole: Tensor = tensor_model_parallel_all_reduce(partial)
+    return whole
 
 
 def stock(name: str) -> Any:

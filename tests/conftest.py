@@ -1,5 +1,6 @@
 """Small real models of every family, and checkpoints made from them."""
 
+import json
 import os
 import socket
 import ssl
@@ -107,7 +108,7 @@ MIXED_PLAN = Plan(
     {
         Sublayer(0, "attention"): "bias",
         Sublayer(1, "ffn"): "none",
-        Sublayer(2, "attention"): "low_rank",
+        Sublayer(2, "attention"): "context",
         Sublayer(2, "ffn"): "bias",
         Sublayer(3, "attention"): "none",
         Sublayer(3, "ffn"): "none",
@@ -116,6 +117,8 @@ MIXED_PLAN = Plan(
     },
     rank=4,
 )
+
+FUSIBLE_PLAN = Plan(BLOCKS, {**MIXED_PLAN.removed, Sublayer(2, "attention"): "low_rank"}, rank=4)
 
 
 def tokens(rows: int = 8, length: int = 48, seed: int = 1) -> torch.Tensor:
@@ -156,6 +159,24 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
     return directory
 
 
+def rewrite_manifest(directory: Path) -> None:
+    """Hash the files of a checkpoint again after a test has changed them."""
+    fields = json.loads((directory / "pruning.json").read_text())
+    (directory / "pruning.json").unlink()
+    write_manifest(directory, Manifest.model_validate(fields))
+
+
+def engine_environment() -> dict[str, str]:
+    """The environment of a process that runs vLLM in itself."""
+    return os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is sent to the workers to list their modules
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+
+
 @pytest.fixture(scope="session")
 def pico() -> Callable[..., PreTrainedModel]:
     """Factory of tiny random models: `pico("llama")`."""
@@ -193,7 +214,8 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
             model_type, _, fused = name.partition(" ")
             model = pico_model(model_type)
             directory = tmp_path_factory.mktemp(f"pruned-{name.replace(' ', '-')}")
-            made[name] = export_pico(model, model_type, MIXED_PLAN, directory, fused=bool(fused)), model
+            plan = FUSIBLE_PLAN if fused else MIXED_PLAN
+            made[name] = export_pico(model, model_type, plan, directory, fused=bool(fused)), model
         return made[name]
 
     return make

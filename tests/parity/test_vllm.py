@@ -1,7 +1,6 @@
 """vLLM computes what transformers computes, for every family, from the same checkpoint."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pruning.families import FAMILIES
+from tests.conftest import engine_environment
 
 PROMPTS = [
     [5, 77, 130, 9, 260, 31, 8, 200, 14, 90, 61, 44, 17, 300, 23, 6, 99, 101, 210, 3, 55, 12, 13, 240],
@@ -24,19 +24,8 @@ MODELS = [*FAMILIES, "llama fused", "qwen2 fused"]
 def run_engine(models: list[Path], variables: dict[str, str] | None = None, **options) -> dict[str, dict]:
     """What vLLM makes of the prompts with each model; one process, with these environment variables, for all."""
     job = {"models": [str(m) for m in models], "prompts": PROMPTS, "max_tokens": NEW_TOKENS, "options": options}
-    environment = (
-        os.environ
-        | (variables or {})
-        | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is sent to the workers to list their modules
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }
-    )
     command = [sys.executable, str(Path(__file__).with_name("engine.py")), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=engine_environment() | (variables or {}))
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.partition("RESULT ")[2] for line in done.stdout.splitlines() if "RESULT " in line]
     return {result["model"]: result for result in map(json.loads, lines)}
