@@ -80,6 +80,33 @@ def from_files(
     return interleave(parts)
 
 
+def other_windows(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, used: Tensor
+) -> Tensor:
+    """Windows of files (of the standard library's text, where there are none) that are not among those in use.
+
+    Args:
+        files: Text or JSONL.
+        tokenizer: Of the model.
+        tokens: To read at most, in equal shares of the files as far as they go.
+        length: T.
+        used: int64 [m, T].
+
+    Returns:
+        int64 [n, T], the files' windows interleaved; n may be 0.
+    """
+    texts = [read_text(path) for path in files] if files else [standard_library_text()]
+    known = {row.numpy().tobytes() for row in used}
+    share = tokens // len(texts)
+    parts = []
+    for text in texts:
+        ids = tokenizer(text[: share * 12], add_special_tokens=False, verbose=False)["input_ids"][:share]
+        rows = torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
+        keep = [i for i, row in enumerate(rows) if row.numpy().tobytes() not in known]
+        parts.append(rows[keep])
+    return interleave(parts) if any(map(len, parts)) else used[:0]
+
+
 def interleave(parts: Sequence[Tensor]) -> Tensor:
     """Rows of several [n_i, T] tensors in turn, so that any prefix is a mix."""
     rows: list[Tensor] = []
