@@ -1,7 +1,6 @@
 """What healing gives after the closed-form emulation, with its tokens, seconds and curve: one row added to a JSON file.
 
-python benchmarks/healing.py smollm2-135m --calibration DIR/*.txt --judge TEXT --attention 4,6,7 --heal lora --steps 100 \
-    --output FILE
+python benchmarks/healing.py smollm2-135m --calibration DIR/*.txt --judge TEXT --attention 4,6,7 --heal lora --output FILE
 """
 
 import argparse
@@ -29,7 +28,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--calibration", nargs="+", type=Path, required=True)
-    parser.add_argument("--judge", type=Path, help="text that no fit and no choice has seen; none: held-out figures only")
+    parser.add_argument(
+        "--judge", type=Path, help="text that no fit and no choice has seen; none: held-out figures only"
+    )
     parser.add_argument("--judge-tokens", type=int, default=20480)
     parser.add_argument("--attention", required=True, help="blocks that lose it: 4,5,6")
     parser.add_argument("--emulation", default="low_rank")
@@ -44,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--validation", type=int, default=32, help="windows")
+    parser.add_argument("--validation", type=int, default=16, help="windows")
     parser.add_argument("--state", type=Path, help="file to resume from")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
@@ -61,7 +62,9 @@ def main() -> None:
     gone = attention_of(options.attention)
     plan = Plan(dense.model.config.num_hidden_layers, dict.fromkeys(gone, options.emulation), options.rank)
     start, cpu = time.perf_counter(), time.process_time()
-    recovery = recover(Evaluator(dense.model, dense.family, fitted), plan.removed, plan.rank, reporter, compensated=False)
+    recovery = recover(
+        Evaluator(dense.model, dense.family, fitted), plan.removed, plan.rank, reporter, compensated=False
+    )
     row = {key: str(value) for key, value in vars(options).items() if key not in ("output", "state", "calibration")}
     row["files"] = [path.name for path in options.calibration]
     row["fit_seconds"], row["fit_cpu_seconds"] = time.perf_counter() - start, time.process_time() - cpu

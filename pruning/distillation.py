@@ -38,7 +38,7 @@ def cut_copy(
         model: Dense model, left as it is.
         family: Where its parts are.
         plan: What is gone.
-        emulations: What takes its place.
+        emulations: What takes its place; these very modules become parts of it, their sources renumbered.
         weights: Parameter name in the dense model -> weight of the pruned one.
     """
     made = sharing_copy(model)
@@ -150,20 +150,29 @@ def head_gradient(
 
     Source: logit distillation, arXiv 1503.02531 at temperature 1, on the logits alone as in arXiv 2407.14679.
     """
-    leaf = final.detach().to(next(head.projection.parameters()).dtype).requires_grad_(True)
-    total = torch.zeros((), dtype=torch.float64)
+    leaf = final.detach().to(head.projection.get_parameter("weight").dtype).requires_grad_(True)
+    total = torch.zeros((), dtype=torch.float64, device=leaf.device)
     for row in range(len(rows)):
         one = slice(row, row + 1)
-        if loss == "kl":
-            assert reference is not None
-            (values,) = head.divergence(reference[one], [leaf[one]])
-        else:
-            values = head.cross_entropy(leaf[one], rows[one, 1:])
-        value = values.mean() / len(rows)
-        value.backward()
-        total += value.detach().double().cpu()
+        logits = head.logits(leaf[one])
+        with torch.no_grad():
+            wide = logits.detach()
+            log_sum = torch.logsumexp(wide, -1, keepdim=True)
+            if loss == "kl":
+                assert reference is not None
+                theirs = head.logits(reference[one])
+                theirs -= torch.logsumexp(theirs, -1, keepdim=True)
+                gradient = theirs.exp().neg_()
+                total += ((theirs - wide + log_sum).mul_(gradient)).sum().double().neg() / len(wide)
+            else:
+                words = rows[one, 1:].reshape(-1, 1).to(wide.device)
+                gradient = torch.zeros_like(wide).scatter_(-1, words, -1.0)
+                total += (log_sum - wide.gather(-1, words)).sum().double() / len(wide)
+            # Of -sum p log q, p the dense distribution or the next token alone, by the logits: q - p.
+            gradient += (wide - log_sum).exp_()
+        logits.backward(gradient / (len(wide) * len(rows)))
     assert leaf.grad is not None
-    return total, leaf.grad.to(final.dtype)
+    return total.cpu() / len(rows), leaf.grad.to(final.dtype)
 
 
 def hidden_distance(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

@@ -1,9 +1,10 @@
 """Healing: train the adapters, and low-rank changes of kept weights, after the closed-form emulation."""
 
 import copy
+import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,16 +24,17 @@ from pruning.emulation import Recovery
 from pruning.errors import RecipeError
 from pruning.families import Family
 from pruning.lora import LoraLinear, add_lora
-from pruning.modeling import blocks_of
+from pruning.modeling import blocks_of, sources_of
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.progress import TrainingState, load_state, save_state
 from pruning.spam import SPAM
+from pruning.subnetwork import describe
 
 Trained = Literal["adapters", "lora"]
 Optimizer = Literal["adamw", "spam"]
 Precision = Literal["no", "bf16", "fp16"]
 
-VALIDATIONS = 20
+VALIDATIONS = 10
 MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
 MAX_GRADIENT_NORM = 1.0
 WARMUP, FLOOR = 0.05, 0.05
@@ -104,9 +106,9 @@ def heal(
 ) -> tuple[Recovery, dict[str, Any]]:
     """Train what recovers a pruned model; what comes back is never worse on the validation windows.
 
-    Only blocks from the first changed one on are trained and differentiated; those before run once for the dense and the
-    pruned model together. Every process takes its share of each batch. With `steps` and no `minutes` the result depends
-    on the seed and the number of threads only, also when the run was killed and resumed.
+    Only blocks from the first changed one on are trained and differentiated; those before run once for the dense and
+    the pruned model together. Every process takes its share of each batch. With `steps` and no `minutes` the result
+    depends on the seed and the number of threads only, also when the run was killed and resumed.
 
     Args:
         model: Dense model, left as it is.
@@ -126,18 +128,21 @@ def heal(
     Raises:
         RecipeError: There is nothing to train.
     """
-    first = first_block(plan, settings.trained)
+    first = first_block(recovery.emulations, settings.trained)
     training = _prepare(model, family, plan, recovery, first, settings)
     if not training.parameters:
         raise RecipeError(NOTHING_TO_TRAIN)
     teacher = Teacher(model, family, first)
     judge = Judge(teacher, validation)
     start = judge(_student(model, family, plan, recovery, first))
-    progress = _train(training, teacher, judge, start, rows, settings, reporter, state, f"{scope} {settings}")
+    scope = (
+        f"{scope} {settings} {describe(recovery.emulations)} {_text(rows)} {_text(validation)} {parallel.process()[1]}"
+    )
+    progress = _train(training, teacher, judge, start, rows, settings, reporter, state, scope)
     with torch.no_grad():
         for name, parameter in training.parameters.items():
             parameter.copy_(progress.best[name])
-    healed = _merged(training, recovery, model.dtype)
+    healed = _merged(training, recovery)
     end = judge(_student(model, family, plan, healed, first))
     improved = end.better_than(start, _watched(settings.loss))
     record = {
@@ -158,17 +163,19 @@ def heal(
 NOTHING_TO_TRAIN = "nothing to heal: no emulation has weights to train; choose an --emulation, or --heal lora"
 
 
-def first_block(plan: Plan, trained: Trained) -> int:
-    """Index, in the dense model, of the first block that can change: that of the first removal, or the one before.
+def first_block(emulations: Mapping[Sublayer, nn.Module | None], trained: Trained) -> int:
+    """Index, in the dense model, of the first block that has to run for the pruned model alone.
 
-    The block before can change under "lora" only, where it writes what the first removed sublayer no longer reads.
+    That is the block of the first removed sublayer or of the first that an emulation reads. Under "lora" the block
+    before the first removal changes too: it writes what the removed sublayer no longer reads.
     """
-    removed = min(sublayer.block for sublayer in plan.removed)
-    return max(0, removed - 1) if trained == "lora" else removed
+    removed = min(sublayer.block for sublayer in emulations)
+    sources = [source for emulation in emulations.values() for source in sources_of(emulation)]
+    return min([max(0, removed - 1) if trained == "lora" else removed, *sources])
 
 
 def _student(model: PreTrainedModel, family: Family, plan: Plan, recovery: Recovery, first: int) -> Student:
-    cut = cut_copy(model, family, plan, recovery.emulations, recovery.weights)
+    cut = cut_copy(model, family, plan, copy.deepcopy(recovery.emulations), recovery.weights)
     return Student(cut, family, sum(block < first for block in plan.blocks_kept()))
 
 
@@ -176,7 +183,7 @@ def _prepare(
     model: PreTrainedModel, family: Family, plan: Plan, recovery: Recovery, first: int, settings: Settings
 ) -> _Training:
     """A student whose trained parts are its own, in float32, and all else shared with the dense model."""
-    copies = {s: copy.deepcopy(m) for s, m in recovery.emulations.items()}
+    copies = copy.deepcopy(recovery.emulations)
     cut = cut_copy(model, family, plan, copies, recovery.weights)
     parameters = {}
     for sublayer, module in copies.items():
@@ -197,9 +204,13 @@ def _prepare(
     return _Training(student, copies, changes, parameters)
 
 
-def _merged(training: _Training, recovery: Recovery, dtype: torch.dtype) -> Recovery:
+def _merged(training: _Training, recovery: Recovery) -> Recovery:
     """The trained parts as a recovery in the model's dtype."""
-    emulations = {s: m and copy.deepcopy(m).to(dtype).requires_grad_(False) for s, m in training.emulations.items()}
+    emulations = copy.deepcopy(recovery.emulations)
+    for sublayer, module in emulations.items():
+        trained = training.emulations[sublayer]
+        if module is not None and trained is not None:
+            module.load_state_dict(trained.state_dict())
     weights = {f"{name}.weight": change.merged() for name, change in training.changes.items()}
     return replace(recovery, emulations=emulations, weights={**recovery.weights, **weights})
 
@@ -220,16 +231,18 @@ class Judge:
         for number, rows in enumerate(validation.split(size)):
             if number % processes == rank:
                 entering, states = teacher(rows)
-                self._batches.append((slice(number * size, number * size + len(rows)), rows, entering, states[-1]))
+                place = slice(number * size, number * size + len(rows))
+                with torch.no_grad():
+                    reference = states[-1], teacher.head.normaliser(states[-1])
+                self._batches.append((place, rows, entering, reference))
 
     @torch.no_grad()
     def __call__(self, student: nn.Module) -> Quality:
         """Figures of a student, the same in every process."""
         table = torch.zeros(len(self._rows), 2, dtype=torch.float64)
-        dtype = next(self._head.projection.parameters()).dtype
         for place, rows, entering, reference in self._batches:
-            final = student(rows, entering)[-1].to(dtype)
-            (divergence,) = self._head.divergence(reference, [final])
+            final = student(rows, entering)[-1].to(reference[0].dtype)
+            (divergence,) = self._head.divergence(*reference, [final])
             table[place, 0] = divergence.double().mean(1).cpu()
             table[place, 1] = self._head.cross_entropy(final, rows[:, 1:]).double().mean(1).cpu()
         kl, loss = parallel.gather(table).mean(0).tolist()
@@ -240,7 +253,7 @@ def _train(
     training: _Training, teacher: Teacher, judge: Judge, start: Quality, rows: Tensor, settings: Settings,
     reporter: Reporter, state: Path | None, scope: str,
 ) -> TrainingState:  # fmt: skip
-    """The loop: update, validate twenty times, keep the best and the state."""
+    """The loop: update, validate ten times, keep the best and the state."""
     accelerator = Accelerator(
         cpu=teacher.device.type == "cpu",
         mixed_precision=settings.precision,
@@ -380,6 +393,10 @@ def _batch_rows(settings: Settings, rows: Tensor) -> int:
 
 def _micro_rows(rows: Tensor, device: torch.device) -> int:
     return max(1, MICRO_BATCH_TOKENS.get(device.type, 2048) // rows.shape[1])
+
+
+def _text(rows: Tensor) -> str:
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
 def _watched(loss: Loss) -> str:

@@ -38,8 +38,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Output [..., out] for [..., in]."""
-        change = functional.linear(functional.linear(input, self.down), self.up)
-        return functional.linear(input, self.weight, self.bias) + SCALE * change
+        change = functional.linear(SCALE * functional.linear(input, self.down), self.up)
+        return functional.linear(input, self.weight, self.bias) + change
 
     @torch.no_grad()
     def merged(self) -> Tensor:

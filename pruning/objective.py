@@ -45,6 +45,10 @@ class Head:
         rows = self._rows(hidden)
         return (self._normaliser(rows) - self._chosen(rows, targets.reshape(-1).to(rows.device))).view(targets.shape)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of final hidden states [b, T, D] at every position but the last, float32 [b (T-1), V], whole."""
+        return self._shaped(self.projection(self._rows(hidden)).float())
+
     def normaliser(self, hidden: Tensor) -> Tensor:
         """log of the sum of exp(logit) over the vocabulary at every position but the last, float32 [b, T-1]."""
         return self._normaliser(self._rows(hidden)).view(hidden.shape[0], hidden.shape[1] - 1)

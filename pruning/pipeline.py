@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 import pruning
 from pruning import parallel, selection
-from pruning.calibration import built_in, from_files, read_text, standard_library
+from pruning.calibration import built_in, from_files, interleave, other_windows, read_text, standard_library
 from pruning.checkpoint import Manifest, verify, write_manifest
 from pruning.compensation import apply_weights
 from pruning.console import Reporter, quiet_libraries
 from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
-from pruning.errors import RecipeError, StorageError
+from pruning.errors import CalibrationError, RecipeError, StorageError
 from pruning.evaluate import loss
 from pruning.evaluation.choice import read_questions
 from pruning.export import apply_plan, copy_companions
 from pruning.families import Family
 from pruning.formats import PrunedModel, format_named
 from pruning.fuse import Fusion, apply_fusion, check_fusable, fuse, has_biases
+from pruning.healing import Precision, Settings, heal
 from pruning.importance import Sampling, Scores, metric
 from pruning.model import DenseModel, Source, cache_directory, find_model, load_model
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
@@ -37,6 +38,9 @@ from pruning.tasks import TaskEvaluator, holds_questions, parse_task, read_task
 from pruning.workdir import Journal, atomic_directory, check_free_space, check_output
 
 HELD_OUT_WINDOWS = 8
+HEALING_VALIDATION_WINDOWS = 16
+HEALING_TOKENS = 10_000_000  # text read where the number of updates is not known
+HEALING_MINUTES = 30.0
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
@@ -297,6 +301,8 @@ def run(
     num_blocks = source.config.num_hidden_layers
     with reporter.stage("load"):
         dense = load_model(source, recipe.dtype, recipe.device)
+    if recipe.heal != "none":
+        healing_precision(dense, recipe)
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
         check_free_space(output, int(predicted_bytes(dense, dearest)["weights"] * 1.05) + 2**24)
@@ -314,13 +320,22 @@ def run(
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
         return None
-    if parallel.process()[0] != 0:
+    if parallel.process()[0] != 0 and recipe.heal == "none":
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
         recovery = _recover(dense, plan, recipe, tokens, reporter)
+    healing = None
+    if not isinstance(recovery, Fusion) and recipe.heal != "none":
+        with reporter.stage("heal"):
+            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter)
+        if parallel.process()[0] != 0:
+            journal.discard()
+            return None
     with reporter.stage("export"), atomic_directory(output) as directory:
         quality = _cut_and_measure(dense, plan, recovery, held_out)
+        if healing is not None:
+            quality["healing"] = healing
         pruned = PrunedModel.of(dense.model, dense.family, dense.directory)
         if (reason := format_named(recipe.format).refusal(pruned)) is not None:
             raise RecipeError(f"--format {recipe.format}: {reason}")
@@ -344,6 +359,7 @@ def run(
     with reporter.stage("verify"):
         manifest = verify(output)
     journal.discard()
+    _healing_state(output).unlink(missing_ok=True)
     reporter.say(f"wrote {output}: {describe_bytes(sizes)}")
     ratio = torch.tensor(quality["pruned_loss"] - quality["dense_loss"]).exp().item()
     reporter.say(f"perplexity on held-out calibration text: {ratio:.3f} times dense")
@@ -365,6 +381,55 @@ def _recover(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, repo
     check_fusable(dense.family, plan.removed)
     biased = has_biases(dense.model.config)
     return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, compensated=recipe.compensate)
+
+
+def healed(
+    dense: DenseModel, recipe: Recipe, plan: Plan, recovery: Recovery, tokens: Tensor, held_out: Tensor, output: Path,
+    reporter: Reporter,
+) -> tuple[Recovery, dict[str, Any]]:  # fmt: skip
+    """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
+
+    Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
+    there are no more windows of the standard library's text than were fitted on.
+    """
+    budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
+    budget += HEALING_VALIDATION_WINDOWS * recipe.sequence_length
+    used = torch.cat([held_out, tokens])
+    others = other_windows(recipe.calibration, dense.tokenizer, budget, recipe.sequence_length, used)
+    rows = torch.cat([others, tokens]) if recipe.calibration else interleave([others[: len(tokens)], tokens])
+    count = max(1, min(HEALING_VALIDATION_WINDOWS, len(rows) // 8))
+    if len(rows) < 2:
+        raise CalibrationError("--heal needs two calibration windows at least; give more text")
+    settings = Settings(
+        trained="lora" if recipe.heal == "lora" else "adapters", loss=recipe.heal_loss, optimizer=recipe.heal_optimizer,
+        learning_rate=recipe.heal_learning_rate, lora_rank=recipe.heal_lora_rank, steps=recipe.heal_steps,
+        minutes=HEALING_MINUTES if recipe.heal_steps is None and recipe.heal_minutes is None else recipe.heal_minutes,
+        batch_tokens=recipe.heal_batch_tokens, precision=healing_precision(dense, recipe), seed=recipe.seed,
+    )  # fmt: skip
+    scope = f"{dense.weight_hash} {torch.get_num_threads()} {recipe.model_dump_json()}"
+    return heal(
+        dense.model, dense.family, plan, recovery, rows[count:], rows[:count], settings, reporter,
+        state=_healing_state(output), scope=scope,
+    )  # fmt: skip
+
+
+def healing_precision(dense: DenseModel, recipe: Recipe) -> Precision:
+    """What healing computes in.
+
+    Raises:
+        RecipeError: float16 on a CPU.
+    """
+    if dense.model.dtype == torch.float16:
+        if dense.model.device.type == "cpu":
+            raise RecipeError("--heal cannot train in float16 on a CPU; use --dtype float32 or bfloat16")
+        return "fp16"
+    return "bf16" if dense.model.dtype == torch.bfloat16 or recipe.heal_precision == "bfloat16" else "no"
+
+
+def _healing_state(output: Path) -> Path:
+    """Where training is kept until the checkpoint is whole; one file for all processes."""
+    key = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    return cache_directory() / "journals" / f"{key}.healing.safetensors"
 
 
 def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor) -> dict[str, Any]:

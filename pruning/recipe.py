@@ -12,6 +12,7 @@ from pruning.plan import parse_amount, parse_share
 
 SELECTION = Parameter(group="Selection")
 RECOVERY = Parameter(group="Recovery")
+HEALING = Parameter(group="Healing")
 CALIBRATION = Parameter(group="Calibration")
 OUTPUT = Parameter(group="Output")
 SEVERAL = Parameter(consume_multiple=True)
@@ -89,6 +90,33 @@ class Recipe(BaseModel):
     fuse: Annotated[
         bool, RECOVERY, Field(description="Write the emulation into ordinary weights: no extra operation when served.")
     ] = False
+    heal: Annotated[
+        Literal["none", "adapters", "lora"],
+        HEALING,
+        Field(description="Train the adapters, or also low-rank changes of kept weights, merged before export (slow)."),
+    ] = "none"
+    heal_loss: Annotated[
+        Literal["kl", "next-token", "hidden"],
+        HEALING,
+        Field(description="kl and hidden learn from the dense model: its distribution, its states."),
+    ] = "kl"
+    heal_optimizer: Annotated[
+        Literal["adamw", "spam"], HEALING, Field(description="spam clips gradient spikes and resets its momentum.")
+    ] = "adamw"
+    heal_minutes: Annotated[
+        float | None, HEALING, Field(gt=0, description="Time to train; 30 where no steps are given either.")
+    ] = None
+    heal_steps: Annotated[
+        int | None, HEALING, Field(ge=1, description="Updates to make; the result then does not depend on speed.")
+    ] = None
+    heal_learning_rate: Annotated[float, HEALING, Field(gt=0, description="Peak learning rate.")] = 1e-3
+    heal_lora_rank: Annotated[int, HEALING, Field(ge=1, description="Rank of the changes of kept weights.")] = 32
+    heal_batch_tokens: Annotated[int, HEALING, Field(ge=1, description="Tokens in one update.")] = 2048
+    heal_precision: Annotated[
+        Literal["auto", "bfloat16"],
+        HEALING,
+        Field(description="Arithmetic while training; auto: the dtype of the model. Trained weights are float32."),
+    ] = "auto"
     calibration: Annotated[
         list[Path],
         CALIBRATION,
@@ -195,3 +223,8 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
     if recipe.recovery_aware and recipe.emulation == "none":
         raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
+    if recipe.heal == "adapters" and (recipe.emulation == "none" or set(amounts) == {"blocks"}):
+        why = "--emulation none" if recipe.emulation == "none" else "whole blocks go without emulation"
+        raise RecipeError(f"--heal adapters has nothing to train ({why}); use --heal lora, or leave it out")
+    if recipe.heal == "none" and (recipe.heal_minutes or recipe.heal_steps):
+        raise RecipeError("--heal-minutes and --heal-steps need --heal adapters or --heal lora")

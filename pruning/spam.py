@@ -27,9 +27,9 @@ class SPAM(torch.optim.Optimizer):
         weight_decay: Decoupled, as in AdamW.
 
     Source: arXiv 2501.06842, algorithm 1; theta 5000, interval 500 and warmup 150 are its defaults. Inferred: v is
-        corrected for its start at zero before it is compared, and nothing is clipped where it is zero (the first step
-        and that after a reset, which otherwise could not move); the warm-up is of resets only, since the schedule has one
-        of its own at the start; the sparse momentum of its section 4 is left out: adapters are small.
+        corrected for its start at zero before it is compared, and nothing is clipped where it is zero (in the first
+        step and in that after a reset, which otherwise could not move); the warm-up is of resets only, since the
+        schedule has one of its own at the start. Its sparse momentum is left out: adapters are small.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SPAM(torch.optim.Optimizer):
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
