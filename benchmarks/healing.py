@@ -1,6 +1,6 @@
-"""What healing gives after the closed-form emulation, with its tokens, seconds and curve: one row added to a JSON file.
+"""What healing gives after the closed-form emulation, with its tokens, time and curve: a row added to a JSON file.
 
-python benchmarks/healing.py smollm2-135m --calibration DIR/*.txt --judge TEXT --attention 4,6,7 --heal lora --output FILE
+python benchmarks/healing.py smollm2-135m --calibration DIR/*.txt --judge TEXT --attention 4,6,7 --output FILE
 """
 
 import argparse

@@ -178,8 +178,8 @@ def head_gradient(
 def hidden_distance(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Mean over blocks and tokens of ||s - t||^2 / ||t||^2, s the student's stream and t the dense one; float32 [].
 
-    Source: the hidden-state loss of TinyBERT (arXiv 1909.10351, section 3.1). Inferred: no projection, since both are of
-        one width; relative for each token, since a few massive activations otherwise are the whole sum.
+    Source: the hidden-state loss of TinyBERT (arXiv 1909.10351, section 3.1). Inferred: no projection, since both
+        are of one width; relative for each token, since a few massive activations otherwise are the whole sum.
     """
     parts = []
     for state, target in zip(states, targets, strict=True):

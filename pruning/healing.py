@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -257,7 +256,6 @@ def _train(
     accelerator = Accelerator(
         cpu=teacher.device.type == "cpu",
         mixed_precision=settings.precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     raw = _optimizer(training.parameters, settings)
     student = accelerator.prepare_model(training.student, device_placement=False)
