@@ -65,9 +65,13 @@ def main() -> None:
     recovery = recover(
         Evaluator(dense.model, dense.family, fitted), plan.removed, plan.rank, reporter, compensated=False
     )
-    row = {key: str(value) for key, value in vars(options).items() if key not in ("output", "state", "calibration")}
-    row["files"] = [path.name for path in options.calibration]
-    row["fit_seconds"], row["fit_cpu_seconds"] = time.perf_counter() - start, time.process_time() - cpu
+    given = {key: value for key, value in vars(options).items() if key not in ("output", "state", "calibration")}
+    row = {**given, "judge": options.judge and options.judge.name, "files": [path.name for path in options.calibration]}
+    row["fit_tokens"] = row.pop("tokens")
+    row["fit_seconds"], row["fit_cpu_seconds"] = (
+        round(time.perf_counter() - start, 1),
+        round(time.process_time() - cpu, 1),
+    )
     settings = Settings(
         options.heal, options.heal_loss, options.optimizer, options.rate, options.lora_rank, options.steps,
         options.minutes, options.batch_tokens, "no", 0,

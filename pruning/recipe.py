@@ -226,5 +226,7 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
     if recipe.heal == "adapters" and (recipe.emulation == "none" or set(amounts) == {"blocks"}):
         why = "--emulation none" if recipe.emulation == "none" else "whole blocks go without emulation"
         raise RecipeError(f"--heal adapters has nothing to train ({why}); use --heal lora, or leave it out")
+    if recipe.heal != "none" and recipe.fuse:
+        raise RecipeError("--heal trains adapters and --fuse leaves none; give one of them")
     if recipe.heal == "none" and (recipe.heal_minutes or recipe.heal_steps):
         raise RecipeError("--heal-minutes and --heal-steps need --heal adapters or --heal lora")

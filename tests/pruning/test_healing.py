@@ -324,6 +324,7 @@ def test_a_healed_export_is_whole_and_records_how(monkeypatch, pico_directory, t
     [
         (["--emulation", "none", "--heal", "adapters"], "nothing to train"),
         (["--blocks", "2", "--format", "llama", "--heal", "adapters"], "--heal lora"),
+        (["--heal", "lora", "--fuse"], "--heal trains adapters and --fuse leaves none"),
         (["--heal-minutes", "5"], "need --heal adapters"),
         (["--heal", "lora", "--heal-minutes", "0"], "--heal-minutes"),
         (["--heal", "lora", "--heal-learning-rate", "-1"], "--heal-learning-rate"),
