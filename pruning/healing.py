@@ -277,7 +277,8 @@ def _train(
         progress.step, progress.seconds = progress.step + 1, clock()
         now = _share(settings, progress.step, progress.seconds)
         if int(now * VALIDATIONS) > int(share * VALIDATIONS):
-            quality = judge(student)
+            # Not the wrapped one: processes judge different numbers of batches, and its forward is a collective.
+            quality = judge(training.student)
             progress.curve.append(
                 {"step": progress.step, "seconds": round(progress.seconds, 1), **_figures(quality), "train": loss}
             )
