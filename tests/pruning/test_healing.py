@@ -107,7 +107,7 @@ def test_the_gradient_at_the_head_is_that_of_autograd(model_type, loss):
         else functional.nll_loss(scores, rows[:, 1:].flatten())
     )
     expected.backward()
-    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert float(value) == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-7)
 
 
@@ -302,10 +302,8 @@ QUICK = ["--calibration-tokens", "512", "--score-tokens", "128", "--sequence-len
 def test_a_healed_export_is_whole_and_records_how(monkeypatch, pico_directory, text, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     losses = {}
-    for name, flags in {
-        "plain": [],
-        "healed": ["--heal", "lora", "--heal-steps", "8", "--heal-lora-rank", "2"],
-    }.items():
+    healing = ["--heal", "lora", "--heal-loss", "next-token", "--heal-steps", "8", "--heal-lora-rank", "2"]
+    for name, flags in {"plain": [], "healed": healing}.items():
         output = tmp_path / name
         command = [pico_directory(), "--output", output, "--calibration", text, "--attention", 2, *QUICK, *flags]
         assert run_cli(monkeypatch, *command, "--heal-batch-tokens", 128) == 0
