@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=32)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--validation", type=int, default=16, help="windows")
     parser.add_argument("--state", type=Path, help="file to resume from")
     parser.add_argument("--output", type=Path, required=True)

@@ -111,7 +111,7 @@ class Recipe(BaseModel):
     ] = None
     heal_learning_rate: Annotated[float, HEALING, Field(gt=0, description="Peak learning rate.")] = 1e-3
     heal_lora_rank: Annotated[int, HEALING, Field(ge=1, description="Rank of the changes of kept weights.")] = 32
-    heal_batch_tokens: Annotated[int, HEALING, Field(ge=1, description="Tokens in one update.")] = 2048
+    heal_batch_tokens: Annotated[int, HEALING, Field(ge=1, description="Tokens in one update.")] = 1024
     heal_precision: Annotated[
         Literal["auto", "bfloat16"],
         HEALING,
