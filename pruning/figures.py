@@ -54,7 +54,7 @@ def _draw(name: str, title: str, note: str, size: tuple[float, float], draw: Cal
     svg = vector.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # Several SVGs share one page: ids must differ, and the width must follow it.
-    svg = re.sub(r'(id="|#)([A-Za-z0-9_.]+)(?=["\)])', rf"\1{name}-\2", svg)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ([^>]*?)height="[^"]*" ([^>]*?)width="[^"]*"',
                  r"<svg \1\2\3", svg, count=1)  # fmt: skip
     return Figure(name, title, note, svg, pixels.getvalue())
@@ -75,7 +75,7 @@ def importance(values: Mapping[str, float], removed: Mapping[str, str], metric: 
         axes.set_xlabel("block" + (": " + ", then ".join(kinds) if len(kinds) > 1 else ""))
         axes.set_ylabel(f"{metric}, {unit}")
         positive = [v for v in values.values() if v > 0]
-        if positive and max(positive) > 50 * sorted(positive)[len(positive) // 2]:
+        if positive and max(positive) > 20 * sorted(positive)[len(positive) // 2]:
             axes.set_yscale("symlog", linthresh=max(1e-9, sorted(positive)[len(positive) // 2]))
         for state, colour in STATES.items():
             axes.bar([0], [0], color=colour, label=state)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from pruning.checkpoint import read_manifest, verify, write_manifest
+from pruning.figures import STATES
 from pruning.report import write_card, write_report
 
 
@@ -30,6 +31,8 @@ def test_report_shows_the_numbers_of_the_card(pico_checkpoint, tmp_path):
         assert "prune-export llama" in text
     assert "'a file.txt'" in card
     assert page.count("<svg") == 3
+    for colour in STATES.values():
+        assert f"fill: {colour}" in page
     assert ">2.600<" in re.sub(r"\s", "", page)
     assert {p.name for p in tmp_path.glob("*.png")} == {"plan.png", "importance.png", "recovery.png"}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in tmp_path.glob("*.png"))

@@ -91,8 +91,8 @@ def test_greedy_takes_the_likeliest_token(pico):
     ids = prompts.clone()
     for _ in range(5):
         with torch.inference_mode():
-            logits = model(input_ids=ids).logits[:, -1]
-        logits[:, model.config.eos_token_id] = -torch.inf
+            logits = model(input_ids=ids).logits[:, -1].clone()
+            logits[:, model.config.eos_token_id] = -torch.inf
         ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
     assert torch.equal(greedy(model, prompts, 5), ids[:, 8:])
 
