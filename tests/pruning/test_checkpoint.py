@@ -17,7 +17,7 @@ def checkpoint(pico_checkpoint, tmp_path):
 
 
 def test_an_untouched_checkpoint_is_accepted(checkpoint):
-    assert verify(checkpoint).removed["attention.2"] == "low_rank"
+    assert verify(checkpoint).removed["attention.2"] == "context"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
