@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
@@ -79,7 +80,23 @@ def hardened(pico_checkpoint, adapter, collector, start_server, tmp_path_factory
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         with start_server(checkpoint, log, *flags, engine=engine, scheme="https", operations=True) as server:
             server.keys, server.tls = keys, ssl.create_default_context(cafile=str(certificate))
+            # Ready is what one process says of itself; requests reach both.
+            ready = {"name": "shoal.lifecycle", "message": "ready"}
+            wait_until(lambda: len({line["process"] for line in logged(server, ready)}) == 2)
             yield server
+
+
+def logged(server, fields: dict[str, str]) -> list[dict]:
+    """Lines of the server's JSON log that have these values."""
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if fields.items() <= line.items()]
+
+
+def wait_until(truth: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def client(server, key: str | None = "k-free") -> httpx2.Client:
@@ -187,8 +204,7 @@ def test_metrics_are_those_of_both_processes(hardened):
     after = samples(hardened)
     for http in clients:
         http.close()
-    lines = [json.loads(line) for line in hardened.log.read_text().splitlines() if line.startswith("{")]
-    assert len({line["process"] for line in lines if line["name"] == "shoal.access"}) == 2
+    assert len({line["process"] for line in logged(hardened, {"name": "shoal.access"})}) == 2
     for name in ("shoal_admission_accepted_total", "vllm:request_success_total"):
         assert after[name] - before[name] == 6, name
     assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] == 24
@@ -207,10 +223,10 @@ def test_logs_are_json_with_request_ids_and_without_prompts(hardened):
         )
     assert answer.headers["x-request-id"] == "log-1"
     assert answer.json()["id"] == "cmpl-log-1"
-    text = hardened.log.read_text()
-    assert SECRET not in text
-    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    (line,) = [line for line in lines if line.get("request_id") == "log-1" and line["name"] == "shoal.access"]
+    access = {"name": "shoal.access", "request_id": "log-1"}
+    wait_until(lambda: bool(logged(hardened, access)))  # it is written after the answer's last byte
+    assert SECRET not in hardened.log.read_text()
+    (line,) = logged(hardened, access)
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
 
 

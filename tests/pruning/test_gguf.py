@@ -89,5 +89,9 @@ def test_block_0_without_attention_and_unknown_tokenizers_are_refused(pico_check
     with pytest.raises(CheckpointError, match="block 0, which has to keep its attention"):
         convert(pico_checkpoint("llama fused")[0], "gguf", tmp_path / "out", overwrite=False, reporter=Reporter())
     source = export_pico(pico_model("llama"), "llama", PLAN, tmp_path / "shoal", fused=True)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["type"] = "Unigram"
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_manifest(source, read_manifest(source))
     with pytest.raises(CheckpointError, match="the tokenizer is not one of those"):
         convert(source, "gguf", tmp_path / "out", overwrite=False, reporter=Reporter())
