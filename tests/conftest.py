@@ -256,6 +256,26 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def run_prune_export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit code of `prune-export ARGUMENTS`, run in this process."""
+    from pruning.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["prune-export", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of calibration text."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 60)
+    return path
+
+
 @contextmanager
 def serve(
     checkpoint: Path,

@@ -5,32 +5,15 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from pruning.checkpoint import verify
-from pruning.cli import main
+from tests.conftest import run_prune_export as run
 
 QUICK = ["--calibration-tokens", "512", "--score-tokens", "128", "--sequence-length", "64", "--rank", "8"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 60)
-    return path
-
-
-def run(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["prune-export", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_prunes_a_directory(monkeypatch, pico_directory, text, tmp_path, capsys):

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from pruning.checkpoint import verify
-from pruning.cli import main
 from pruning.compensation import apply_weights
 from pruning.console import Reporter
 from pruning.distillation import Student, Teacher, cut_copy, head_gradient
@@ -30,6 +29,7 @@ from pruning.objective import Head
 from pruning.plan import Plan, Sublayer
 from pruning.spam import SPAM, rewarmed
 from pruning.subnetwork import Evaluator
+from tests.conftest import run_prune_export as run_cli
 
 SCRIPT = Path(__file__).with_name("healing_run.py")
 _spec = importlib.util.spec_from_file_location("healing_run", SCRIPT)
@@ -278,22 +278,6 @@ def test_the_schedule_rises_then_falls_and_windows_come_in_whole_permutations():
     drawn = [window for step in range(7) for window in batch_of(step, 3, 7, seed=0)]
     assert [sorted(drawn[first : first + 7]) for first in (0, 7, 14)] == [list(range(7))] * 3
     assert drawn[:7] != drawn[7:14]
-
-
-def run_cli(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["prune-export", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 60)
-    return path
 
 
 QUICK = ["--calibration-tokens", "512", "--score-tokens", "128", "--sequence-length", "64", "--rank", "4"]
