@@ -16,7 +16,7 @@ from pruning.calibration import read_text
 from pruning.checkpoint import is_pruned, verify
 from pruning.console import Reporter, quiet_libraries
 from pruning.errors import EvaluationError, StorageError
-from pruning.evaluation.choice import Question, accuracy, answer, read_letter_questions, read_questions
+from pruning.evaluation.choice import Question, accuracy, answer, differences, read_letter_questions, read_questions
 from pruning.evaluation.generation import agreement, greedy, recall_prompts, recalled
 from pruning.evaluation.harness import run_tasks, run_tasks_on_server
 from pruning.evaluation.paired import bootstrap, standard_error
@@ -104,9 +104,7 @@ def on_questions(
             return out
         theirs = answer(dense.model, dense.tokenizer, questions, step.advance)
     out |= {f"dense_{key}": value for key, value in accuracy(theirs).items() if key != "n"}
-    for key in ("correct", "correct_norm"):
-        difference = [float(getattr(a, key)) - float(getattr(b, key)) for a, b in zip(mine, theirs, strict=True)]
-        out["acc_difference" if key == "correct" else "acc_norm_difference"] = bootstrap(difference, seed).as_dict()
+    out |= differences(mine, theirs, seed)
     return out
 
 

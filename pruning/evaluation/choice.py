@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pruning.errors import EvaluationError
-from pruning.evaluation.paired import standard_error
+from pruning.evaluation.paired import bootstrap, standard_error
 
 FORWARD_TOKENS = {"cpu": 1024, "cuda": 16384}
 SHARED_TOKENS = 96  # a common start of contexts is computed once when it is at least this long
@@ -354,3 +354,12 @@ def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
         "acc_norm": math.fsum(normed) / len(normed),
         "acc_norm_stderr": standard_error(normed),
     }
+
+
+def differences(mine: Sequence[Answer], theirs: Sequence[Answer], seed: int = 0) -> dict[str, dict[str, float]]:
+    """What the first model's acc and acc_norm are above the second's on the same questions, with 95% intervals."""
+    out = {}
+    for field, name in (("correct", "acc_difference"), ("correct_norm", "acc_norm_difference")):
+        pairs = zip(mine, theirs, strict=True)
+        out[name] = bootstrap([float(getattr(a, field)) - float(getattr(b, field)) for a, b in pairs], seed).as_dict()
+    return out

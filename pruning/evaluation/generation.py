@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ ROWS = 8
 NAMES = (
     "Alice", "Bruno", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis", "Maria",
     "Nina", "Oscar", "Paul", "Quentin", "Rosa", "Simon", "Thomas", "Ursula", "Victor", "Wendy", "Xavier",
+)  # fmt: skip
+THINGS = (
+    "apple", "bread", "butter", "cheese", "cherry", "coffee", "garlic", "grape", "honey", "lemon", "mango", "melon",
+    "olive", "onion", "orange", "peach", "pepper", "potato", "pumpkin", "rice", "salmon", "spinach", "tomato", "walnut",
 )  # fmt: skip
 
 
@@ -74,19 +79,43 @@ def recall_prompts(count: int, facts: int, seed: int) -> list[Recall]:
     return prompts
 
 
+def copy_prompts(count: int, length: int, ahead: int, seed: int) -> list[Recall]:
+    """Lists of `length` random words, read once whole and then again from the start; the next `ahead` words are due.
+
+    Easier than `recall_prompts`, for small models: it asks for the head that looks for what followed last time.
+
+    Source: induction heads, arXiv 2209.11895.
+    """
+    chance = random.Random(seed)
+    prompts = []
+    for _ in range(count):
+        words = [chance.choice((*NAMES, *THINGS)) for _ in range(length)]
+        again = chance.randrange(3, length - ahead)
+        listed, start = " ".join(words), " ".join(words[:again])
+        prompts.append(Recall(f"{listed}.\n{start}", " ".join(words[again : again + ahead])))
+    return prompts
+
+
 def recalled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Recall],
     advance: Callable[[], None] | None = None,
 ) -> list[bool]:
-    """Whether greedy decoding continues each prompt with its answer, exact match."""
-    found = []
-    for one in prompts:
-        ids = torch.tensor([tokenizer(one.prompt)["input_ids"]])
-        length = len(tokenizer(f" {one.answer}", add_special_tokens=False)["input_ids"])
-        text = tokenizer.decode(greedy(model, ids, length + 1)[0])
-        found.append(text.strip().startswith(one.answer))
-        if advance:
-            advance()
+    """Whether greedy decoding continues each prompt with its answer, exact match; prompts of one length together."""
+    rows = tokenizer([one.prompt for one in prompts])["input_ids"]
+    order = sorted(range(len(prompts)), key=lambda i: len(rows[i]))
+    found = [False] * len(prompts)
+    for length, same in groupby(order, key=lambda i: len(rows[i])):
+        for part in _batches(list(same)):
+            new = max(len(tokenizer(f" {prompts[i].answer}", add_special_tokens=False)["input_ids"]) for i in part)
+            written = greedy(model, torch.tensor([rows[i] for i in part]).view(-1, length), new + 1)
+            for i, text in zip(part, tokenizer.batch_decode(written), strict=True):
+                found[i] = text.strip().startswith(prompts[i].answer)
+                if advance:
+                    advance()
     return found
+
+
+def _batches(numbers: list[int]) -> list[list[int]]:
+    return [numbers[first : first + ROWS] for first in range(0, len(numbers), ROWS)]

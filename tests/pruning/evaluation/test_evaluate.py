@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pruning import cli
-from pruning.evaluation.generation import agreement, greedy, recall_prompts
-from tests.conftest import tokens
+from pruning.evaluation.generation import Recall, agreement, copy_prompts, greedy, recall_prompts, recalled
+from tests.conftest import pico_tokenizer, tokens
 
 
 @pytest.fixture
@@ -108,3 +108,22 @@ def test_recall_asks_for_a_code_that_was_given():
         facts, _, asked = one.prompt.rpartition("\n")
         assert f"{asked} {one.answer}." in facts
     assert recall_prompts(3, 6, seed=4) == recall_prompts(3, 6, seed=4)
+
+
+def test_copying_asks_for_what_came_next():
+    for one in copy_prompts(20, length=12, ahead=3, seed=1):
+        listed, again = one.prompt.split(".\n")
+        assert listed.startswith(f"{again} {one.answer}")
+        assert len(one.answer.split()) == 3
+
+
+def test_prompts_together_are_answered_as_alone(pico):
+    model, tokenizer = pico("llama"), pico_tokenizer()
+    prompts = copy_prompts(12, length=6, ahead=1, seed=2)
+    written = {one.prompt: tokenizer.decode(greedy(model, torch.tensor([tokenizer(one.prompt)["input_ids"]]), 2)[0])
+               for one in prompts}  # fmt: skip
+    prompts = [Recall(one.prompt, written[one.prompt].strip()[: 1 + i % 3]) if i % 2 else one
+               for i, one in enumerate(prompts)]  # fmt: skip
+    alone = [recalled(model, tokenizer, [one])[0] for one in prompts]
+    assert recalled(model, tokenizer, prompts) == alone
+    assert any(alone)
