@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ import pruning
 from pruning import selection
 from pruning.calibration import read_text
 from pruning.console import Reporter, quiet_libraries
-from pruning.emulation import fit_plan
 from pruning.errors import RecipeError
 from pruning.evaluation.choice import Question, answer, judged, read_questions
 from pruning.evaluation.paired import bootstrap, standard_error
 from pruning.evaluation.text import text_windows
 from pruning.export import apply_plan
+from pruning.fitting import Fitted, fit_plans, together
 from pruning.importance import Sampling, metric
 from pruning.model import DenseModel, find_model, load_model
 from pruning.pipeline import calibrate, emulation_kind, groups_of, journal_of, judges_of, table_of
-from pruning.plan import Plan, Unit
+from pruning.plan import Plan, Unit, sublayers_of
 from pruning.recipe import Counts, Emulation, Recipe
 from pruning.report import write_sweep_report
 from pruning.sizes import predicted_bytes
@@ -35,6 +35,7 @@ from pruning.subnetwork import Evaluator
 from pruning.workdir import Journal, atomic_directory, check_output
 
 JUDGE_WINDOW = 512
+PLANS_AT_ONCE = 12  # fitted in one walk; what a sweep that is stopped loses at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +114,11 @@ def sweep(
             orders[name], seconds, found = _order(dense, recipe, name, max(budgets), tokens, journal, reporter)
             scores[name] = {"seconds": seconds, "importance": found}
     points: list[dict[str, Any]] = []
-    for name, order in orders.items():
-        for emulation in curves.emulations:
-            with reporter.stage(f"{name}, {emulation}"):
-                points += _curve(
-                    dense, recipe.model_copy(update={"emulation": emulation}), name, order, budgets, tokens, judging,
-                    base, questions, answers, journal, reporter,
-                )  # fmt: skip
+    judge = _Judge(dense, judging, questions, base.tolist(), answers, journal)
+    for emulation in curves.emulations:
+        with reporter.stage(emulation):
+            how = recipe.model_copy(update={"emulation": emulation})
+            points += _points(judge, how, orders, budgets, tokens, reporter)
     document = {
         "shoal_version": pruning.__version__, "model": dense.name, "weight_hash": dense.weight_hash,
         "recipe": recipe.model_dump(mode="json"), "num_blocks": num_blocks,
@@ -157,35 +156,62 @@ def _digest(tokens: Any) -> str:
     return hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
 
 
-def _curve(
-    dense: DenseModel, recipe: Recipe, chooser: str, order: Sequence[Unit], budgets: Sequence[int], tokens: Any,
-    judging: Evaluator, base: Any, questions: Sequence[list[Question]], answers: Sequence[list[list[float]]],
-    journal: Journal, reporter: Reporter,
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """What plans are judged on, and what the dense model makes of it.
+
+    Attributes:
+        dense: The model.
+        text: It on the text.
+        questions: Sets of them.
+        losses: Of the dense model, one a window, nats/token.
+        answers: Its log-likelihoods, for each set.
+        journal: What was measured before.
+    """
+
+    dense: DenseModel
+    text: Evaluator
+    questions: Sequence[list[Question]]
+    losses: Sequence[float]
+    answers: Sequence[list[list[float]]]
+    journal: Journal
+
+
+def _points(
+    judge: _Judge, recipe: Recipe, orders: Mapping[str, Sequence[Unit]], budgets: Sequence[int], tokens: Any,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One point for every budget. Without emulation all plans go through the model together, sharing prefixes."""
-    kind = emulation_kind(recipe)
-    plans = [Plan(len(judging.blocks), {s: kind for u in order[:n] for s in u.sublayers}, recipe.rank) for n in budgets]
-    together = None
-    if kind == "none":
-        together = judging.values([dict.fromkeys(plan.removed) for plan in plans])
-    points = []
-    fitting = Evaluator(dense.model, dense.family, tokens)
-    with reporter.progress(f"{chooser}, {recipe.emulation}", len(plans)) as step:
-        for index, plan in enumerate(plans):
-            gone = [str(s) for s in sorted(plan.removed)]
-            key = ["point", gone, kind, recipe.rank, _digest(tokens), [judging.windows, _digest(judging.batches[0])],
-                   [[q.id for q in each] for each in questions]]  # fmt: skip
-            if (known := journal.recall(key)) is None:
-                start = time.perf_counter()
-                emulations = fit_plan(fitting, plan.removed, recipe.rank, reporter) if plan.removed else {}
-                seconds = time.perf_counter() - start if kind != "none" else 0.0
-                losses = together[index] if together is not None else judging.loss(emulations)
-                found = [_answers(dense, each, journal, [plan, emulations]) for each in questions]
-                known = [losses.tolist(), seconds, found]
-                journal.keep(key, known)
-            points.append(_point(dense, chooser, recipe.emulation, plan, base.tolist(), known, questions, answers))
-            step.advance()
-    return points
+    """One point for every chooser and budget; choosers that agree on a plan share it, like plans are fitted at once."""
+    kind, num_blocks = emulation_kind(recipe), len(judge.text.blocks)
+    wanted = {
+        (name, count): Plan(num_blocks, {s: kind for s in sublayers_of(order[:count])}, recipe.rank, recipe.sources)
+        for name, order in orders.items() for count in budgets
+    }  # fmt: skip
+    fitted_on = [kind, recipe.rank, recipe.sources, _digest(tokens)] if kind != "none" else [kind]
+    judged_on = [judge.text.text, [[q.id for q in each] for each in judge.questions]]
+
+    def key(plan: Plan) -> list[Any]:
+        return ["point", [str(s) for s in sorted(plan.removed)], fitted_on, judged_on]
+
+    known = {str(key(plan)): judge.journal.recall(key(plan)) for plan in wanted.values()}
+    missing = [plan for one, plan in {str(key(p)): p for p in wanted.values()}.items() if known[one] is None]
+    fitting = Evaluator(judge.dense.model, judge.dense.family, tokens)
+    with reporter.progress(f"plans, {recipe.emulation}", len(missing)) as step:
+        for group in together(fitting, [plan.removed for plan in missing], PLANS_AT_ONCE):
+            some = [missing[number] for number in group]
+            start = time.perf_counter()
+            if kind == "none":
+                fitted: list[Fitted] = [dict.fromkeys(plan.removed) for plan in some]
+            else:
+                fitted = fit_plans(fitting, [plan.removed for plan in some], recipe.rank, reporter, recipe.sources)
+            seconds = (time.perf_counter() - start) / len(some) if kind != "none" else 0.0
+            losses = judge.text.values(fitted).tolist()
+            for plan, emulations, loss in zip(some, fitted, losses, strict=True):
+                found = [_answers(judge.dense, each, judge.journal, [plan, emulations]) for each in judge.questions]
+                known[str(key(plan))] = [loss, seconds, found]
+                judge.journal.keep(key(plan), known[str(key(plan))])
+                step.advance()
+    return [_point(judge, name, recipe.emulation, plan, known[str(key(plan))]) for (name, _), plan in wanted.items()]
 
 
 def _answers(
@@ -214,15 +240,12 @@ def _share(values: Sequence[Sequence[float]], questions: Sequence[Question]) -> 
     return {"n": len(right), "acc_norm": sum(right) / len(right), "acc_norm_stderr": standard_error(right)}
 
 
-def _point(
-    dense: DenseModel, chooser: str, emulation: str, plan: Plan, base: Sequence[float], known: Sequence[Any],
-    questions: Sequence[list[Question]], answers: Sequence[list[list[float]]],
-) -> dict[str, Any]:  # fmt: skip
+def _point(judge: _Judge, chooser: str, emulation: str, plan: Plan, known: Sequence[Any]) -> dict[str, Any]:
     losses, seconds, found = known
-    increase = bootstrap([a - b for a, b in zip(losses, base, strict=True)])
-    sizes = predicted_bytes(dense, plan)
+    increase = bootstrap([a - b for a, b in zip(losses, judge.losses, strict=True)])
+    sizes = predicted_bytes(judge.dense, plan)
     tasks = {}
-    for each, mine, theirs in zip(questions, found, answers, strict=True):
+    for each, mine, theirs in zip(judge.questions, found, judge.answers, strict=True):
         gap = [a - b for a, b in zip(_right(mine, each), _right(theirs, each), strict=True)]
         tasks[each[0].task] = _share(mine, each) | {"difference": bootstrap(gap).as_dict()}
     return {
