@@ -1,62 +1,193 @@
-"""Rewrite README's tables from the JSON files of the benchmarks: `python benchmarks/tables.py` (`--check` only looks).
+"""Rewrite the tables of README.md and docs/ from the JSON files: `python benchmarks/tables.py` (`--check` only looks).
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below. Results that are not there
+yet leave an empty table.
 """
 
 import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_MEASURED = "not measured"
 
 
-def _read(name: str) -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+def documents(root: Path) -> list[Path]:
+    """Where tables may stand."""
+    return [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+class Results:
+    """The JSON files of one directory, by name; one that is missing has no rows."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return self.document(name).get("rows", [])
+
+    def document(self, name: str) -> dict[str, Any]:
+        path = self.directory / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _range(one: dict[str, float], digits: int = 2) -> str:
+def _range(one: Mapping[str, float], digits: int = 2) -> str:
     return f"{one['median']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
 
 
-def serving() -> str:
-    """Dense and pruned on vLLM."""
-    found = _read("serving")
+def _interval(one: Mapping[str, float], digits: int = 3) -> str:
+    return f"{one['value']:.{digits}f} [{one['low']:.{digits}f}, {one['high']:.{digits}f}]"
+
+
+def _gone(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    share = 1 - Fraction(row["kv_bytes_per_token"], dense["kv_bytes_per_token"])
+    return "dense" if share == 0 else f"{share} of attention gone"
+
+
+def serving(results: Results) -> str:
+    """Dense and pruned on vLLM in the same bytes of KV cache, under a load that does not fit at once."""
+    found = results.rows("serving")
+    head = ["", "tokens in the same KV bytes", "requests/s", "to dense", "predicted", "same batch, to dense"]
     rows = []
-    for row in found["rows"]:
+    for row in found:
         bound = row["kv_bound"]
         rows.append([
-            row["name"], f"{row['kv_pool_tokens']:,}", str(row["requests_at_once"]),
-            _range(bound["requests_per_second"], 3),
-            _range(bound["ratio_to_dense"]), f"{bound['predicted_ratio']:.2f}", f"{bound['limit']:.2f}",
+            _gone(row, found[0]), f"{row['kv_pool_tokens']:,}", f"{bound['requests_per_second']['median']:.2f}",
+            _range(bound["ratio_to_dense"]), f"{bound['predicted_ratio']:.2f}",
             _range(row["throughput_ratio_same_batch"]),
         ])  # fmt: skip
-    head = [
-        "model", "tokens in the KV pool", "requests at once", "requests/s", "to dense", "predicted", "KV limit",
-        "same batch, to dense",
-    ]  # fmt: skip
     return _table(head, rows)
 
 
-def rendered(text: str) -> str:
+def latency(results: Results) -> str:
+    """The same engines with one request at a time, and their start."""
+    found = results.rows("serving")
+    head = ["", "TTFT 128, ms", "TTFT 1024, ms", "TTFT 1024, dense / this", "ITL 128, ms", "ITL 1024, ms",
+            "ITL 1024, dense / this", "start, s"]  # fmt: skip
+    rows = []
+    for row in found:
+        first, between = ({c: f"{1000 * one['median']:.0f}" for c, one in row[k].items()}
+                          for k in ("ttft_seconds", "itl_seconds"))  # fmt: skip
+        rows.append([
+            _gone(row, found[0]), first["short"], first["long"], _range(row["ttft_dense_over_this"]["long"]),
+            between["short"], between["long"], _range(row["itl_dense_over_this"]["long"]),
+            f"{row['start_seconds']:.0f}",
+        ])  # fmt: skip
+    return _table(head, rows)
+
+
+def _technique(row: Mapping[str, Any]) -> str:
+    """Older rows leave the default rank unsaid."""
+    name = str(row["technique"])
+    return name.replace("low-rank", "low-rank-64", 1) if re.fullmatch(r"low-rank(-\D.*)?", name) else name
+
+
+def _chooser(row: Mapping[str, Any]) -> str:
+    return {"rank": "leave-one-out", "greedy": "greedy", "given": "a given list"}.get(row["chooser"], row["chooser"])
+
+
+def recovery(results: Results) -> str:
+    """Perplexity ratio for every set of removed layers: nothing in its place, the default, the default compensated."""
+    columns = {
+        "none": "nothing in its place",
+        "low-rank-64": "low-rank 64",
+        "low-rank-64-compensated": "and compensated",
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for row in results.rows("recovery"):
+        if "ratio" in row and _technique(row) in columns:
+            one = found.setdefault(row["attention"], {"removed": row["removed"], "chooser": _chooser(row)})
+            one[_technique(row)] = f"{row['ratio']:.3f}"
+            if one["chooser"] == "a given list":
+                one["chooser"] = _chooser(row)
+    ordered = sorted(found.values(), key=lambda one: (one["removed"], one["chooser"]))
+    rows = [[str(one["removed"]), one["chooser"], *(one.get(c, NOT_MEASURED) for c in columns)] for one in ordered]
+    return _table(["attention layers removed", "chosen by", *columns.values()], rows)
+
+
+def recovery_all(results: Results) -> str:
+    """Every row of the recovery benchmark."""
+    found = [row for row in results.rows("recovery") if "ratio" in row]
+    found.sort(key=lambda row: (row["removed"], row["attention"], row["ratio"]))
+    rows = [
+        [str(row["removed"]), _chooser(row), _technique(row), f"{row['tokens']:,}" if row["tokens"] > 256 else "none",
+         f"{row['ratio']:.3f}", f"{row['cpu_seconds']:.0f}", str(row["peak_mib"])]
+        for row in found
+    ]  # fmt: skip
+    head = ["removed", "chosen by", "technique", "tokens fitted on", "perplexity / dense", "CPU s", "peak, MiB"]
+    return _table(head, rows)
+
+
+def healing(results: Results) -> str:
+    """What training adds to the closed form."""
+    names = {"lora": "adapters and low-rank changes of kept weights (`lora`)", "adapters": "adapters (`adapters`)"}
+    rows = [
+        [str(len(row["attention"].split(","))), names.get(row["trained"], row["trained"]), f"{row['tokens']:,}",
+         f"{row['seconds'] / 60:.0f}", f"{row['ratio_start']:.3f}", f"{row['ratio_end']:.3f}"]
+        for row in results.rows("healing")
+    ]  # fmt: skip
+    return _table(["removed", "trained", "tokens", "minutes", "before", "after"], rows)
+
+
+def overhead(results: Results) -> str:
+    """`prune-serve` over vLLM's own server, paired."""
+    rows = []
+    for name, one in results.document("overhead").get("ratios", {}).items():
+        low, high = one["interval_95"]
+        label = name.replace("_ms", "").replace("_", " ").replace("ttft", "TTFT").replace("itl", "ITL")
+        shown = (
+            f"{one['shoal']:.1f} {one['unit']}",
+            f"{one['vllm']:.1f}",
+            f"{one['ratio']:.3f} [{low:.3f}, {high:.3f}]",
+        )
+        rows.append([label, *shown])
+    return _table(["", "prune-serve", "vLLM's own", "ratio"], rows)
+
+
+def quality(results: Results) -> str:
+    """Every model of the quality battery beside the dense one, paired."""
+    tasks = {"arc_easy": ("ARC-Easy", "acc_norm"), "piqa": ("PIQA", "acc_norm"), "hellaswag": ("HellaSwag", "acc_norm"),
+             "mmlu_5shot": ("MMLU, 5 examples", "acc"), "copy": ("copying", "acc")}  # fmt: skip
+    rows = []
+    for row in results.rows("quality"):
+        cells = [row["name"], _interval(row["perplexity_ratio"])]
+        for task, (_, key) in tasks.items():
+            gap = row[task][f"{key}_difference"]
+            cells.append(f"{row[task][key]:.3f}, {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]")
+        rows.append(cells)
+    return _table(["", "perplexity / dense", *(label for label, _ in tasks.values())], rows)
+
+
+TABLES = {
+    function.__name__: function
+    for function in (serving, latency, recovery, recovery_all, healing, overhead, quality)
+}  # fmt: skip
+
+
+def rendered(text: str, results: Results) -> str:
     """The document with every table as the results have it."""
-    return BLOCK.sub(lambda block: block[1] + globals()[block[2]]() + block[3], text)
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](results) + block[3], text)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = rendered(old)
-    if "--check" in sys.argv:
-        sys.exit("README.md differs from benchmarks/results; run python benchmarks/tables.py" if new != old else 0)
-    readme.write_text(new, encoding="utf-8")
+    results, check = Results(ROOT / "benchmarks" / "results"), "--check" in sys.argv
+    for path in documents(ROOT):
+        old = path.read_text(encoding="utf-8")
+        if (new := rendered(old, results)) == old:
+            continue
+        if check:
+            sys.exit(f"{path.relative_to(ROOT)} differs from benchmarks/results; run python benchmarks/tables.py")
+        path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
