@@ -12,6 +12,10 @@ from pruning.errors import RecipeError
 from pruning.importance import metric
 from pruning.plan import Unit
 
+TASKS_NOTE = (
+    "Increase over the dense model by task, in each task's own unit (nats, or share of wrong answers), as chosen."
+)
+
 
 def strip(manifest: Manifest, kind: str) -> str:
     """One letter a block: K kept, E emulated, - removed."""
@@ -50,9 +54,22 @@ def _quality_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
     ]  # fmt: skip
 
 
+def task_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """What the plan costs every task, and what the plan that each task alone would choose costs them; head first."""
+    plans: Mapping[str, Mapping[str, float]] = manifest.quality.get("tasks", {})
+    if not plans:
+        return []
+    tasks = list(next(iter(plans.values())))
+    names = {name: name if name == "chosen plan" else f"plan for {name} alone" for name in plans}
+    return [("", *tasks), *((names[name], *(f"{costs[t]:+.4f}" for t in tasks)) for name, costs in plans.items())]
+
+
 def write_card(directory: Path, manifest: Manifest) -> None:
     """Write README.md, the model card."""
     table = "\n".join(f"| {' | '.join(row)} |" for row in _quality_rows(manifest))
+    if tasks := task_rows(manifest):
+        head, *rows = (f"| {' | '.join(row)} |" for row in tasks)
+        table += "\n\n".join(["", TASKS_NOTE, "\n".join([head, "|---" * len(tasks[0]) + "|", *rows])])
     (directory / "README.md").write_text(
         "---\ntags: [shoal, depth-pruned]\nlibrary_name: transformers\n---\n\n"
         f"# {manifest.base['model']}, depth-pruned\n\n"
@@ -98,6 +115,9 @@ def write_report(directory: Path, manifest: Manifest) -> None:
         {"title": "Dense and pruned", "head": ("", "dense", "pruned", "ratio"), "rows": _quality_rows(manifest)},
         {"title": "What it took", "head": ("stage", "seconds", "peak memory, MiB"), "rows": seconds},
     ]
+    if tasks := task_rows(manifest):
+        head, *costs = tasks
+        tables.insert(1, {"title": "By task", "note": TASKS_NOTE, "head": head, "rows": costs})
     lead = f"{len(manifest.removed)} sublayers of {2 * manifest.num_blocks} were removed from {manifest.base['model']}."
     title = f"{manifest.base['model']}, depth-pruned"
     page = _page(title, lead, tables, drawn, command(manifest), manifest.shoal_version)
@@ -126,10 +146,11 @@ def write_sweep_report(directory: Path, document: Mapping[str, Any], front: Sequ
         point = next(p for p in points if f"{p['chooser']}, {p['emulation']}" == label and p["removed"] == knee)
         low, value, high = (math.exp(point["loss_increase"][k]) for k in ("low", "value", "high"))
         rows.append((label, knee, f"{value:.3f} [{low:.3f}, {high:.3f}]",
-                     f"{point['kv_per_token'] / point['kv_per_token_dense']:.3f}"))  # fmt: skip
-    tables = [
-        {"title": "Knees", "head": ("chooser, emulation", "removed", "perplexity / dense", "KV / dense"), "rows": rows}
-    ]
+                     f"{point['kv_per_token'] / point['kv_per_token_dense']:.3f}",
+                     *(_accuracy(point["tasks"][task]) for task in document["dense"])))  # fmt: skip
+    tasks = [f"{task}, acc_norm (dense {one['acc_norm']:.3f})" for task, one in document["dense"].items()]
+    head = ("chooser, emulation", "removed", "perplexity / dense", "KV / dense", *tasks)
+    tables = [{"title": "Knees", "head": head, "rows": rows}]
     lead = (
         f"{len(points)} plans of {document['model']}, judged on {judge['tokens']:,} tokens of {judge['text']} in "
         f"windows of {judge['window']}; dense perplexity {math.exp(judge['dense_loss']):.2f}. 95% intervals."
@@ -140,3 +161,8 @@ def write_sweep_report(directory: Path, document: Mapping[str, Any], front: Sequ
     (directory / "report.html").write_text(page, encoding="utf-8")
     for figure in drawn:
         figure.save(directory)
+
+
+def _accuracy(one: Mapping[str, Any]) -> str:
+    gap = one["difference"]
+    return f"{one['acc_norm']:.3f}: {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"

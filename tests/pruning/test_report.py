@@ -39,6 +39,18 @@ def test_report_shows_the_numbers_of_the_card(pico_checkpoint, tmp_path):
     assert not re.search(r'(src|href)="(?!#)', page), "the page needs another file"
 
 
+def test_tasks_are_in_the_report_and_the_card(pico_checkpoint, tmp_path):
+    manifest = manifest_of(pico_checkpoint)
+    costs = {"chosen plan": {"arc.jsonl": 0.25, "code.txt": 0.125}, "code.txt": {"arc.jsonl": 0.75, "code.txt": 0.0625}}
+    manifest.quality |= {"tasks": costs}
+    write_report(tmp_path, manifest)
+    write_card(tmp_path, manifest)
+    page, card = (tmp_path / "report.html").read_text(), (tmp_path / "README.md").read_text()
+    assert "| plan for code.txt alone | +0.7500 | +0.0625 |" in card
+    for cell in ("chosen plan", "plan for code.txt alone", "+0.2500", "+0.0625"):
+        assert f"<td>{cell}</td>" in page
+
+
 def test_report_files_are_covered_by_the_manifest(pico_checkpoint, tmp_path):
     manifest = manifest_of(pico_checkpoint)
     write_report(tmp_path, manifest)
