@@ -33,6 +33,9 @@ def command(manifest: Manifest, output: str = "DIR") -> str:
         if value is None or value == []:
             continue
         flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+            continue
         words += [flag, *(str(v) for v in value)] if isinstance(value, list) else [flag, str(value)]
     return shlex.join(words)
 

@@ -1,13 +1,17 @@
 """The report and the card of an export hold its numbers and need nothing else."""
 
+import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 
+from pruning import cli, pipeline
 from pruning.checkpoint import read_manifest, verify, write_manifest
 from pruning.figures import STATES
-from pruning.report import write_card, write_report
+from pruning.recipe import Recipe
+from pruning.report import command, write_card, write_report
 
 
 def manifest_of(pico_checkpoint):
@@ -49,6 +53,17 @@ def test_tasks_are_in_the_report_and_the_card(pico_checkpoint, tmp_path):
     assert "| plan for code.txt alone | +0.7500 | +0.0625 |" in card
     for cell in ("chosen plan", "plan for code.txt alone", "+0.2500", "+0.0625"):
         assert f"<td>{cell}</td>" in page
+
+
+def test_command_makes_the_same_recipe_again(pico_checkpoint, monkeypatch):
+    recipe = Recipe(attention="3", recovery_aware=True, keep=[0, 2], calibration=["a file.txt", "b.txt"], rank=4)
+    manifest = read_manifest(pico_checkpoint("llama")[0])
+    manifest.recipe = recipe.model_dump(mode="json")
+    asked = []
+    monkeypatch.setattr(pipeline, "run", lambda model, output, recipe, **flags: asked.append(recipe))
+    with contextlib.suppress(SystemExit):
+        cli.app.meta(shlex.split(command(manifest))[1:])
+    assert asked == [recipe]
 
 
 def test_report_files_are_covered_by_the_manifest(pico_checkpoint, tmp_path):
