@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def commands(
-    model: str, pruned: list[str], texts: list[str], judge: str, results: Path, short: bool
+    model: str, pruned: list[str], texts: list[str], judge: str, data: str | None, results: Path, short: bool
 ) -> dict[str, list]:
     """Name -> words after `python`; texts to fit on and to judge on are never the same."""
     fit = ["--calibration", *texts, "--judge", judge]
@@ -24,14 +24,21 @@ def commands(
         "recovery": [
             HERE / "recovery.py", model, *fit, "--output", results / "recovery.json",
             *(["--attention", "6", "--tokens", "2048", "--score-tokens", "512", "--judge-tokens", "2048",
-               "--technique", "none", "low-rank"] if short else []),
+               "--technique", "none", "low-rank-64"] if short else []),
         ],
         "choosers": [
             HERE / "choosers.py", model, *fit, "--output", results / "choosers.json",
             *(["--choosers", "cosine", "leave-one-out", "--counts", "6", "--score-tokens", "1024",
                "--fit-tokens", "2048", "--judge-tokens", "2048"] if short else []),
         ],
-        "subnetworks": [HERE / "subnetworks.py", model, "--tokens", "256" if short else "1024"],
+        "subnetworks": [
+            HERE / "subnetworks.py", model, "--output", results / "subnetworks.json",
+            *(["--tokens", "256", "--greedy-tokens", "256", "--count", "3"] if short else []),
+        ],
+        **({"quality": [
+            HERE / "quality.py", model, *pruned, "--data", data, "--output", results / "quality.json",
+            *(["--limit", "40", "--tokens", "2048", "--copies", "40"] if short else []),
+        ]} if data else {}),
         "serving": [
             HERE / "serving.py", model, *pruned, "--output", results / "serving.json",
             *(["--rounds", "1", "--requests", "12", "--new", "64"] if short else []),
@@ -65,6 +72,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="some of them")
     parser.add_argument("--calibration", nargs="+", help="texts; Python's own documentation by default")
     parser.add_argument("--judge", help="text to judge on")
+    parser.add_argument("--data", help="directory of question sets for quality.py, which is left out without it")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
@@ -72,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         texts, judge = built_in_texts(Path(directory))
         every = commands(options.model, options.pruned, options.calibration or texts, options.judge or judge,
-                         options.results, options.short)  # fmt: skip
+                         options.data, options.results, options.short)  # fmt: skip
         wanted = {name: words for name, words in every.items() if words[0].exists()}
         for name in options.only or wanted:
             start = time.perf_counter()

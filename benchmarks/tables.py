@@ -1,10 +1,11 @@
 """Rewrite the tables of README.md and docs/ from the JSON files: `python benchmarks/tables.py` (`--check` only looks).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below. Results that are not there
-yet leave an empty table.
+yet leave one line that says so.
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -168,15 +169,68 @@ def quality(results: Results) -> str:
     return _table(["", "perplexity / dense", *(label for label, _ in tasks.values())], rows)
 
 
+def choosers(results: Results) -> str:
+    """Perplexity over the dense model's for every chooser's plans, bare and with low-rank adapters, best first."""
+    document = results.document("choosers")
+    losses, plans = document.get("losses", {}), document.get("plans", {})
+    counts = sorted({int(count) for plan in plans.values() for count in plan if count.isdecimal()})
+    dense = losses.get("dense", [])
+
+    def ratio(emulation: str, blocks: Sequence[int]) -> float:
+        found = losses.get(f"{emulation} {','.join(map(str, sorted(blocks)))}", [math.nan] * len(dense))
+        return math.exp(math.fsum(a - b for a, b in zip(found, dense, strict=True)) / len(dense))
+
+    rows = []
+    for chooser, plan in plans.items():
+        ratios = [ratio(e, plan[str(c)]) for e in ("none", "low_rank") for c in counts if str(c) in plan]
+        rows.append((ratios[-1], [chooser, *(f"{r:.3f}" for r in ratios), f"{plan['cpu_seconds']:.0f}"]))
+    head = ["chooser", *(f"{c}, {what}" for what in ("bare", "low-rank") for c in counts), "CPU s"]
+    return _table(head, [cells for _, cells in sorted(rows)])
+
+
+def subnetworks(results: Results) -> str:
+    """Subnetworks evaluated with shared prefixes against full forwards for every one, the published approach."""
+    document = results.document("subnetworks")
+    rows = []
+    if one := document.get("leave_one_out"):
+        rows.append([f"leave-one-out, {one['sublayers']} sublayers", one["shared_prefixes"], one["full_forwards"]])
+    if one := document.get("greedy"):
+        rows.append([f"greedy, {one['removed']} removed, lazily", one["lazy"], one["full_forwards"]])
+        rows.append([f"greedy, {one['removed']} removed, all scored", one["all_scored"], one["full_forwards"]])
+    head = ["", "shared prefixes, CPU s", "full forwards, CPU s", "times faster, CPU", "times faster, wall"]
+    return _table(head, [
+        [name, f"{mine['processor']:.0f}", f"{theirs['processor']:.0f}",
+         *(f"{theirs[clock] / mine[clock]:.2f}" for clock in ("processor", "wall"))]
+        for name, mine, theirs in rows
+    ])  # fmt: skip
+
+
+def speculation(results: Results) -> str:
+    """Pruned checkpoints as drafts of their own dense model."""
+    rows = [
+        [f"{row['attention_removed']} attention layers gone", f"{row['acceptance']:.2f}",
+         f"{row['tokens_per_step']:.2f}", _range(row["speed_ratio"]), row["answers_equal_to_dense"]]
+        for row in results.rows("speculation")
+    ]  # fmt: skip
+    return _table(["draft", "accepted", "tokens a step", "speed, to dense alone", "same answers"], rows)
+
+
 TABLES = {
     function.__name__: function
-    for function in (serving, latency, recovery, recovery_all, healing, overhead, quality)
+    for function in (
+        serving, latency, recovery, recovery_all, healing, overhead, quality, choosers, subnetworks, speculation,
+    )
 }  # fmt: skip
 
 
 def rendered(text: str, results: Results) -> str:
     """The document with every table as the results have it."""
-    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](results) + block[3], text)
+
+    def table(name: str) -> str:
+        made = TABLES[name](results)
+        return made if made.count("\n") > 2 else "Not measured yet.\n"
+
+    return BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], text)
 
 
 def main() -> None:
