@@ -1,4 +1,4 @@
-"""What the server takes from vLLM's entry points. Tested with vLLM 0.32.
+"""What the server takes from vLLM's entry points. Tested with vLLM 0.32; the import paths of 0.33 are known too.
 
 Every function here wraps something vLLM does not promise to keep; nothing of Shoal's features is in this file. What the
 model classes take from vLLM is in `server/vllm_models.py`.
@@ -22,9 +22,7 @@ from vllm.entrypoints.cli.serve import run_multi_api_server
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server import app_state, entry
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
@@ -35,6 +33,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from server.errors import EngineError, SettingsError
+
+try:  # vLLM 0.33
+    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.common.startup import cli_env_setup
+except ModuleNotFoundError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
 TESTED = ("0.32.",)
 VERSION: str = vllm.__version__
