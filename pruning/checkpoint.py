@@ -60,6 +60,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def hash_files(files: list[Path]) -> str:
+    """SHA-256 over the files' own, in their order."""
+    return hashlib.sha256(b"".join(bytes.fromhex(hash_file(file)) for file in files)).hexdigest()
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Hash every file of the directory and write `pruning.json`."""
     manifest.files = {p.name: hash_file(p) for p in sorted(directory.iterdir()) if p.name != MANIFEST}

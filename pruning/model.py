@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from pruning.checkpoint import hash_files
 from pruning.console import Reporter
 from pruning.errors import ModelError
 from pruning.families import Family, family_of
@@ -209,12 +210,3 @@ def _from_hub(name: str) -> Path:
             f"no such model {name!r}: not a directory, a .gguf file or {EMBEDDED!r}, and the Hugging Face hub "
             "does not have it or cannot be reached"
         ) from error
-
-
-def hash_files(files: list[Path]) -> str:
-    """SHA-256 over the files' own, in their order."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

@@ -183,7 +183,7 @@ def within_budget(
     if recipe.weight_budget is not None:
         each = sublayer_bytes(dense)
         adapter = adapter_bytes(dense, emulation_kind(recipe), recipe.rank, recipe.sources)
-        savings = [each[s.kind] - adapter for unit in order for s in unit.sublayers]
+        savings = [sum(each[s] - adapter for s in unit.sublayers) for unit in order]
         whole = predicted_bytes(dense, Plan(len(dense.model.get_submodule(dense.family.blocks)), {}))["weights"]
         excess = math.ceil(whole * (1 - parse_share(recipe.weight_budget, "weight-budget")))
         count = shortest(savings, excess)

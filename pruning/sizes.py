@@ -5,7 +5,7 @@ import torch
 from pruning.families import head_dim
 from pruning.model import DenseModel
 from pruning.modeling import blocks_of, places
-from pruning.plan import KINDS, EmulationKind, Kind, Plan, kv_bytes_per_token
+from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, kv_bytes_per_token
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -19,10 +19,13 @@ def kv_bytes(dense: DenseModel, kept_attention: int) -> int:
     return kv_bytes_per_token(kept_attention, config.num_key_value_heads, head_dim(config), dense.model.dtype.itemsize)
 
 
-def sublayer_bytes(dense: DenseModel) -> dict[Kind, int]:
-    """Weight bytes of one sublayer of each kind, its norms included; all of a kind are of one size."""
-    block = blocks_of(dense.model, dense.family)[0]
-    return {kind: sum(weight_bytes(getattr(block, name)) for name in places(dense.family, kind)) for kind in KINDS}
+def sublayer_bytes(dense: DenseModel) -> dict[Sublayer, int]:
+    """Weight bytes of every sublayer, its norms included; a mixture of experts may have dense FFNs between."""
+    return {
+        Sublayer(index, kind): sum(weight_bytes(getattr(block, name)) for name in places(dense.family, kind))
+        for index, block in enumerate(blocks_of(dense.model, dense.family))
+        for kind in KINDS
+    }
 
 
 def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int, sources: int = 1) -> int:
@@ -30,7 +33,7 @@ def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int, sources: in
     config = dense.model.config
     vectors = {
         "none": 0, "bias": 1, "low_rank": 2 * rank + 1, "linear": 2 * config.hidden_size + 1,
-        "context": (2 + sources) * rank + 1, "self_only": 2 * config.num_key_value_heads * config.head_dim + 1,
+        "context": (2 + sources) * rank + 1, "self_only": 2 * config.num_key_value_heads * head_dim(config) + 1,
     }  # fmt: skip
     return vectors[kind] * config.hidden_size * dense.model.dtype.itemsize
 
@@ -39,7 +42,7 @@ def predicted_bytes(dense: DenseModel, plan: Plan) -> dict[str, int]:
     """Weight and KV bytes of the pruned model, and of the dense one."""
     whole, each = weight_bytes(dense.model), sublayer_bytes(dense)
     saved = sum(
-        each[s.kind] - adapter_bytes(dense, emulation, plan.rank, plan.sources) for s, emulation in plan.removed.items()
+        each[s] - adapter_bytes(dense, emulation, plan.rank, plan.sources) for s, emulation in plan.removed.items()
     )
     return {
         "weights_dense": whole,

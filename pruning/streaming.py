@@ -11,9 +11,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from pruning.checkpoint import hash_files
 from pruning.errors import ModelError
 from pruning.families import Family
-from pruning.model import DenseModel, Source, hash_files, load_tokenizer
+from pruning.model import DenseModel, Source, load_tokenizer
 from pruning.subnetwork import Residency
 
 

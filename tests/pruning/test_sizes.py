@@ -1,0 +1,32 @@
+"""Predicted bytes are those of the model as exported."""
+
+from pathlib import Path
+
+import pytest
+
+from pruning.export import apply_plan
+from pruning.families import FAMILIES
+from pruning.model import DenseModel
+from pruning.plan import Plan, Sublayer
+from pruning.sizes import predicted_bytes, sublayer_bytes, weight_bytes
+from tests.conftest import BLOCKS, pico_tokenizer
+
+
+def dense_model(model, model_type: str) -> DenseModel:
+    return DenseModel("pico", Path(), model, pico_tokenizer(), FAMILIES[model_type], "")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe", "cohere"])
+@pytest.mark.parametrize("block", [1, 5])  # of qwen3_moe, 1 has experts and 5 has none
+def test_a_removed_ffn_saves_its_own_bytes(model_type, block, pico):
+    model = pico(model_type)
+    plan = Plan(BLOCKS, {Sublayer(block, "ffn"): "none", Sublayer(2, "attention"): "none"}, rank=4)
+    predicted = predicted_bytes(dense_model(model, model_type), plan)
+    assert predicted["weights_dense"] == weight_bytes(model)
+    apply_plan(model, FAMILIES[model_type], plan, {})
+    assert predicted["weights"] == weight_bytes(model)
+
+
+def test_experts_weigh_more_than_the_dense_ffn_between_them(pico):
+    each = sublayer_bytes(dense_model(pico("qwen3_moe"), "qwen3_moe"))
+    assert each[Sublayer(1, "ffn")] > each[Sublayer(5, "ffn")] > 0
