@@ -48,7 +48,7 @@ def commands(
             *(["--pairs", "2"] if short else []),
         ],
         "speculation": [
-            HERE / "speculation.py", model, pruned[0], "--output", results / "speculation.json",
+            HERE / "speculation.py", model, *pruned, "--output", results / "speculation.json",
             *(["--short"] if short else []),
         ],
     }  # fmt: skip

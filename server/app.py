@@ -97,6 +97,7 @@ async def serve(
     lifecycle = Lifecycle()
     directory = Path(args.model)
     manifest: Manifest | None = read_manifest(directory) if is_pruned(directory) else None
+    draft: Manifest | None = read_manifest(settings.draft) if settings.draft else None
     processes, root, first = 1, None, True
     if client_config is not None:
         processes, root, first = client_config["client_count"], os.getppid(), client_config["client_index"] == 0
@@ -107,11 +108,11 @@ async def serve(
         with opening(waiting_room, sockets, options):
             engine = await stack.enter_async_context(vllm_compat.open_engine(args, client_config))
             facts = vllm_compat.engine_facts(engine)
-            inventory = take_inventory(directory, manifest, facts)
+            inventory = take_inventory(directory, manifest, facts, draft)
             publish(inventory, pruning.__version__, vllm_compat.VERSION, args.served_model_name[0])
             vllm_compat.guard_generation(engine, settings.max_prompt_tokens, settings.max_output_tokens, spend_tokens)
             stock = await vllm_compat.stock_app(engine, args)
-            own = router(manifest, inventory, partial(vllm_compat.model_cards, stock))
+            own = router(manifest, inventory, partial(vllm_compat.model_cards, stock), draft)
             stock.router.routes[:0] = [*lifecycle.routes(), *own.routes]
             # vLLM's error handlers stop `state.server` at the first error of a dead engine; `supervise` stops ours.
             stock.state.server = SimpleNamespace(should_exit=False)

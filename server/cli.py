@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,13 +59,15 @@ def serve(
     from server.vllm_compat import parse_arguments
 
     logging = ["--logging-config.formatter", settings.log_format]
-    return run(parse_arguments([directory, *logging, *engine], _defaults(directory, settings)), settings)
+    args = parse_arguments([directory, *logging, *engine], _defaults(directory, settings))
+    _check_combination(args, settings)
+    return run(args, settings)
 
 
 def _check(directory: str, settings: Settings) -> None:
     """Refuse a damaged checkpoint before vLLM is even imported."""
     from pruning.checkpoint import is_pruned, verify
-    from server.auth import read_keys
+    from server.drafts import check_draft
     from server.errors import SettingsError
     from server.loader import SKIP_VERIFICATION
 
@@ -73,16 +76,37 @@ def _check(directory: str, settings: Settings) -> None:
     if not path.is_dir() and looks_local:
         raise SettingsError(f"{directory} is not a directory; give a checkpoint, a model directory or owner/name")
     if settings.api_keys_file is not None:
+        from server.auth import read_keys
+
         read_keys(settings.api_keys_file)
     if settings.skip_verification:
         os.environ[SKIP_VERIFICATION] = "1"
     elif path.is_dir() and is_pruned(path):
         verify(path)
         os.environ[SKIP_VERIFICATION] = "1"  # the engine need not hash it again
+    if settings.draft is not None:
+        check_draft(settings.draft, directory, verified=not settings.skip_verification)
+        os.environ[SKIP_VERIFICATION] = "1"
+
+
+def _check_combination(args: Namespace, settings: Settings) -> None:
+    """Refuse what a draft cannot be combined with."""
+    from server.drafts import draft_config
+    from server.errors import SettingsError
+
+    if settings.draft is None:
+        return
+    if args.speculative_config != draft_config(settings.draft, settings.draft_tokens):
+        raise SettingsError("--draft and vLLM's --speculative-config exclude each other; give one of them")
+    if args.pipeline_parallel_size > 1:
+        raise SettingsError("--draft does not work with --pipeline-parallel-size: the last stage would need all of it")
 
 
 def _defaults(directory: str, settings: Settings) -> dict[str, Any]:
     """What vLLM's arguments are where the user names none."""
+    from server.drafts import draft_config
+
+    draft = settings.draft
     return {
         "host": settings.host,
         "port": settings.port,
@@ -92,6 +116,7 @@ def _defaults(directory: str, settings: Settings) -> dict[str, Any]:
         "enable_log_requests": settings.log_prompts,
         # Reached by Ctrl-C, which a terminal sends to the engine processes too.
         "shutdown_timeout": int(settings.grace_seconds),
+        "speculative_config": draft and draft_config(draft, settings.draft_tokens),
     }
 
 

@@ -19,8 +19,8 @@ class Inventory:
 
     Attributes:
         blocks: State of each sublayer, one entry a block of the dense model.
-        kv_bytes_per_token: KV cache bytes of one token.
-        kv_bytes_per_token_dense: The same for the dense model.
+        kv_bytes_per_token: KV cache bytes of one token, a draft's included.
+        kv_bytes_per_token_dense: The same for the dense model without a draft.
         capacity_tokens: Tokens the running engine's KV cache holds.
         weight_bytes: Of the weight files (0 when they are not local).
         weight_bytes_dense: The same for the dense model.
@@ -82,13 +82,16 @@ def tensors(directory: Path) -> dict[str, dict[str, Any]]:
     return headers
 
 
-def take_inventory(directory: Path, manifest: Manifest | None, facts: EngineFacts) -> Inventory:
+def take_inventory(
+    directory: Path, manifest: Manifest | None, facts: EngineFacts, draft: Manifest | None = None
+) -> Inventory:
     """Put the numbers of the checkpoint and of the running engine together.
 
     Args:
         directory: What is served; may be a hub id, then weight bytes are 0.
         manifest: Of a pruned checkpoint, None for a dense model.
         facts: Of the running engine.
+        draft: Manifest of the checkpoint that drafts, pruned from the same model; None: there is none.
     """
     one_layer = facts.kv_tensors * facts.kv_heads * facts.head_dim * facts.kv_dtype_bytes
     headers = tensors(directory) if directory.is_dir() else {}
@@ -96,7 +99,8 @@ def take_inventory(directory: Path, manifest: Manifest | None, facts: EngineFact
     adapters = sum(math.prod(header["shape"]) for name, header in headers.items() if ".emulation." in name)
     dense: dict[Kind, State] = {"attention": "kept", "ffn": "kept"}
     blocks = sublayers(manifest) if manifest else (dense,) * facts.layers
-    kept = sum(block["attention"] == "kept" for block in blocks)
+    drafting = sublayers(draft) if draft else ()
+    kept = sum(block["attention"] == "kept" for block in (*blocks, *drafting))
     return Inventory(
         blocks=blocks,
         kv_bytes_per_token=one_layer * kept,

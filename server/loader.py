@@ -25,19 +25,22 @@ def check_directory(model: str, load_format: str) -> None:
     verify(directory)
 
 
-def check_stage(block_configs: Sequence[Any], start: int, end: int) -> None:
+def check_stage(block_configs: Sequence[Any], start: int, end: int, *, may_lack_attention: bool) -> None:
     """Check that one pipeline stage can run by itself.
 
     Args:
         block_configs: One entry a block of the whole model.
         start: First block of the stage.
         end: One past its last.
+        may_lack_attention: Whether one attention layer anywhere in the model is enough.
 
     Raises:
-        CheckpointError: It has no attention layer left, or an emulation reads an attention layer of another stage.
+        CheckpointError: No attention layer is left, or an emulation reads an attention layer of another stage.
     """
     stage, split = f"the pipeline stage of blocks {start} to {end - 1}", "set VLLM_PP_LAYER_PARTITION to another split"
-    if all(block_configs[index]["attention"]["no_op"] for index in range(start, end)):
+    if all(block["attention"]["no_op"] for block in block_configs):
+        raise CheckpointError("the model has no attention layer left, and vLLM cannot size its KV cache; keep one")
+    if not may_lack_attention and lacks_attention(block_configs, start, end):
         raise CheckpointError(f"{stage} has no attention layer left, and vLLM cannot size its KV cache; {split}")
     for index in range(start, end):
         for kind in ("attention", "ffn"):
@@ -47,3 +50,8 @@ def check_stage(block_configs: Sequence[Any], start: int, end: int) -> None:
                     raise CheckpointError(
                         f"{stage} reads the attention output of block {source}, which another stage holds; {split}"
                     )
+
+
+def lacks_attention(block_configs: Sequence[Any], start: int, end: int) -> bool:
+    """Whether blocks `start` to `end - 1` have lost all their attention layers."""
+    return all(block_configs[index]["attention"]["no_op"] for index in range(start, end))

@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from pruning.families import FAMILIES, Family
-from server.loader import check_directory, check_stage
+from server.loader import check_directory, check_stage, lacks_attention
 from server.stand_ins import Absent, Place, build_emulation, connect_sources, install
-from server.vllm_models import is_first_worker, replaced, stock, tensor_parallel_size
+from server.vllm_models import idle_attention, is_first_worker, replaced, stock, tensor_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,11 @@ SEAMS: Mapping[str, Seam] = {
 }
 
 
-def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam, config: Any) -> Callable[..., Any]:
+def _pruning_layers(
+    make_layers: Callable[..., Any], family: Family, seam: Seam, vllm_config: Any
+) -> Callable[..., Any]:
     """`make_layers` that builds block i as `config.block_configs[i]` says."""
+    config = vllm_config.model_config.hf_config
 
     def build(layer: Callable[..., nn.Module], prefix: str) -> nn.Module:
         spec = config.block_configs[int(prefix.rpartition(".")[2])]
@@ -106,7 +109,10 @@ def _pruning_layers(make_layers: Callable[..., Any], family: Family, seam: Seam,
 
     def make(count: int, layer: Callable[..., nn.Module], prefix: str) -> Any:
         start, end, layers = make_layers(count, lambda prefix: build(layer, prefix), prefix=prefix)
-        check_stage(config.block_configs, start, end)
+        check_stage(config.block_configs, start, end, may_lack_attention=True)
+        if lacks_attention(config.block_configs, start, end):
+            name = f"{prefix}.{start}.{family.attention}.idle"
+            getattr(layers[start], family.attention).idle = idle_attention(vllm_config, name)
         places = (family.attention, seam.ffn_place or family.ffn)
         connect_sources(layers, config.block_configs, places, start, end, partial=seam.partial)
         return start, end, layers
@@ -145,10 +151,9 @@ def _define(family: Family) -> type[nn.Module]:
     base = getattr(stock(module), name)
 
     def init(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_config
         if is_first_worker():
             check_directory(vllm_config.model_config.model, str(vllm_config.load_config.load_format))
-        make = _pruning_layers(stock(seam.layers).make_layers, family, seam, config)
+        make = _pruning_layers(stock(seam.layers).make_layers, family, seam, vllm_config)
         extra = {"layer_type": _llama_block()} if seam.attention == "llama:LlamaAttention" else {}
         with replaced({f"{seam.layers}:make_layers": make}):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix, **extra)

@@ -14,11 +14,12 @@ from pruning.checkpoint import Manifest
 from server.inventory import Inventory
 
 
-def describe(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]:
-    """What `/v1/pruning` answers: the manifest and the numbers of the running engine."""
+def describe(manifest: Manifest | None, inventory: Inventory, draft: Manifest | None = None) -> dict[str, Any]:
+    """What `/v1/pruning` answers: the manifests and the numbers of the running engine."""
     return {
         "pruned": manifest is not None,
         "manifest": manifest.model_dump(exclude={"files", "digest"}) if manifest else None,
+        "draft": draft.model_dump(exclude={"files", "digest"}) if draft else None,
         "sublayers": list(inventory.blocks),
         "kv_cache": {
             "bytes_per_token": inventory.kv_bytes_per_token,
@@ -64,7 +65,10 @@ def page() -> tuple[str, dict[str, str]]:
 
 
 def router(
-    manifest: Manifest | None, inventory: Inventory, model_cards: Callable[[], Awaitable[dict[str, Any]]]
+    manifest: Manifest | None,
+    inventory: Inventory,
+    model_cards: Callable[[], Awaitable[dict[str, Any]]],
+    draft: Manifest | None = None,
 ) -> APIRouter:
     """The routes.
 
@@ -72,8 +76,9 @@ def router(
         manifest: Of a pruned checkpoint, None for a dense model.
         inventory: What is served.
         model_cards: vLLM's own answer to `/v1/models`.
+        draft: Of the checkpoint that drafts, where there is one.
     """
-    description, summary = describe(manifest, inventory), summarise(manifest, inventory)
+    description, summary = describe(manifest, inventory, draft), summarise(manifest, inventory)
     html, headers = page()
     own = APIRouter()
 

@@ -26,6 +26,10 @@ class Settings(BaseSettings):
         default_factory=list, description="Further names clients may use; the first is the directory's base name."
     )
     skip_verification: bool = Field(False, description="Do not check the checkpoint's SHA-256 manifest.")
+    draft: Path | None = Field(
+        None, description="Checkpoint pruned from the served model, to guess tokens that the model then checks."
+    )
+    draft_tokens: PositiveInt = Field(3, description="Tokens the draft guesses at a time.")
 
     api_keys_file: FilePath | None = Field(
         None, description="File of `name:key` lines; requests then need one of the keys. Reloaded when it changes."

@@ -30,7 +30,7 @@ def define(family: Family) -> type[nn.Module]:
     def pipeline_parallel(self: Any) -> None:
         configs, group = self.config.block_configs, self.pp_group
         start, end = stock("transformers.base").get_pp_indices(len(configs), group.rank_in_group, group.world_size)
-        check_stage(configs, start, end)
+        check_stage(configs, start, end, may_lack_attention=False)
         base.pipeline_parallel(self)
 
     def create_attention_instances(self: Any, prefix: str = "") -> None:

@@ -42,6 +42,7 @@ except ModuleNotFoundError:  # vLLM 0.32
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
 TESTED = ("0.32.",)
+TRACED = {"mode": 2, "backend": "eager"}  # torch.compile without code generation: seconds, not minutes
 VERSION: str = vllm.__version__
 logger = logging.getLogger("shoal.vllm")
 
@@ -104,6 +105,9 @@ def parse_arguments(tokens: Sequence[str], defaults: dict[str, Any]) -> Namespac
     try:
         args = parser.parse_args(list(tokens))
         args.model = args.model_tag
+        if current_platform.is_cpu() and args.pipeline_parallel_size > 1 and args.enforce_eager:
+            # vLLM makes the tensors between stages in its warm-up, which a CPU worker leaves out in eager mode.
+            args.enforce_eager, args.compilation_config = False, TRACED
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
         launcher.validate_api_server_args(args)

@@ -5,16 +5,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-__all__ = ["RMSNorm", "is_first_worker", "replaced", "stock", "sum_over_ranks", "tensor_parallel_size"]
+__all__ = [
+    "RMSNorm",
+    "idle_attention",
+    "is_first_worker",
+    "replaced",
+    "stock",
+    "sum_over_ranks",
+    "tensor_parallel_size",
+]
 
 
 def is_first_worker() -> bool:
@@ -31,6 +40,28 @@ def sum_over_ranks(partial: Tensor) -> Tensor:
     """Sum of what every tensor-parallel rank holds, on every rank."""
     whole: Tensor = tensor_model_parallel_all_reduce(partial)
     return whole
+
+
+def idle_attention(vllm_config: Any, name: str) -> nn.Module:
+    """An attention layer without weights that nothing calls.
+
+    vLLM 0.32 gives a pipeline stage as many cache blocks as its layers leave room for and divides by zero where there
+    are none. With one such layer the stage holds one layer's share of a cache that the other stages bound.
+
+    Args:
+        vllm_config: Of the model.
+        name: Of the layer, as if it belonged to a block.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    layer: nn.Module = Attention(
+        model.get_num_attention_heads(parallel),
+        model.get_head_size(),
+        1.0,
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        cache_config=vllm_config.cache_config,
+        prefix=name,
+    )
+    return layer
 
 
 def stock(name: str) -> Any:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pruning
-from pruning.checkpoint import Manifest, write_manifest
+from pruning.checkpoint import MANIFEST, Manifest, hash_files, write_manifest
 from pruning.compensation import apply_weights
 from pruning.configuration import base_config_class
 from pruning.emulation import fit_plan
@@ -164,6 +164,14 @@ def rewrite_manifest(directory: Path) -> None:
     fields = json.loads((directory / "pruning.json").read_text())
     (directory / "pruning.json").unlink()
     write_manifest(directory, Manifest.model_validate(fields))
+
+
+def name_base(directory: Path, dense: Path) -> Path:
+    """Let a checkpoint name the weights of `dense` as what it was made from, as prune-export does."""
+    fields = json.loads((directory / MANIFEST).read_text())
+    fields["base"]["weight_hash"] = hash_files(sorted(dense.glob("*.safetensors")))
+    (directory / MANIFEST).write_bytes(Manifest.model_validate(fields).render())
+    return directory
 
 
 def engine_environment() -> dict[str, str]:

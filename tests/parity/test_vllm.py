@@ -10,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pruning.families import FAMILIES
-from tests.conftest import engine_environment
+from pruning.plan import Plan, Sublayer
+from server import vllm_compat
+from server.inventory import tensors
+from tests.conftest import BLOCKS, engine_environment, export_pico, pico_model
 
 PROMPTS = [
     [5, 77, 130, 9, 260, 31, 8, 200, 14, 90, 61, 44, 17, 300, 23, 6, 99, 101, 210, 3, 55, 12, 13, 240],
@@ -19,6 +22,8 @@ PROMPTS = [
 NEW_TOKENS = 16
 NEAR_TIE = 1e-3
 MODELS = [*FAMILIES, "llama fused", "qwen2 fused"]
+FIRST_STAGE = [(0, "self_attn.o_proj"), (0, "mlp.down_proj"), (1, "mlp.down_proj"), (2, "self_attn.o_proj"),
+               (2, "mlp.down_proj")]  # fmt: skip
 
 
 def run_engine(models: list[Path], variables: dict[str, str] | None = None, **options) -> dict[str, dict]:
@@ -38,13 +43,9 @@ def served(pico_checkpoint) -> dict[str, dict]:
     return {family: results[str(directory)] for family, directory in directories.items()}
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize("model_type", MODELS)
-def test_prompt_logprobs_and_greedy_tokens_agree(model_type, served, pico_checkpoint):
-    model = AutoModelForCausalLM.from_pretrained(pico_checkpoint(model_type)[0])
-    for prompt, logprobs, tokens in zip(
-        PROMPTS, served[model_type]["prompt_logprobs"], served[model_type]["tokens"], strict=True
-    ):
+def assert_agreement(served: dict, directory: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for prompt, logprobs, tokens in zip(PROMPTS, served["prompt_logprobs"], served["tokens"], strict=True):
         ids = torch.tensor([prompt + tokens])
         with torch.inference_mode():
             logits = model(ids).logits[0].float()
@@ -53,6 +54,21 @@ def test_prompt_logprobs_and_greedy_tokens_agree(model_type, served, pico_checkp
         chosen = logits[len(prompt) - 1 : -1]
         gap = chosen.max(-1).values - chosen[range(len(tokens)), tokens]
         assert gap.max() < NEAR_TIE
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("model_type", MODELS)
+def test_prompt_logprobs_and_greedy_tokens_agree(model_type, served, pico_checkpoint):
+    assert_agreement(served[model_type], pico_checkpoint(model_type)[0])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_weights_in_memory_are_those_in_the_files(model_type, served, pico_checkpoint):
+    files = sum(
+        end - start for start, end in (t["data_offsets"] for t in tensors(pico_checkpoint(model_type)[0]).values())
+    )
+    assert abs(served[model_type]["weight_bytes"] - files) <= 0.02 * files
 
 
 @pytest.mark.engine
@@ -72,3 +88,19 @@ def test_two_tensor_parallel_workers_agree_with_one(served, pico_checkpoint):
     for mine, theirs in zip(two["prompt_logprobs"], served["llama"]["prompt_logprobs"], strict=True):
         assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-4)
     assert two["kv_tokens"] == 2 * served["llama"]["kv_tokens"]
+
+
+@pytest.mark.engine
+def test_two_pipeline_stages_agree_with_transformers_though_one_has_no_attention(tmp_path):
+    removed = {
+        Sublayer(1, "attention"): "bias",
+        Sublayer(3, "attention"): "low_rank",
+        Sublayer(4, "attention"): "none",
+        Sublayer(4, "ffn"): "low_rank",
+        Sublayer(5, "attention"): "bias",
+    }
+    directory = export_pico(pico_model("llama"), "llama", Plan(BLOCKS, removed, rank=4), tmp_path / "pruned")
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": vllm_compat.TRACED}
+    served = run_engine([directory], **options)[str(directory)]
+    assert_agreement(served, directory)
+    assert served["projections"] == [f"model.layers.{block}.{name}" for block, name in FIRST_STAGE]

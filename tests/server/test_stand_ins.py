@@ -20,20 +20,26 @@ def context(*sources):
     return {"no_op": True, "emulation": {"kind": "context", "rank": 2, "sources": list(sources)}}
 
 
-def test_a_pipeline_stage_without_attention_is_refused():
+def test_a_pipeline_stage_without_attention_is_refused_where_none_can_be_put_in():
     configs = [block(KEPT), block(KEPT), block(GONE), block(GONE)]
-    check_stage(configs, 0, 4)
-    check_stage(configs, 0, 2)
+    for start, end in ((0, 4), (0, 2)):
+        check_stage(configs, start, end, may_lack_attention=False)
+    check_stage(configs, 2, 4, may_lack_attention=True)
     with pytest.raises(CheckpointError, match="blocks 2 to 3 has no attention layer left"):
-        check_stage(configs, 2, 4)
+        check_stage(configs, 2, 4, may_lack_attention=False)
+
+
+def test_a_model_without_any_attention_is_refused():
+    with pytest.raises(CheckpointError, match="the model has no attention layer left"):
+        check_stage([block(GONE), block(GONE)], 0, 1, may_lack_attention=True)
 
 
 @pytest.mark.parametrize("reader", [block(context(0)), block(KEPT, context(0))])
 def test_a_source_in_another_pipeline_stage_is_refused(reader):
     configs = [block(KEPT), block(KEPT), block(KEPT), reader]
-    check_stage(configs, 0, 4)
+    check_stage(configs, 0, 4, may_lack_attention=True)
     with pytest.raises(CheckpointError, match="attention output of block 0, which another stage holds"):
-        check_stage(configs, 2, 4)
+        check_stage(configs, 2, 4, may_lack_attention=True)
 
 
 def test_an_emulation_of_an_unknown_kind_is_refused():

@@ -1,0 +1,191 @@
+"""Pruned checkpoints as drafts of their own dense model in vLLM, against the dense model alone, paired in one run.
+
+python benchmarks/speculation.py smollm2-135m PRUNED... --output benchmarks/results/speculation.json
+
+Engines live side by side and answer the same questions one at a time, greedily, in turns. Reported of each draft:
+    acceptance       accepted / guessed tokens, over all places and by place
+    tokens_per_step  1 + accepted / steps: what one pass of the dense model yields
+    speed_ratio      seconds of the dense model alone / seconds with the draft, of one round
+    ceiling          the ratio if every guess were accepted: a step costs the same whatever comes of it, so this is
+                     speed_ratio * (1 + guesses) / tokens_per_step
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from machine import machine
+from serving import spread
+
+QUESTIONS = [
+    "What is the capital of France?", "Write a haiku about rain.", "Explain photosynthesis in one sentence.",
+    "List three primary colours.", "Who wrote Hamlet?", "Translate 'good morning' into Spanish.",
+    "What is 7 times 8?", "Name a mammal that can fly.", "Why is the sky blue?", "Give a synonym of happy.",
+    "What do bees make?", "How many days are in a week?", "What is the largest planet?", "Describe a cat.",
+    "At what temperature does water boil?", "Tell me a short joke.", "What is a prime number?",
+    "Name a red fruit.", "Where is the Eiffel Tower?", "What language is spoken in Brazil?",
+]  # fmt: skip
+
+
+def worker(options: dict[str, Any]) -> None:
+    """Serve one model, with a draft or without, to the parent: a round a line in, its answers and times a line out."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    from vllm import LLM, SamplingParams
+
+    draft = options["draft"] and {
+        "method": "draft_model", "model": options["draft"], "num_speculative_tokens": options["guesses"]
+    }  # fmt: skip
+    llm = LLM(
+        options["model"], dtype="float32", enforce_eager=True, enable_prefix_caching=False, max_model_len=512,
+        max_num_seqs=1, max_num_batched_tokens=512, disable_log_stats=False, speculative_config=draft,
+    )  # fmt: skip
+    print("{}", file=out, flush=True)
+    for line in sys.stdin:
+        load = json.loads(line)
+        sampling = SamplingParams(temperature=0, max_tokens=load["new"])
+        before = _counts(llm)
+        began = time.perf_counter()
+        answers = [
+            llm.chat([{"role": "user", "content": question}], sampling, use_tqdm=False)[0].outputs[0].token_ids
+            for question in load["questions"]
+        ]
+        seconds = time.perf_counter() - began
+        counts = {name: _minus(value, before[name]) for name, value in _counts(llm).items()}
+        print(json.dumps({"seconds": seconds, "tokens": [list(a) for a in answers]} | counts), file=out, flush=True)
+
+
+def _counts(llm: Any) -> dict[str, Any]:
+    """vLLM's own counters of speculation; empty without a draft."""
+    prefix = "vllm:spec_decode_num_"
+    metrics = [m for m in llm.get_metrics() if m.name.startswith(prefix)]
+    return {m.name.removeprefix(prefix): getattr(m, "values", None) or getattr(m, "value", 0) for m in metrics}
+
+
+def _minus(after: Any, before: Any) -> Any:
+    return [a - b for a, b in zip(after, before, strict=True)] if isinstance(after, list) else after - before
+
+
+@dataclass
+class Engine:
+    """A worker process."""
+
+    name: str
+    draft: Path | None
+    process: subprocess.Popen[str]
+
+    def run(self, questions: list[str], new: int) -> dict[str, Any]:
+        """Let it answer all questions."""
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps({"questions": questions, "new": new}) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The worker's next line."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the engine of {self.name} ended; see its messages above")
+        return json.loads(line)
+
+
+def start(name: str, model: Path, draft: Path | None, guesses: int, threads: int) -> Engine:
+    """Start an engine and wait for it."""
+    options = {"model": str(model), "draft": draft and str(draft), "guesses": guesses}
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR",
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--worker", json.dumps(options)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    engine = Engine(name, draft, process)
+    engine.answer()
+    return engine
+
+
+def row(engine: Engine, found: list[dict[str, Any]], dense: list[dict[str, Any]], guesses: int) -> dict[str, Any]:
+    """What is reported of one draft."""
+    assert engine.draft
+    removed = json.loads((engine.draft / "pruning.json").read_text())["removed"]
+    first = found[0]
+    ratio = spread([alone["seconds"] / both["seconds"] for alone, both in zip(dense, found, strict=True)])
+    per_step = 1 + first["accepted_tokens"] / first["drafts"]
+    equal = [mine == theirs for mine, theirs in zip(first["tokens"], dense[0]["tokens"], strict=True)]
+    return {
+        "name": engine.name,
+        "attention_removed": sum(name.startswith("attention.") for name in removed),
+        "answers_equal_to_dense": f"{sum(equal)} of {len(equal)}",
+        "acceptance": first["accepted_tokens"] / first["draft_tokens"],
+        "acceptance_by_place": [count / first["drafts"] for count in first["accepted_tokens_per_pos"]],
+        "tokens_per_step": per_step,
+        "speed_ratio": ratio,
+        "ceiling": ratio["median"] * (1 + guesses) / per_step,
+    }
+
+
+def report(
+    engines: list[Engine], found: dict[str, list[dict[str, Any]]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The document, from the rounds so far."""
+    dense = found["dense"]
+    tokens = sum(map(len, dense[0]["tokens"]))
+    return {
+        "machine": machine() | {"threads": options.threads}, "model": options.model, "dtype": "float32",
+        "questions": len(QUESTIONS), "new": options.new, "tokens": tokens, "guesses": options.guesses,
+        "rounds": len(dense),
+        "dense_tokens_per_second": tokens / statistics.median(one["seconds"] for one in dense),
+        "rows": [row(engine, found[engine.name], dense, options.guesses) for engine in engines[1:]],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="dense model")
+    parser.add_argument("pruned", nargs="*", type=Path, help="checkpoints made from it")
+    parser.add_argument("--guesses", type=int, default=3, help="tokens the draft guesses at a time")
+    parser.add_argument("--new", type=int, default=32, help="tokens of an answer at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--short", action="store_true", help="one round of short answers")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(json.loads(options.worker))
+        return
+    if options.short:
+        options.rounds, options.new = 1, 8
+    from pruning.console import Reporter
+    from pruning.model import find_model
+
+    model = find_model(options.model, Reporter()).directory
+    engines: list[Engine] = []
+    try:
+        for name, draft in [("dense", None), *((path.name, path) for path in options.pruned)]:
+            engines.append(start(name, model, draft, options.guesses, options.threads))
+            engines[-1].run(QUESTIONS[:1], 8)  # warm
+        found: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
+        for round_ in range(options.rounds):
+            for engine in engines if round_ % 2 == 0 else engines[::-1]:
+                found[engine.name].append(engine.run(QUESTIONS, options.new))
+                print(round_, engine.name, f"{found[engine.name][-1]['seconds']:.1f} s", file=sys.stderr)
+            text = json.dumps(report(engines, found, options), indent=1) + "\n"
+            if options.output:  # after every round, so that a run cut short leaves what it has
+                options.output.write_text(text)
+    finally:
+        for engine in engines:
+            engine.process.kill()
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
