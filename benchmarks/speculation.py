@@ -2,7 +2,8 @@
 
 python benchmarks/speculation.py smollm2-135m PRUNED... --output benchmarks/results/speculation.json
 
-Engines live side by side and answer the same questions one at a time, greedily, in turns. Reported of each draft:
+Each draft's engine lives beside the dense model's; both answer the same questions one at a time, greedily, in turns.
+Reported of each draft:
     acceptance       accepted / guessed tokens, over all places and by place
     tokens_per_step  1 + accepted / steps: what one pass of the dense model yields
     speed_ratio      seconds of the dense model alone / seconds with the draft, of one round
@@ -96,29 +97,31 @@ class Engine:
         return json.loads(line)
 
 
-def start(name: str, model: Path, draft: Path | None, guesses: int, threads: int) -> Engine:
-    """Start an engine and wait for it."""
-    options = {"model": str(model), "draft": draft and str(draft), "guesses": guesses}
+def start(name: str, model: Path, draft: Path | None, options: argparse.Namespace) -> Engine:
+    """Start an engine, wait for it, and let it answer once."""
+    served = {"model": str(model), "draft": draft and str(draft), "guesses": options.guesses}
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(options.threads), "VLLM_LOGGING_LEVEL": "ERROR",
     }  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, __file__, "--worker", json.dumps(options)],
+        [sys.executable, __file__, "--worker", json.dumps(served)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     engine = Engine(name, draft, process)
     engine.answer()
+    engine.run(QUESTIONS[:1], 8)
     return engine
 
 
-def row(engine: Engine, found: list[dict[str, Any]], dense: list[dict[str, Any]], guesses: int) -> dict[str, Any]:
+def row(engine: Engine, found: list[dict[str, Any]], dense: list[dict[str, Any]]) -> dict[str, Any]:
     """What is reported of one draft."""
     assert engine.draft
     removed = json.loads((engine.draft / "pruning.json").read_text())["removed"]
     first = found[0]
     ratio = spread([alone["seconds"] / both["seconds"] for alone, both in zip(dense, found, strict=True)])
-    per_step = 1 + first["accepted_tokens"] / first["drafts"]
+    per_step, guesses = 1 + first["accepted_tokens"] / first["drafts"], first["draft_tokens"] / first["drafts"]
+    tokens = sum(map(len, dense[0]["tokens"]))
     equal = [mine == theirs for mine, theirs in zip(first["tokens"], dense[0]["tokens"], strict=True)]
     return {
         "name": engine.name,
@@ -127,24 +130,22 @@ def row(engine: Engine, found: list[dict[str, Any]], dense: list[dict[str, Any]]
         "acceptance": first["accepted_tokens"] / first["draft_tokens"],
         "acceptance_by_place": [count / first["drafts"] for count in first["accepted_tokens_per_pos"]],
         "tokens_per_step": per_step,
+        "dense_tokens_per_second": tokens / statistics.median(one["seconds"] for one in dense),
+        "rounds": len(found),
         "speed_ratio": ratio,
         "ceiling": ratio["median"] * (1 + guesses) / per_step,
     }
 
 
-def report(
-    engines: list[Engine], found: dict[str, list[dict[str, Any]]], options: argparse.Namespace
-) -> dict[str, Any]:
-    """The document, from the rounds so far."""
-    dense = found["dense"]
-    tokens = sum(map(len, dense[0]["tokens"]))
-    return {
-        "machine": machine() | {"threads": options.threads}, "model": options.model, "dtype": "float32",
-        "questions": len(QUESTIONS), "new": options.new, "tokens": tokens, "guesses": options.guesses,
-        "rounds": len(dense),
-        "dense_tokens_per_second": tokens / statistics.median(one["seconds"] for one in dense),
-        "rows": [row(engine, found[engine.name], dense, options.guesses) for engine in engines[1:]],
-    }  # fmt: skip
+def rounds(engine: Engine, dense: Engine, options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """All rounds of a draft's engine and of the dense model's, in turns."""
+    found: tuple[list[Any], list[Any]] = ([], [])
+    for round_ in range(options.rounds):
+        pair = list(zip((engine, dense), found, strict=True))
+        for one, answers in pair if round_ % 2 else pair[::-1]:
+            answers.append(one.run(QUESTIONS, options.new))
+            print(round_, one.name, f"{answers[-1]['seconds']:.1f} s", file=sys.stderr)
+    return found
 
 
 def main() -> None:
@@ -162,29 +163,32 @@ def main() -> None:
     if options.worker:
         worker(json.loads(options.worker))
         return
+    if not options.pruned:
+        parser.error("name a model and at least one checkpoint made from it")
     if options.short:
         options.rounds, options.new = 1, 8
     from pruning.console import Reporter
     from pruning.model import find_model
 
     model = find_model(options.model, Reporter()).directory
-    engines: list[Engine] = []
+    rows: list[dict[str, Any]] = []
+    dense = start("dense", model, None, options)
     try:
-        for name, draft in [("dense", None), *((path.name, path) for path in options.pruned)]:
-            engines.append(start(name, model, draft, options.guesses, options.threads))
-            engines[-1].run(QUESTIONS[:1], 8)  # warm
-        found: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
-        for round_ in range(options.rounds):
-            for engine in engines if round_ % 2 == 0 else engines[::-1]:
-                found[engine.name].append(engine.run(QUESTIONS, options.new))
-                print(round_, engine.name, f"{found[engine.name][-1]['seconds']:.1f} s", file=sys.stderr)
-            text = json.dumps(report(engines, found, options), indent=1) + "\n"
-            if options.output:  # after every round, so that a run cut short leaves what it has
-                options.output.write_text(text)
+        for path in options.pruned:
+            engine = start(path.name, model, path, options)
+            try:
+                rows.append(row(engine, *rounds(engine, dense, options)))
+            finally:
+                engine.process.kill()
+            document = {
+                "machine": machine() | {"threads": options.threads}, "model": options.model, "dtype": "float32",
+                "questions": len(QUESTIONS), "new": options.new, "guesses": options.guesses, "rows": rows,
+            }  # fmt: skip
+            if options.output:  # after every draft, so that a run cut short leaves what it has
+                options.output.write_text(json.dumps(document, indent=1) + "\n")
     finally:
-        for engine in engines:
-            engine.process.kill()
-    print(text)
+        dense.process.kill()
+    print(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":
