@@ -9,9 +9,13 @@ Reported of each draft:
     speed_ratio      seconds of the dense model alone / seconds with the draft, of one round
     ceiling          the ratio if every guess were accepted: a step costs the same whatever comes of it, so this is
                      speed_ratio * (1 + guesses) / tokens_per_step
+
+With --acceptance no engine runs: the dense model answers in transformers, and one forward of the draft over question and answer
+tells which guesses would have been accepted, as an accepted guess is the dense model's own token. Seconds, not minutes.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -148,6 +152,43 @@ def rounds(engine: Engine, dense: Engine, options: argparse.Namespace) -> tuple[
     return found
 
 
+def predicted(model: Path, drafts: list[Path], new: int, guesses: int) -> list[dict[str, Any]]:
+    """What vLLM would accept of each draft's greedy guesses."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import pruning
+
+    pruning.register()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    answers = []
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        whole = dense.generate(**prompt, max_new_tokens=new, do_sample=False)
+        answers.append((whole, prompt["input_ids"].shape[1]))
+    rows = []
+    for path in drafts:
+        draft = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        steps, accepted = 0, [0] * guesses
+        for whole, length in answers:
+            with torch.inference_mode():
+                guessed = draft(whole).logits[0, length - 1 : -1].argmax(-1)
+            right = (guessed == whole[0, length:]).tolist()
+            at = 1  # the dense model's own prefill gives the first token
+            while at < len(right):
+                run = list(itertools.takewhile(bool, right[at : at + guesses]))
+                accepted = [count + (place < len(run)) for place, count in enumerate(accepted)]
+                steps, at = steps + 1, at + len(run) + 1
+        rows.append({
+            "name": path.name, "acceptance": sum(accepted) / (guesses * steps),
+            "acceptance_by_place": [count / steps for count in accepted],
+            "tokens_per_step": 1 + sum(accepted) / steps,
+        })  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="dense model")
@@ -157,6 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--short", action="store_true", help="one round of short answers")
+    parser.add_argument("--acceptance", action="store_true", help="only what would be accepted, without vLLM")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -171,6 +213,9 @@ def main() -> None:
     from pruning.model import find_model
 
     model = find_model(options.model, Reporter()).directory
+    if options.acceptance:
+        print(json.dumps(predicted(model, options.pruned, options.new, options.guesses), indent=1))
+        return
     rows: list[dict[str, Any]] = []
     dense = start("dense", model, None, options)
     try:
