@@ -10,8 +10,8 @@ Reported of each draft:
     ceiling          the ratio if every guess were accepted: a step costs the same whatever comes of it, so this is
                      speed_ratio * (1 + guesses) / tokens_per_step
 
-With --acceptance no engine runs: the dense model answers in transformers, and one forward of the draft over question and answer
-tells which guesses would have been accepted, as an accepted guess is the dense model's own token. Seconds, not minutes.
+With --acceptance no engine runs: the dense model answers in transformers, and one forward of the draft over question
+and answer tells which guesses would have been accepted, as an accepted guess is the dense model's own token.
 """
 
 import argparse
