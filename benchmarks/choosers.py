@@ -20,18 +20,20 @@ from pruning.model import load_dense
 from pruning.plan import Unit, lowest, sublayers_of
 from pruning.selection import Judge, score, select
 from pruning.subnetwork import Evaluator
+from pruning.tasks import TaskEvaluator, read_task
 from pruning.workdir import Journal
 
 SEARCHES = {
-    # name: metric, search, with emulation in place
-    "greedy leave-one-out": ("leave-one-out", "greedy", False),
-    "greedy kl": ("kl", "greedy", False),
-    "evolutionary": ("leave-one-out", "evolutionary", False),
-    "policy-gradient": ("leave-one-out", "policy-gradient", False),
-    "recovery-aware greedy kl": ("kl", "greedy", True),
-    "recovery-aware greedy leave-one-out": ("leave-one-out", "greedy", True),
+    # name: metric, search, with emulation in place, share of --score-tokens
+    "greedy leave-one-out": ("leave-one-out", "greedy", False, 1.0),
+    "greedy kl": ("kl", "greedy", False, 0.25),
+    "evolutionary": ("leave-one-out", "evolutionary", False, 0.25),
+    "policy-gradient": ("leave-one-out", "policy-gradient", False, 0.25),
+    "recovery-aware greedy leave-one-out": ("leave-one-out", "greedy", True, 1.0),
+    "recovery-aware greedy leave-one-out, a quarter of the text": ("leave-one-out", "greedy", True, 0.25),
+    "recovery-aware greedy kl, a quarter of the text": ("kl", "greedy", True, 0.25),
 }
-METRIC_CHOOSERS = [name for name in METRICS if not name.startswith("task")]
+SLOW = {"kl", "loss-shapley", "logit-shapley", "task-shapley", "shapley"}  # metrics that get a quarter of the text
 
 
 def arguments() -> argparse.Namespace:
@@ -40,15 +42,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", nargs="+", type=Path, required=True)
     parser.add_argument("--judge", type=Path, required=True, help="text that no fit and no choice has seen")
     parser.add_argument("--judge-tokens", type=int, default=6144)
-    parser.add_argument("--score-tokens", type=int, default=2048)
+    parser.add_argument("--score-tokens", type=int, default=8192)
     parser.add_argument("--fit-tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--counts", nargs="+", type=int, default=[6, 10, 15])
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--choosers", nargs="+", default=[*METRIC_CHOOSERS, *SEARCHES])
+    parser.add_argument("--questions", type=Path, help="multiple-choice questions; task-shapley needs them")
+    parser.add_argument("--choosers", nargs="+", choices=[*METRICS, *SEARCHES], metavar="CHOOSER")
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.choosers is None:
+        options.choosers = [name for name in (*METRICS, *SEARCHES) if options.questions or name != "task-shapley"]
+    return options
 
 
 class Results:
@@ -70,38 +76,45 @@ class Results:
         temporary.replace(self.path)
 
 
-def judges_of(dense, options, candidates, recovery_aware: bool) -> list[Judge]:
-    """Text to score on; for a recovery-aware search two halves of other files, each judged with the other's fits."""
-    rows = from_files(options.calibration, dense.tokenizer, options.score_tokens, options.length, 1)
+def judges_of(dense, options, candidates, recovery_aware: bool, share: float) -> list[Judge]:
+    """Text to score on, in two halves of other files; a recovery-aware search judges each with the other's fits."""
     journal = Journal(options.output.with_suffix(".journal"), f"{options.model} {dense.model.dtype}")
-    if not recovery_aware:
-        return [Judge("text", Evaluator(dense.model, dense.family, rows, 1, journal=journal))]
-    fitting = from_files(options.calibration, dense.tokenizer, 2 * options.fit_tokens, options.length, 2)
+    middle = -(-len(options.calibration) // 2)
+    halves = options.calibration[:middle], options.calibration[middle:]
 
-    def half(tokens, number):
-        return tokens[[row for row in range(len(tokens)) if row % len(options.calibration) % 2 == number]]
+    def evaluator(half: int, tokens: int, seed: int, batch: int, **kept: Journal) -> Evaluator:
+        rows = from_files(halves[half], dense.tokenizer, tokens, options.length, seed)
+        return Evaluator(dense.model, dense.family, rows, batch, **kept)
 
-    def adapters(evaluator):
+    def adapters(half: int):
         kept: dict = {}
+        fitting = evaluator(half, options.fit_tokens, 2, 2)
 
         def fitted(base):
             key = tuple(base)
             if key not in kept:
                 kept.clear()
-                kept[key] = fit_candidates(evaluator, key, candidates, "low_rank", options.rank, Reporter())
+                kept[key] = fit_candidates(fitting, key, candidates, "low_rank", options.rank, Reporter())
             return kept[key]
 
         return fitted
 
+    tokens = round(share * options.score_tokens / 2)
     return [
         Judge(
-            f"half {number}",
-            Evaluator(dense.model, dense.family, half(rows, number), 1, journal=journal),
-            adapters=adapters(Evaluator(dense.model, dense.family, half(fitting, 1 - number), 2)),
-            fitted_on=f"{options.fit_tokens} tokens of half {1 - number}, rank {options.rank}",
+            f"half {half}",
+            evaluator(half, tokens, 1, 1, journal=journal),
+            adapters=adapters(1 - half) if recovery_aware else None,
+            fitted_on=f"{options.fit_tokens} tokens of half {1 - half}, rank {options.rank}",
         )
-        for number in (0, 1)
+        for half in (1, 0)
     ]
+
+
+def questions(dense, options) -> Judge:
+    """Questions to score on, as many as a quarter of the text has tokens."""
+    some = read_task(options.questions, dense.tokenizer, options.score_tokens // 4)
+    return Judge("questions", TaskEvaluator(dense.model, dense.family, some, dense.tokenizer))
 
 
 def choose(dense, options, results: Results, chooser: str) -> None:
@@ -112,13 +125,15 @@ def choose(dense, options, results: Results, chooser: str) -> None:
         sampling = Sampling(seed=0, samples=4, depth=10)
     start = time.process_time()
     if chooser in METRICS:
-        judges = judges_of(dense, options, units, False)
+        share = 0.25 if chooser in SLOW else 1.0
+        text = judges_of(dense, options, units, False, share)
+        judges = [questions(dense, options)] if chooser == "task-shapley" else text
         values = score(judges, units, chooser, sampling, Reporter())[""].values
         results.put("scores", chooser, {str(unit): value for unit, value in values.items()})
         plans = {count: lowest(values, count, units) for count in options.counts}
     else:
-        importance, search, recovery_aware = SEARCHES[chooser]
-        judges = judges_of(dense, options, sublayers_of(units), recovery_aware)
+        importance, search, recovery_aware, share = SEARCHES[chooser]
+        judges = judges_of(dense, options, sublayers_of(units), recovery_aware, share)
         # What greedy removes first does not depend on how many follow.
         counts = [max(options.counts)] if search == "greedy" else options.counts
         found = {
@@ -181,9 +196,10 @@ def table(document: dict, counts: list[int]) -> str:
         cells = [f"{ratio(document, e, plans[str(c)]):.3f}" for e in ("none", "low_rank") for c in counts]
         lines.append(f"| {chooser} | " + " | ".join(cells) + " |")
     scores = document["scores"]
-    if {"shapley", "aumann-shapley"} <= set(scores):
-        value = rank_correlation(scores["shapley"], scores["aumann-shapley"])
-        lines.append(f"\nRank correlation of aumann-shapley with shapley: {value:.2f}")
+    for other in ("aumann-shapley", "taylor"):
+        if {"shapley", other} <= set(scores):
+            value = rank_correlation(scores["shapley"], scores[other])
+            lines.append(f"\nRank correlation of {other} with shapley: {value:.2f}")
     return "\n".join(lines)
 
 

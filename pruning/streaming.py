@@ -27,6 +27,9 @@ class Streamed(Residency):
         files: The safetensors files that hold its weights.
         dtype: To compute in.
         device: To compute on.
+
+    Raises:
+        ModelError: The files name the weights otherwise than the model does.
     """
 
     keeps_blocks = False
@@ -48,6 +51,12 @@ class Streamed(Residency):
             self._stored_as[weight] = embedding
             self._put(weight, torch.empty(0, device="meta"))
             self._head = [name for name in self._head if name != weight] + [weight]
+        stored = (self._stored_as.get(name, name) for name, _ in model.named_parameters())
+        if absent := [name for name in stored if name not in self._file_of]:
+            raise ModelError(
+                f"the weights lack {absent[0]}; --stream reads checkpoints that name parameters as the model does, "
+                "which mixtures of experts do not"
+            )
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
@@ -80,8 +89,6 @@ class Streamed(Residency):
             _give_back()
 
     def _read(self, name: str) -> torch.Tensor:
-        if name not in self._file_of:
-            raise ModelError(f"the weights lack {name}; --stream reads checkpoints with the family's usual names only")
         with safe_open(self._file_of[name], framework="pt", device="cpu") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor.to(self._device, self._dtype, copy=True)

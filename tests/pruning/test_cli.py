@@ -1,7 +1,9 @@
 """What a user sees: a checkpoint, or one line and exit code 2 with nothing written."""
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -242,3 +244,51 @@ def test_requests_that_contradict_themselves(monkeypatch, pico_directory, text, 
     assert len(lines) == 1
     assert says in lines[0]
     assert not out.exists()
+
+
+KILLED_AFTER = """
+import os, signal
+from pruning import cli, workdir
+
+keep, count = workdir.Journal.keep, 0
+
+def keep_and_die(journal, key, value):
+    global count
+    keep(journal, key, value)
+    count += 1
+    if count == {entries}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+workdir.Journal.keep = keep_and_die
+try:
+    cli.main()
+finally:
+    print(count)
+"""
+
+
+def test_a_killed_recovery_aware_search_goes_on_and_ends_with_the_same_bytes(pico_directory, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Of all sad words of tongue or pen, the saddest are these: it might have been. " * 60)
+    arguments = ["--calibration", text, other, "--attention", "5", "--search", "greedy", "--recovery-aware", *QUICK]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def export(name, entries):
+        command = [sys.executable, "-c", KILLED_AFTER.format(entries=entries), pico_directory(), "--output"]
+        return subprocess.run([*command, tmp_path / name, *arguments], env=environment, capture_output=True, text=True)
+
+    journals = tmp_path / "cache/shoal/journals"
+    whole = export("whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    values = int(whole.stdout.split()[-1])
+    killed_at = values * 4 // 5  # after the adapters were fitted anew
+    assert export("killed", killed_at).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert sum(len(path.read_text().splitlines()) for path in journals.iterdir()) == killed_at
+    resumed = export("killed", 0)
+    assert resumed.returncode == 0, resumed.stderr
+    assert int(resumed.stdout.split()[-1]) == values - killed_at
+    assert not list(journals.iterdir())
+    manifests = [verify(tmp_path / name) for name in ("whole", "killed")]
+    assert manifests[0].importance == manifests[1].importance
+    assert manifests[0].files["model.safetensors"] == manifests[1].files["model.safetensors"]

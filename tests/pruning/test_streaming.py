@@ -11,14 +11,13 @@ import torch
 
 import pruning
 from pruning.console import Reporter
-from pruning.errors import ModelError
 from pruning.families import FAMILIES
 from pruning.importance import Sampling, metric
 from pruning.model import find_model, load_model
 from pruning.plan import KINDS, Unit
 from pruning.streaming import open_streamed
 from pruning.subnetwork import Evaluator
-from tests.conftest import pico_model, pico_tokenizer
+from tests.conftest import pico_model, pico_tokenizer, run_prune_export
 
 UNITS = [Unit(block, kind) for block in range(6) for kind in KINDS]
 
@@ -28,11 +27,19 @@ MIXTURES = {"mixtral", "qwen3_moe"}
 
 
 @pytest.mark.parametrize("model_type", sorted(MIXTURES))
-def test_mixtures_of_experts_are_refused_in_one_line(pico_directory, model_type):
-    streamed, residency = open_streamed(find_model(str(pico_directory(model_type)), Reporter()), "float32", "cpu")
-    evaluator = Evaluator(streamed.model, streamed.family, torch.ones(1, 8, dtype=torch.int64), residency=residency)
-    with pytest.raises(ModelError, match="usual names only"):
-        evaluator.loss({})
+def test_mixtures_of_experts_are_refused_before_any_work(
+    monkeypatch, pico_directory, text, tmp_path, capsys, model_type
+):
+    hashed: list[object] = []
+    monkeypatch.setattr("pruning.streaming.hash_files", hashed.append)
+    saved = tmp_path / "scores.json"
+    flags = ["--stream", "--calibration", text, "--calibration-tokens", 256, "--sequence-length", 32]
+    assert run_prune_export(monkeypatch, "score", pico_directory(model_type), *flags, "--output", saved) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "mixtures of experts" in lines[0]
+    assert not hashed
+    assert not saved.exists()
 
 
 @pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - MIXTURES))
