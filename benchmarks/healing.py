@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16384, help="of the closed-form fit")
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--compensate", action="store_true", help="refit kept output projections before training")
     parser.add_argument("--heal", choices=["adapters", "lora"], default="adapters")
     parser.add_argument("--heal-loss", choices=["kl", "next-token", "hidden"], default="kl")
     parser.add_argument("--optimizer", choices=["adamw", "spam"], default="adamw")
@@ -45,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--validation", type=int, default=16, help="windows")
     parser.add_argument("--state", type=Path, help="file to resume from")
     parser.add_argument("--output", type=Path, required=True)
@@ -63,7 +65,7 @@ def main() -> None:
     plan = Plan(dense.model.config.num_hidden_layers, dict.fromkeys(gone, options.emulation), options.rank)
     start, cpu = time.perf_counter(), time.process_time()
     recovery = recover(
-        Evaluator(dense.model, dense.family, fitted), plan.removed, plan.rank, reporter, compensated=False
+        Evaluator(dense.model, dense.family, fitted), plan.removed, plan.rank, reporter, compensated=options.compensate
     )
     given = {key: value for key, value in vars(options).items() if key not in ("output", "state", "calibration")}
     row = {**given, "judge": options.judge and options.judge.name, "files": [path.name for path in options.calibration]}
@@ -74,7 +76,7 @@ def main() -> None:
     )
     settings = Settings(
         options.heal, options.heal_loss, options.optimizer, options.rate, options.lora_rank, options.steps,
-        options.minutes, options.batch_tokens, "no", 0,
+        options.minutes, options.batch_tokens, options.precision, 0,
     )  # fmt: skip
     cpu = time.process_time()
     healed, record = heal(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pruning.errors import RecipeError
 from pruning.plan import parse_amount, parse_share
@@ -22,6 +22,13 @@ Share = str | None
 Search = Literal["rank", "greedy", "evolutionary", "policy-gradient", "consecutive"]
 Emulation = Literal["none", "bias", "self-only", "low-rank", "linear", "context"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _numbers(given: object) -> object:
+    """Numbers of a list as they may come from a command line: 0,1 or 0 1."""
+    if not isinstance(given, list | tuple):
+        given = [given]
+    return [part for each in given for part in (each.split(",") if isinstance(each, str) else [each])]
 
 
 class Recipe(BaseModel):
@@ -78,7 +85,9 @@ class Recipe(BaseModel):
         int, SELECTION, Field(ge=1, description="Generations of evolutionary, steps of policy-gradient.")
     ] = 20
     offspring: Annotated[int, SELECTION, Field(ge=2, description="Plans in each of them.")] = 16
-    keep: Annotated[list[int], SELECTION, SEVERAL, Field(description="Blocks to leave alone.")] = []
+    keep: Annotated[
+        list[int], BeforeValidator(_numbers), SELECTION, SEVERAL, Field(description="Blocks to leave alone: 0,1 or 0 1.")
+    ] = []
     emulation: Annotated[Emulation, RECOVERY, Field(description="What takes a removed sublayer's place.")] = "low-rank"
     rank: Annotated[int, RECOVERY, Field(ge=1, description="Adapter rank r.")] = 64
     sources: Annotated[

@@ -67,6 +67,11 @@ def test_counts_that_cannot_be_met(recipe):
         counts(Recipe(**recipe), 30)
 
 
+@pytest.mark.parametrize("given", ["0,1,5", ["0,1", "5"], ["0", "1", "5"], [0, 1, 5]])
+def test_blocks_to_keep_are_given_with_commas_or_spaces(given):
+    assert Recipe(keep=given).keep == [0, 1, 5]
+
+
 def test_a_third_of_attention_goes_by_default():
     assert counts(Recipe(), 30).attention == 10
     assert counts(Recipe(ffn=2), 30).attention == 0
