@@ -100,7 +100,7 @@ def compensate(
     weight = (old.double() + correction.T.to(old.device)).to(old.dtype)
     change = (weight - old).T
     for number, (features, tap) in enumerate(zip(entering, taps, strict=True)):
-        difference = features @ change
+        difference = (features @ change.to(features.dtype)).to(after[number].dtype)
         after[number] = after[number] + scale * difference.view_as(after[number])
         if sublayer.kind == "attention" and (noted := tap[sublayer.block]).output is not None:
             noted.output = noted.output + difference.view_as(noted.output)

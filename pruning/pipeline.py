@@ -374,13 +374,14 @@ def _label(kind: EmulationKind, recipe: Recipe) -> str:
 def _recover(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> Recovery | Fusion:
     """Adapters, or the changes of kept weights that take their place."""
     evaluator = Evaluator(dense.model, dense.family, tokens)
-    if not recipe.fuse:
-        return recover(
-            evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate, sources=plan.sources
-        )
-    check_fusable(dense.family, plan.removed)
-    biased = has_biases(dense.model.config)
-    return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, compensated=recipe.compensate)
+    with torch.autocast(dense.model.device.type, torch.bfloat16, enabled=recipe.fit_precision == "bfloat16"):
+        if not recipe.fuse:
+            return recover(
+                evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate, sources=plan.sources
+            )
+        check_fusable(dense.family, plan.removed)
+        biased = has_biases(dense.model.config)
+        return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, compensated=recipe.compensate)
 
 
 def healed(

@@ -86,7 +86,11 @@ class Recipe(BaseModel):
     ] = 20
     offspring: Annotated[int, SELECTION, Field(ge=2, description="Plans in each of them.")] = 16
     keep: Annotated[
-        list[int], BeforeValidator(_numbers), SELECTION, SEVERAL, Field(description="Blocks to leave alone: 0,1 or 0 1.")
+        list[int],
+        BeforeValidator(_numbers),
+        SELECTION,
+        SEVERAL,
+        Field(description="Blocks to leave alone: 0,1 or 0 1."),
     ] = []
     emulation: Annotated[Emulation, RECOVERY, Field(description="What takes a removed sublayer's place.")] = "low-rank"
     rank: Annotated[int, RECOVERY, Field(ge=1, description="Adapter rank r.")] = 64
@@ -96,6 +100,14 @@ class Recipe(BaseModel):
     compensate: Annotated[
         bool, RECOVERY, Field(description="Refit the output projections of kept layers for what was removed (slow).")
     ] = False
+    fit_precision: Annotated[
+        Literal["auto", "bfloat16"],
+        RECOVERY,
+        Field(
+            description="Arithmetic of the forward passes while fitting; auto: the dtype of the model. bfloat16 keeps "
+            "the residual stream as it is, and is several times faster on CPUs that multiply it."
+        ),
+    ] = "auto"
     fuse: Annotated[
         bool, RECOVERY, Field(description="Write the emulation into ordinary weights: no extra operation when served.")
     ] = False

@@ -45,8 +45,9 @@ class NormalEquations:
         self.weight += float(weights.sum())
         self.x_sum += (x * root).sum(0).double().cpu()
         self.y_sum += (y * root).sum(0).double().cpu()
-        self.xx += (x.T @ x).double().cpu()
-        self.xy += (x.T @ y).double().cpu()
+        with torch.autocast(x.device.type, enabled=False):
+            self.xx += (x.T @ x).double().cpu()
+            self.xy += (x.T @ y).double().cpu()
         self.yy += float(y.double().pow(2).sum())
 
     def plus(self, other: "NormalEquations") -> "NormalEquations":
@@ -171,17 +172,17 @@ def fit_with_held_out(train: NormalEquations, held_out: NormalEquations, rank: i
 
 
 def fit_correction(
-    train: NormalEquations, held_out: NormalEquations, ridges: Sequence[float] = RIDGES, least_gain: float = 0.002
+    train: NormalEquations, held_out: NormalEquations, ridges: Sequence[float] = RIDGES
 ) -> Tensor | None:
     """A correction of existing weights: the ridge map (no intercept) from features to what they leave unexplained.
 
     Returns:
-        ΔW [D, M] float64, or None where it does not lower the held-out squared error by the share `least_gain`.
+        ΔW [D, M] float64, or None where it does not lower the held-out squared error.
     """
     nothing = torch.zeros_like(train.y_sum)
     errors = {ridge: held_out.error(solve(train.xx, train.xy, ridge), nothing) for ridge in ridges}
     best = min(errors, key=lambda ridge: errors[ridge])
-    if not errors[best] < held_out.yy * (1 - least_gain):
+    if not errors[best] < held_out.yy:
         return None
     both = train.plus(held_out)
     return solve(both.xx, both.xy, best)

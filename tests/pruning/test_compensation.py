@@ -89,6 +89,20 @@ def test_fitting_twice_gives_the_same_bits(pico):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_fits_of_bfloat16_passes_keep_float32_weights_and_nearly_the_same_model(pico):
+    tokens, unseen = ids(), ids(104)[96:]
+    dense = pico("llama")
+    exact, _ = recovered(pico, "llama", True, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        recovery = recover(evaluator_of(pico("llama"), "llama", tokens), PLAN.removed, PLAN.rank, Reporter())
+    fast = pico("llama")
+    apply_weights(fast, recovery.weights)
+    apply_plan(fast, FAMILIES["llama"], PLAN, recovery.emulations)
+    assert recovery.weights
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.float32}
+    assert divergence(fast, dense, unseen) < 1.05 * divergence(exact, dense, unseen)
+
+
 def test_only_kept_sublayers_after_the_first_removal_change(pico):
     recovery = recover(evaluator_of(pico("llama"), "llama", ids()), PLAN.removed, PLAN.rank, Reporter())
     allowed = {f"model.layers.{block}.self_attn.o_proj.weight" for block in (2, 3, 4, 5)}
