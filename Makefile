@@ -39,7 +39,7 @@ lint: setup ## Formatting, lint, types, import contracts
 	$(BIN)/lint-imports
 
 bench: setup $(DIR)/pruning.json ## Every benchmark, short; results in build/bench
-	$(BIN)/python benchmarks/run.py $(MODEL) $(DIR) --short --results build/bench
+	$(BIN)/python benchmarks/run.py $(MODEL) $(DIR) --short --results build/bench $(BENCH)
 
 bench-full: setup $(DIR)/pruning.json ## Every benchmark, whole (over an hour); results in benchmarks/results
 	$(BIN)/python benchmarks/run.py $(MODEL) $(DIR) $(BENCH)

@@ -35,7 +35,9 @@ app = App(
     version=__version__,
     error_console=Console(stderr=True, soft_wrap=True),
     error_formatter=_one_line,
+    suppress_keyboard_interrupt=False,
 )
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.default
@@ -278,5 +280,5 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; nothing was written, and the same line goes on where this stopped", file=sys.stderr)
         sys.exit(Interrupted.exit_code)

@@ -36,7 +36,7 @@ def request_words(pico_directory, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_resumed_sweep_equals_an_uninterrupted_one(request_words, tmp_path, monkeypatch):
+def test_resumed_sweep_equals_an_uninterrupted_one(request_words, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *request_words, "--output", tmp_path / "whole") == 0
     whole = json.loads((tmp_path / "whole" / "sweep.json").read_text())
     fitted = []
@@ -52,6 +52,7 @@ def test_resumed_sweep_equals_an_uninterrupted_one(request_words, tmp_path, monk
     monkeypatch.setattr(sweep, "PLANS_AT_ONCE", 2)
     stop_after = 2
     assert run(monkeypatch, *request_words, "--output", tmp_path / "parts") == 130
+    assert "the same line goes on" in capsys.readouterr().err
     assert not (tmp_path / "parts").exists()
     stop_after = None
     assert run(monkeypatch, *request_words, "--output", tmp_path / "parts") == 0
