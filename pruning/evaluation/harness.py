@@ -1,5 +1,7 @@
 """Any task of lm-evaluation-harness, on a model in memory or on a running server. Needs the extra `eval`."""
 
+import json
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,20 @@ def run_tasks(
     return _run(wrapped, names, include, limit)
 
 
+def served_models(url: str) -> list[str]:
+    """Names that an OpenAI-compatible server serves.
+
+    Raises:
+        EvaluationError: It does not answer, or not as such a server does.
+    """
+    address = f"{url.rstrip('/')}/v1/models"
+    try:
+        with urllib.request.urlopen(address, timeout=30) as response:
+            return [str(one["id"]) for one in json.load(response)["data"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"no model server answers at {address}: {' '.join(str(error).split())[:200]}") from error
+
+
 def run_tasks_on_server(
     url: str, model: str, tokenizer: str, names: Sequence[str], include: Path | None = None, limit: int | None = None
 ) -> dict[str, Any]:
@@ -78,8 +94,10 @@ def run_tasks_on_server(
         limit: Only so many documents of each task.
 
     Raises:
-        EvaluationError: As for `run_tasks`; also where the server does not answer.
+        EvaluationError: As for `run_tasks`; also where the server does not answer, or serves something else.
     """
+    if model not in (served := served_models(url)):
+        raise EvaluationError(f"{url} serves {', '.join(served)}, not {model}; name the directory that it serves")
     arguments = {
         "model": model, "base_url": f"{url.rstrip('/')}/v1/completions", "tokenizer": tokenizer,
         "tokenizer_backend": "huggingface", "num_concurrent": 4, "tokenized_requests": True,

@@ -74,6 +74,8 @@ def test_a_model_agrees_with_itself(pico_directory, files, tmp_path, monkeypatch
         (["--choice", "absent.jsonl"], "cannot read absent.jsonl"),
         (["--generate", "2"], "--against and --text"),
         (["--letter", "x.jsonl"], "--letter-examples go together"),
+        (["--tasks", "x", "--url", "http://127.0.0.1:1"], "no model server answers at http://127.0.0.1:1/v1/models"),
+        (["--tasks", "x", "--url", "nonsense"], "no model server answers at nonsense"),
         (["--recall", "1", "--output", "no/such/directory/x.json"], "no such directory"),
     ],
 )
