@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pruning.compensation import compensate, token_weights
 from pruning.console import Reporter
 from pruning.errors import RecipeError
+from pruning.kv_sharing import KV_SHARE, Seen, cache_sources, fit_kv_share
 from pruning.modeling import BiasEmulation, ContextEmulation, LowRankEmulation, context_features
 from pruning.plan import KINDS, EmulationKind, Sublayer, nearest_kept_attention
 from pruning.regression import Affine, HeldOutMoments
@@ -76,7 +77,7 @@ def recover(
     pruned = list(dense)
     taps: list[Taps] = [{} for _ in dense]
     del embedded
-    reads = _sources(removed, sources)
+    reads = _sources(evaluator, removed, sources)
     wanted = {source for read in reads.values() for source in read}
     runs = _runs(removed, len(evaluator.blocks)) if compensated else {}
     last = len(evaluator.blocks) - 1 if compensated else max(sublayer.block for sublayer in removed)
@@ -93,8 +94,9 @@ def recover(
                 if sublayer in removed:
                     inputs = pruned if sequential else before
                     module = fit(
-                        evaluator, sublayer, inputs, dense, removed[sublayer], rank, taps, reads.get(sublayer, ())
-                    )
+                        evaluator, sublayer, inputs, dense, removed[sublayer], rank, taps, reads.get(sublayer, ()),
+                        Seen(before, kwargs),
+                    )  # fmt: skip
                     emulations[sublayer] = module
                     if module is not None:
                         calls = zip(pruned, kwargs, taps, strict=True)
@@ -139,10 +141,27 @@ def _ahead(
     return streams
 
 
-def _sources(removed: Mapping[Sublayer, EmulationKind], count: int) -> dict[Sublayer, tuple[int, ...]]:
-    """What every `context` adapter reads."""
-    context = [sublayer for sublayer, kind in removed.items() if kind == "context"]
-    return {sublayer: nearest_kept_attention(removed, sublayer.block, count) for sublayer in context}
+def _sources(
+    evaluator: Evaluator, removed: Mapping[Sublayer, EmulationKind], count: int
+) -> dict[Sublayer, tuple[int, ...]]:
+    """What every emulation reads that has sources."""
+    return {s: _reads(evaluator, removed, s, kind, count) for s, kind in removed.items()}
+
+
+def _reads(
+    evaluator: Evaluator, gone: Collection[Sublayer], sublayer: Sublayer, kind: EmulationKind, count: int
+) -> tuple[int, ...]:
+    if kind == "context":
+        return nearest_kept_attention(gone, sublayer.block, count)
+    return cache_sources(evaluator, gone, sublayer) if kind in KV_SHARE else ()
+
+
+def _kept_for(
+    evaluator: Evaluator, gone: Collection[Sublayer], index: int, kind: EmulationKind, count: int
+) -> set[int]:
+    """What later blocks may read when block `index` is done."""
+    rest = [Sublayer(block, "attention") for block in range(index + 1, len(evaluator.blocks))]
+    return {source for each in rest for source in _reads(evaluator, gone, each, kind, count)}
 
 
 def _forget(taps: list[Taps], wanted: Collection[int]) -> None:
@@ -189,18 +208,18 @@ def fit_candidates(
             noted: list[Taps] = [{} for _ in taps] if parted else taps
             for sublayer in (Sublayer(index, kind_) for kind_ in KINDS):
                 calls = zip(dense, kwargs, noted, strict=True)
-                dense = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
+                before, dense = dense, [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
                 module = None
                 if sublayer in wanted:
-                    reads = nearest_kept_attention(gone, index, sources) if kind == "context" else ()
-                    module = fit(evaluator, sublayer, pruned, dense, kind, rank, taps, reads)
+                    reads = _reads(evaluator, gone, sublayer, kind, sources)
+                    module = fit(evaluator, sublayer, pruned, dense, kind, rank, taps, reads, Seen(before, kwargs))
                 if module is not None:
                     emulations[sublayer] = module
                 applied = module if sublayer in base else None
                 parted = parted or sublayer in base
                 calls = zip(pruned, kwargs, taps, strict=True)
                 pruned = [evaluator.run_and_tap(sublayer, h, k, applied, t) for h, k, t in calls] if parted else dense
-            _forget(taps, nearest_kept_attention(gone, index + 1, sources))
+            _forget(taps, _kept_for(evaluator, gone, index, kind, sources))
             step.advance()
     return emulations
 
@@ -214,6 +233,7 @@ def fit(
     rank: int,
     taps: list[Taps],
     sources: tuple[int, ...],
+    seen: Seen,
 ) -> nn.Module | None:
     """Fit what emulates one sublayer.
 
@@ -226,9 +246,12 @@ def fit(
         rank: r.
         taps: What attention layers before it put out, for each batch.
         sources: Which of them it reads.
+        seen: What the sublayer itself read in the dense model.
     """
     if kind == "none":
         return None
+    if kind in KV_SHARE and sources:
+        return fit_kv_share(evaluator, sublayer, sources[0], seen, inputs, targets, taps, rank, full=kind == "kv_share")
     dtype, device = inputs[0].dtype, inputs[0].device
     if kind == "self_only":
         return as_module(self_only(evaluator, sublayer), (), dtype, device)

@@ -18,6 +18,7 @@ from pruning.errors import StorageError
 from pruning.families import Family, keep_blocks
 from pruning.modeling import (
     ContextEmulation,
+    KVShareEmulation,
     block_configs_of,
     blocks_of,
     connect_sources,
@@ -52,7 +53,7 @@ def apply_plan(
     indices = plan.blocks_kept()
     kept = [blocks[index] for index in indices]
     for emulation in emulations.values():
-        if isinstance(emulation, ContextEmulation):
+        if isinstance(emulation, ContextEmulation | KVShareEmulation):
             emulation.sources = tuple(indices.index(source) for source in emulation.sources)
     parent, _, name = family.blocks.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(kept))

@@ -29,6 +29,8 @@ class Family:
         update_scale: Config field that every update is multiplied by, if the family has one.
         parallel: Whether attention and FFN read the same input, through `attention_norm`, and are added at once.
         refused: Config fields that change the architecture in ways that are not supported when set.
+        shares_cache: Whether a `kv_share` emulation can read its KV cache: one rotation for all heads, one scale, no
+            soft cap, and keys as they are cached are what queries meet.
         norm: Dotted path of the final norm.
         head: Dotted path of the output projection.
     """
@@ -50,6 +52,7 @@ class Family:
     package: str | None = None
     config: str | None = None
     decoder: str | None = None
+    shares_cache: bool = False
     norm: str = "model.norm"
     head: str = "lm_head"
 
@@ -96,12 +99,12 @@ def _sandwich(model_type: str, name: str, **fields: Any) -> Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama"),
-        Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2"),
-        Family("qwen3", "Qwen3"),
+        Family("llama", "Llama", shares_cache=True),
+        Family("mistral", "Mistral", shares_cache=True),
+        Family("qwen2", "Qwen2", shares_cache=True),
+        Family("qwen3", "Qwen3", shares_cache=True),
         Family("phi3", "Phi3"),
-        Family("granite", "Granite", update_scale="residual_multiplier"),
+        Family("granite", "Granite", update_scale="residual_multiplier", shares_cache=True),
         Family("stablelm", "StableLm", refused=("use_parallel_residual", "qk_layernorm")),
         Family("cohere", "Cohere", ffn_norm=None, parallel=True),
         Family("mixtral", "Mixtral", ffn_output=None),

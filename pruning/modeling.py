@@ -3,7 +3,7 @@
 import copy
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,23 +15,9 @@ from pruning.configuration import config_class, register_configs
 from pruning.errors import CheckpointError
 from pruning.families import FAMILIES, Family
 from pruning.plan import KINDS, Kind
+from pruning.shared_attention import KVShareEmulation, Tap, rms_normalise
 
-RMS_EPSILON = 1e-6
-
-
-def rms_normalise(hidden: Tensor) -> Tensor:
-    """Scale each token to unit root mean square: x / sqrt(mean(x^2) + 1e-6), computed in float32.
-
-    Args:
-        hidden: Residual stream [..., D].
-
-    Returns:
-        Same shape and dtype.
-
-    Source: arXiv 1910.07467, without the gain (the adapter's matrix carries it).
-    """
-    wide = hidden.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)).to(hidden.dtype)
+__all__ = ["KVShareEmulation", "Tap", "rms_normalise"]  # also named here
 
 
 class BiasEmulation(nn.Module):
@@ -57,32 +43,6 @@ class LowRankEmulation(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Update [..., D] for the residual stream [..., D]."""
         return self.up(self.down(rms_normalise(hidden)))
-
-
-class Tap:
-    """What one attention layer hands on in the forward under way, to the emulations that name it as a source.
-
-    It is a forward hook on that layer's module, and copied with it.
-
-    Attributes:
-        output: What left the module (after its output projection, before any norm or multiplier), [..., D].
-        entered: The stream that entered the block, which is what a parallel family's FFN reads; others leave it out.
-    """
-
-    def __init__(self, output: Tensor | None = None, entered: Tensor | None = None) -> None:
-        self.output = output
-        self.entered = entered
-
-    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        """Note the output; the signature is that of a forward hook."""
-        self.output = output[0] if isinstance(output, tuple) else output
-
-    def split(self, rows: int) -> "list[Tap]":
-        """One tap for each stream of `rows` windows that went through the layer together."""
-        assert self.output is not None
-        parts = self.output.split(rows)
-        entered = [None] * len(parts) if self.entered is None else self.entered.split(rows)
-        return [Tap(part, start) for part, start in zip(parts, entered, strict=True)]
 
 
 class ContextEmulation(nn.Module):
@@ -124,13 +84,13 @@ def context_features(hidden: Tensor, outputs: Sequence[Tensor | None]) -> Tensor
 
 def sources_of(emulation: nn.Module | None) -> tuple[int, ...]:
     """Blocks whose attention an emulation reads."""
-    return emulation.sources if isinstance(emulation, ContextEmulation) else ()
+    return emulation.sources if isinstance(emulation, ContextEmulation | KVShareEmulation) else ()
 
 
 @contextmanager
 def fed(emulation: nn.Module | None, taps: Mapping[int, Tap]) -> Iterator[None]:
     """Let an emulation read these taps (block -> tap) inside the `with`; a source without one counts as zero."""
-    if not isinstance(emulation, ContextEmulation):
+    if not isinstance(emulation, ContextEmulation | KVShareEmulation):
         yield
         return
     saved = emulation.taps
@@ -141,14 +101,13 @@ def fed(emulation: nn.Module | None, taps: Mapping[int, Tap]) -> Iterator[None]:
         emulation.taps = saved
 
 
-@contextmanager
-def tapped(attention: nn.Module, tap: Tap) -> Iterator[None]:
-    """Note what an attention module puts out inside the `with`."""
-    handle = attention.register_forward_hook(tap)
-    try:
-        yield
-    finally:
-        handle.remove()
+def tap_into(attention: nn.Module, tap: Tap, *, cache: bool) -> ExitStack:
+    """Let a tap note what attention puts out and, with `cache`, what it attends to, until the stack closes."""
+    stack = ExitStack()
+    stack.callback(attention.register_forward_hook(tap).remove)
+    if cache and not isinstance(attention, AttentionStandIn):
+        stack.callback(attention.register_forward_pre_hook(tap.record, with_kwargs=True).remove)
+    return stack
 
 
 def build_emulation(spec: Mapping[str, Any] | None, hidden_size: int) -> nn.Module | None:
@@ -165,6 +124,9 @@ def build_emulation(spec: Mapping[str, Any] | None, hidden_size: int) -> nn.Modu
         return LowRankEmulation(hidden_size, int(spec["rank"]))
     if spec["kind"] == "context":
         return ContextEmulation(hidden_size, int(spec["rank"]), spec["sources"])
+    if spec["kind"] == "kv_share":
+        ranks = int(spec["rank"]), int(spec["own_rank"])
+        return KVShareEmulation(hidden_size, int(spec["heads"]), int(spec["head_dim"]), spec["sources"], *ranks)
     raise CheckpointError(f"emulation kind {spec['kind']!r} is not known to this version of Shoal; upgrade it")
 
 
@@ -176,6 +138,8 @@ def describe_emulation(emulation: nn.Module | None) -> dict[str, Any] | None:
         return {"kind": "bias"}
     if isinstance(emulation, ContextEmulation):
         return {"kind": "context", "rank": emulation.down.out_features, "sources": list(emulation.sources)}
+    if isinstance(emulation, KVShareEmulation):
+        return emulation.describe()
     assert isinstance(emulation, LowRankEmulation)
     return {"kind": "low_rank", "rank": emulation.down.out_features}
 
@@ -191,6 +155,8 @@ class AttentionStandIn(nn.Module):
         """The update (zero where nothing emulates it) and no attention weights."""
         if self.emulation is None:
             return hidden_states.new_zeros(()), None
+        if isinstance(self.emulation, KVShareEmulation):
+            return self.emulation(hidden_states, **kwargs), None
         return self.emulation(hidden_states), None
 
 
@@ -261,8 +227,8 @@ def connect_sources(blocks: Sequence[nn.Module], family: Family) -> None:
             for source in sources_of(emulation):
                 if source not in taps:
                     taps[source] = Tap()
-                    getattr(blocks[source], family.attention).register_forward_hook(taps[source])
-            if isinstance(emulation, ContextEmulation):
+                    tap_into(getattr(blocks[source], family.attention), taps[source], cache=family.shares_cache)
+            if isinstance(emulation, ContextEmulation | KVShareEmulation):
                 emulation.taps = [taps[source] for source in emulation.sources]
 
 

@@ -26,6 +26,7 @@ from pruning.formats import PrunedModel, format_named
 from pruning.fuse import Fusion, apply_fusion, check_fusable, fuse, has_biases
 from pruning.healing import Precision, Settings, heal
 from pruning.importance import Sampling, Scores, metric
+from pruning.kv_sharing import check_shareable
 from pruning.model import DenseModel, Source, cache_directory, find_model, load_model
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Counts, Recipe, counts
@@ -222,7 +223,7 @@ def emulation_kind(recipe: Recipe) -> EmulationKind:
     """The recipe's emulation as the plan names it."""
     kinds: dict[str, EmulationKind] = {
         "none": "none", "bias": "bias", "self-only": "self_only", "low-rank": "low_rank", "linear": "linear",
-        "context": "context",
+        "context": "context", "kv-share": "kv_share", "kv-share-low-rank": "kv_share_low_rank",
     }  # fmt: skip
     return kinds[recipe.emulation]
 
@@ -255,6 +256,8 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
     wanted = counts(recipe, source.config.num_hidden_layers)
     if recipe.fuse:
         check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
+    if recipe.emulation.startswith("kv-share"):
+        check_shareable(source.family, source.config)
     if recipe.rank > source.config.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
     if recipe.emulation == "self-only" and (source.family.attention_post_norm or wanted.ffn or wanted.sublayers):

@@ -9,7 +9,7 @@ from pruning.errors import RecipeError
 
 Kind = Literal["attention", "ffn"]
 UnitKind = Literal["attention", "ffn", "block"]
-EmulationKind = Literal["none", "bias", "self_only", "low_rank", "linear", "context", "kv_share"]
+EmulationKind = Literal["none", "bias", "self_only", "low_rank", "linear", "context", "kv_share", "kv_share_low_rank"]
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
 
 

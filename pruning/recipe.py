@@ -20,7 +20,7 @@ SEVERAL = Parameter(consume_multiple=True)
 Amount = str | int | None
 Share = str | None
 Search = Literal["rank", "greedy", "evolutionary", "policy-gradient", "consecutive"]
-Emulation = Literal["none", "bias", "self-only", "low-rank", "linear", "context"]
+Emulation = Literal["none", "bias", "self-only", "low-rank", "linear", "context", "kv-share", "kv-share-low-rank"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pruning import parallel
 from pruning.families import Family
-from pruning.modeling import Tap, blocks_of, emulation_in, fed, places, replace_sublayer, sources_of, tapped
+from pruning.modeling import Tap, blocks_of, emulation_in, fed, places, replace_sublayer, sources_of, tap_into
 from pruning.objective import Head, Objective
 from pruning.plan import KINDS, Kind, Sublayer
 from pruning.workdir import Journal
@@ -242,7 +242,7 @@ class Evaluator:
         entered = self._entered(sublayer, taps)
         inside = emulation or emulation_in(self.blocks[sublayer.block], self.family, sublayer.kind)
         tap, attention = Tap(), getattr(self.blocks[sublayer.block], self.family.attention)
-        with fed(inside, taps), tapped(attention, tap):
+        with fed(inside, taps), tap_into(attention, tap, cache=self.family.shares_cache):
             after = self.run_sublayer(sublayer, hidden, kwargs, emulation, entered)
         if sublayer.kind == "attention":
             if emulation is not None:  # it took the place of the tapped module

@@ -47,8 +47,9 @@ def check_stage(block_configs: Sequence[Any], start: int, end: int, *, may_lack_
             emulation = block_configs[index][kind]["emulation"] or {}
             for source in emulation.get("sources", ()):
                 if not start <= source < end:
+                    what = "KV cache" if emulation["kind"] == "kv_share" else "attention output"
                     raise CheckpointError(
-                        f"{stage} reads the attention output of block {source}, which another stage holds; {split}"
+                        f"{stage} reads the {what} of block {source}, which another stage holds; {split}"
                     )
 
 

@@ -5,7 +5,7 @@ hands the pending update on, so neither a norm nor an addition is spent on it. A
 a zero, which compiled graphs leave out.
 
 Adapters are replicated under tensor parallelism: at rank 64 they are 2% of a block, and sharding them would cost an
-all-reduce to save less than that.
+all-reduce to save less than that. Those that attend are sharded by heads (`shared_attention.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.errors import CheckpointError
+from server.shared_attention import KVShare
 from server.vllm_models import RMSNorm, sum_over_ranks
 
 RMS_EPSILON = 1e-6
@@ -29,8 +30,6 @@ class Absent(nn.Module):
 
 class Bias(nn.Module):
     """A constant update [D]."""
-
-    reads_norm = False
 
     def __init__(self, hidden_size: int, fused: bool) -> None:
         super().__init__()
@@ -70,10 +69,9 @@ class LowRank(nn.Module):
         sources: k, attention layers whose outputs it reads beside the stream.
     """
 
-    reads_norm = True
-
     def __init__(self, hidden_size: int, rank: int, sources: int = 0) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.down = nn.Linear(hidden_size * (1 + sources), rank, bias=False)
         self.up = nn.Linear(rank, hidden_size, bias=True)
         self.sources: list[Source] = []
@@ -89,7 +87,10 @@ class LowRank(nn.Module):
         return self.up(self.down(normalised))
 
 
-def build_emulation(spec: Mapping[str, Any] | None, hidden_size: int, fused: bool) -> Bias | LowRank | None:
+Emulation = Bias | LowRank | KVShare
+
+
+def build_emulation(spec: Mapping[str, Any] | None, hidden_size: int, fused: bool) -> Emulation | None:
     """Build what a checkpoint's `emulation` entry names; None where there is none.
 
     Raises:
@@ -103,6 +104,8 @@ def build_emulation(spec: Mapping[str, Any] | None, hidden_size: int, fused: boo
         return LowRank(hidden_size, int(spec["rank"]))
     if spec["kind"] == "context":
         return LowRank(hidden_size, int(spec["rank"]), len(spec["sources"]))
+    if spec["kind"] == "kv_share":
+        return KVShare(hidden_size, spec)
     raise CheckpointError(f"emulation kind {spec['kind']!r} is not known to this version of Shoal; upgrade it")
 
 
@@ -141,7 +144,8 @@ class StandIn(nn.Module):
         """The update [tokens, D]; without emulation the pending one (fused) or zero."""
         if self.emulation is None:
             return hidden_states if self.fused else torch.zeros_like(hidden_states)
-        update = self.emulation(hidden_states if self.norm is None else self.norm(hidden_states))
+        given = hidden_states if self.norm is None else self.norm(hidden_states)
+        update = self.emulation(given, positions) if isinstance(self.emulation, KVShare) else self.emulation(given)
         return update if self.share == 1 else update * self.share
 
 
@@ -153,11 +157,11 @@ class Place(NamedTuple):
     after: str | None
 
 
-def install(block: nn.Module, place: Place, emulation: Bias | LowRank | None, *, fused: bool, share: float) -> None:
+def install(block: nn.Module, place: Place, emulation: Emulation | None, *, fused: bool, share: float) -> None:
     """Put the stand-in of a removed sublayer, and what its norms become, into a block."""
     norm: nn.Module | None = None
-    if emulation is not None and emulation.reads_norm:
-        norm = RMSNorm(emulation.up.out_features, eps=RMS_EPSILON, has_weight=False)
+    if isinstance(emulation, LowRank | KVShare):
+        norm = RMSNorm(emulation.hidden_size, eps=RMS_EPSILON, has_weight=False)
     if place.before is not None:
         setattr(block, place.before, norm or SkippedNorm(fused))
         norm = None
@@ -175,7 +179,7 @@ def connect_sources(
     *,
     partial: bool,
 ) -> None:
-    """Let `context` emulations of one pipeline stage read the attention layers they name.
+    """Let emulations of one pipeline stage read the attention layers they name, or those layers' KV caches.
 
     Args:
         blocks: All, of which this stage holds some.
@@ -190,9 +194,15 @@ def connect_sources(
     for index in range(start, end):
         for kind, place in zip(("attention", "ffn"), places, strict=True):
             spec = block_configs[index][kind]["emulation"]
-            if spec is None or spec["kind"] != "context":
+            if spec is None or not spec.get("sources"):
                 continue
             emulation = getattr(blocks[index], place).emulation
+            if isinstance(emulation, KVShare):
+                (source,) = spec["sources"]
+                attention = getattr(blocks[source], places[0])
+                name = attention.attn.layer_name.replace(f".{source}.", f".{index}.", 1)
+                emulation.connect(attention, name)
+                continue
             for source in spec["sources"]:
                 if source not in sources:
                     sources[source] = Source(partial)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
@@ -14,9 +15,13 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 __all__ = [
+    "ColumnParallelLinear",
     "RMSNorm",
+    "RowParallelLinear",
+    "attention_over",
     "idle_attention",
     "is_first_worker",
     "replaced",
@@ -60,6 +65,26 @@ def idle_attention(vllm_config: Any, name: str) -> nn.Module:
         num_kv_heads=model.get_num_kv_heads(parallel),
         cache_config=vllm_config.cache_config,
         prefix=name,
+    )
+    return layer
+
+
+def attention_over(source: Any, name: str) -> nn.Module:
+    """An attention layer that reads the KV cache of another one and has none of its own.
+
+    Args:
+        source: The `Attention` of an earlier block.
+        name: Of the new layer; vLLM reads the block's number from it.
+    """
+    layer: nn.Module = Attention(
+        source.num_heads,
+        source.head_size,
+        source.impl.scale,
+        num_kv_heads=source.num_kv_heads,
+        cache_config=get_current_vllm_config().cache_config,
+        per_layer_sliding_window=source.sliding_window,
+        prefix=name,
+        kv_sharing_target_layer_name=source.layer_name,
     )
     return layer
 
