@@ -38,7 +38,7 @@ class Technique:
     compensated: bool = False
 
 
-# Ranks 76 (low-rank), 51 (one source) and 38 (two) make adapters of a tenth of SmolLM2-135M's attention weights.
+# Ranks 76 (low-rank), 51 (one source), 38 (two) and 30 (kv-share-low-rank) make adapters of a tenth of SmolLM2-135M's attention weights.
 TECHNIQUES = {
     "none": Technique("none"),
     "bias": Technique("bias"),
@@ -50,6 +50,8 @@ TECHNIQUES = {
     "linear": Technique("linear"),
     "context-1": Technique("context", 51, 1),
     "context-2": Technique("context", 38, 2),
+    "kv-share": Technique("kv_share", 64),
+    "kv-share-low-rank": Technique("kv_share_low_rank", 30),
     "none-compensated": Technique("none", compensated=True),
     "low-rank-64-compensated": Technique("low_rank", 64, compensated=True),
     "low-rank-76-compensated": Technique("low_rank", 76, compensated=True),

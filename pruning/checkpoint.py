@@ -11,8 +11,8 @@ from pruning import __version__
 from pruning.errors import CheckpointError
 
 MANIFEST = "pruning.json"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 
 
 class Manifest(BaseModel):
@@ -100,7 +100,7 @@ def read_manifest(directory: Path) -> Manifest:
     if version not in READABLE_VERSIONS:
         raise CheckpointError(
             f"{directory} needs a reader of checkpoint format version {version!r}; this is shoal {__version__}, which "
-            f"reads {' and '.join(map(str, READABLE_VERSIONS))}: install shoal {fields.get('shoal_version', '')} or "
+            f"reads {', '.join(map(str, READABLE_VERSIONS))}: install shoal {fields.get('shoal_version', '')} or "
             "newer (that one wrote it), or export again"
         )
     try:

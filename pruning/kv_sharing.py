@@ -106,10 +106,14 @@ class _Sharing:
         attention: The removed layer's module, for its rotation and scale.
         batches: What it is fitted on.
         ridge: Penalty of a row of the query map, as a share of the weighted square of its feature.
+        steps: Of conjugate gradients.
+        half: Whether their products are formed in bfloat16.
     """
 
-    def __init__(self, attention: nn.Module, tap: Tap, batches: list[_Rows], ridge: float) -> None:
-        self.attention, self.tap, self.batches = attention, tap, batches
+    def __init__(
+        self, attention: nn.Module, tap: Tap, batches: list[_Rows], ridge: float, steps: int, half: bool
+    ) -> None:
+        self.tap, self.batches, self.steps, self.half = tap, batches, steps, half
         self.size = batches[0].update.shape[-1]
         self.scale = float(attention.scaling)
         self.heads, self.head_dim = batches[0].queries.shape[1], batches[0].queries.shape[-1]
@@ -133,11 +137,11 @@ class _Sharing:
         plain = self.tap.rotate(gradient, (cosines, -sines)).transpose(1, 2).flatten(2)
         return self._weighted(rows).T @ plain.flatten(0, 1)
 
-    def solve(self, apply: Callable[[_Rows, Tensor], Tensor], rhs: Tensor, curvature: Tensor, *, each: bool) -> Tensor:
+    def solve(self, apply: Callable[[int, Tensor], Tensor], rhs: Tensor, curvature: Tensor, *, each: bool) -> Tensor:
         """Minimise by preconditioned conjugate gradients.
 
         Args:
-            apply: Rotated queries -> gradient by them, linear and positive.
+            apply: Number of a batch and rotated queries -> gradient by them, linear and positive.
             rhs: [D + 1, H d].
             curvature: Of one query coordinate, [H d]; scales the penalty.
             each: Every head is a problem of its own.
@@ -146,8 +150,9 @@ class _Sharing:
 
         def operator(matrix: Tensor) -> Tensor:
             out = self.penalty[:, None] * matrix * curvature
-            for rows in self.batches:
-                out = out + self.pulled_back(rows, apply(rows, self.queries(rows, matrix)))
+            with torch.autocast(rhs.device.type, torch.bfloat16, enabled=self.half):
+                for number, rows in enumerate(self.batches):
+                    out = out + self.pulled_back(rows, apply(number, self.queries(rows, matrix)))
             return out
 
         def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -158,7 +163,7 @@ class _Sharing:
         result, residual = torch.zeros_like(rhs), rhs
         direction = step = self.inverse @ residual
         size = dot(residual, step)
-        for _ in range(STEPS):
+        for _ in range(self.steps):
             image = operator(direction)
             length = size / dot(direction, image)
             result, residual = result + length * direction, residual - length * image
@@ -174,18 +179,19 @@ class _Sharing:
         the divergence KL(p || p') to second order.
         """
         rhs, curvature = torch.zeros(()), torch.zeros(())
+        looks = []
         for rows in self.batches:
             wanted = rows.queries @ rows.own_keys.transpose(-1, -2) * self.scale
-            looks = torch.softmax(wanted + rows.mask, -1)
-            rhs = rhs + self.pulled_back(rows, _centred(looks, wanted) @ rows.keys * self.scale)
-            spread = (looks @ rows.keys.square()) - (looks @ rows.keys).square()
+            look = torch.softmax(wanted + rows.mask, -1)
+            looks.append(look)
+            rhs = rhs + self.pulled_back(rows, _centred(look, wanted) @ rows.keys * self.scale)
+            spread = (look @ rows.keys.square()) - (look @ rows.keys).square()
             share = (rows.fitted / self.total)[:, None, :, None]
             curvature = curvature + (spread * share).sum((0, 2)).mean(-1) * self.scale**2
 
-        def apply(rows: _Rows, queries: Tensor) -> Tensor:
-            looks = _look(rows, rows.queries, rows.own_keys, self.scale)
-            change = queries @ rows.keys.transpose(-1, -2) * self.scale
-            return _centred(looks, change) @ rows.keys * self.scale
+        def apply(number: int, queries: Tensor) -> Tensor:
+            keys = self.batches[number].keys
+            return _centred(looks[number], queries @ keys.transpose(-1, -2) * self.scale) @ keys * self.scale
 
         return self.solve(apply, rhs, curvature.repeat_interleave(self.head_dim), each=True)
 
@@ -215,24 +221,25 @@ class _Sharing:
         onto = output.matrix[-matrix.shape[1] :].float().view(self.heads, self.head_dim, -1)
         whole, bias = output.matrix.float(), output.bias.float()
         looks = [_look(rows, self.queries(rows, matrix), rows.keys, self.scale) for rows in self.batches]
-        index = {id(rows): number for number, rows in enumerate(self.batches)}
 
-        def back(rows: _Rows, gap: Tensor) -> Tensor:
+        def back(number: int, gap: Tensor) -> Tensor:
+            rows = self.batches[number]
             pulled = torch.einsum("btm,hdm->bhtd", gap, onto) @ rows.values.transpose(-1, -2)
-            return _centred(looks[index[id(rows)]], pulled) @ rows.keys * self.scale
+            return _centred(looks[number], pulled) @ rows.keys * self.scale
 
-        def apply(rows: _Rows, queries: Tensor) -> Tensor:
+        def apply(number: int, queries: Tensor) -> Tensor:
+            rows = self.batches[number]
             change = queries @ rows.keys.transpose(-1, -2) * self.scale
-            moved = _centred(looks[index[id(rows)]], change) @ rows.values
-            return back(rows, torch.einsum("bhtd,hdm->btm", moved, onto))
+            moved = _centred(looks[number], change) @ rows.values
+            return back(number, torch.einsum("bhtd,hdm->btm", moved, onto))
 
         rhs = torch.zeros(())
-        for rows in self.batches:
+        for number, rows in enumerate(self.batches):
             gap = rows.update - self.features(rows, matrix) @ whole - bias
-            rhs = rhs + self.pulled_back(rows, back(rows, gap))
-        rows = self.batches[0]
-        probe = torch.randn(rows.queries.shape, generator=torch.Generator().manual_seed(0)).to(rows.queries)
-        curvature = (probe * apply(rows, probe)).mean().clamp_min(1e-12).expand(matrix.shape[1])
+            rhs = rhs + self.pulled_back(rows, back(number, gap))
+        like = self.batches[0].queries
+        probe = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+        curvature = (probe * apply(0, probe)).mean().clamp_min(1e-12).expand(matrix.shape[1])
         step = self.solve(apply, rhs, curvature, each=False)
         return min((matrix + length * step for length in (1.0, 0.5, 0.0)), key=lambda m: self.error(m, output))
 
@@ -300,6 +307,8 @@ def fit_kv_share(
     *,
     full: bool,
     refinements: int = 2,
+    ridge: float | None = None,
+    steps: int | None = None,
 ) -> KVShareEmulation:
     """Fit what attends to another layer's KV cache in place of a removed attention sublayer.
 
@@ -318,6 +327,8 @@ def fit_kv_share(
         rank: Of the own input's map; of all maps where they are not full.
         full: Whether query and output maps are full matrices.
         refinements: Gauss-Newton steps at most.
+        ridge: Penalty of the query map, as a share of each feature's weighted square.
+        steps: Of conjugate gradients in every least-squares problem.
 
     Source: inferred throughout; cross-layer KV sharing is arXiv 2405.12981, with training. The logit objective is the
         second-order form of KL(p || p'), the refinement a layer-wise reconstruction as in arXiv 2301.00774.
@@ -329,19 +340,19 @@ def fit_kv_share(
         batches.append(rows)
         first += len(x)
     attention = evaluator.blocks[sublayer.block].get_submodule(evaluator.family.attention)
-    sharing = _Sharing(attention, tap, batches, RIDGE)
+    sharing = _Sharing(attention, tap, batches, ridge or RIDGE, steps or STEPS, half=inputs[0].dtype == torch.bfloat16)
     matrix = sharing.match_logits()
     moments = sharing.moments(matrix)
-    output, ridge, error = _best(moments)
+    output, penalty, error = _best(moments)
     for _ in range(refinements):
         finer = sharing.match_update(matrix, output)
         found = sharing.moments(finer)
         candidate = _best(found)
         if candidate[2] >= error:
             break
-        matrix, moments, (output, ridge, error) = finer, found, candidate
+        matrix, moments, (output, penalty, error) = finer, found, candidate
     if full:
-        return _full_module(sharing, matrix, moments, ridge, source, rank, inputs[0])
+        return _full_module(sharing, matrix, moments, penalty, source, rank, inputs[0])
     return _low_rank_module(sharing, matrix, source, rank, inputs[0])
 
 
@@ -351,7 +362,7 @@ def _best(moments: HeldOutMoments) -> tuple[Affine, float, float]:
     if not moments.held_out.weight:
         return fit_low_rank(moments.train, size, 1e-2), 1e-2, 0.0
     found = []
-    for ridge in RIDGES[1:]:
+    for ridge in RIDGES:
         output = fit_low_rank(moments.train, size, ridge)
         found.append((output, ridge, moments.held_out.error(output.matrix, output.bias)))
     return min(found, key=lambda one: one[2])

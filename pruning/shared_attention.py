@@ -107,10 +107,11 @@ class Tap:
             self.module.config._attn_implementation, code.eager_attention_forward
         )
         window = getattr(self.module, "sliding_window", None)
-        rotated = self.rotate(query, position_embeddings)
+        assert self.keys is not None
+        rotated = self.rotate(query.to(self.keys.dtype), position_embeddings)
         options = {"dropout": 0.0, "scaling": self.module.scaling} | ({"sliding_window": window} if window else {})
         contexts, _ = kernel(self.module, rotated, self.keys, self.values, attention_mask, **options)
-        return contexts.flatten(2)
+        return contexts.flatten(2).to(query.dtype)
 
 
 class KVShareEmulation(nn.Module):

@@ -29,13 +29,17 @@ def sublayer_bytes(dense: DenseModel) -> dict[Sublayer, int]:
 
 
 def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int, sources: int = 1) -> int:
-    """Weight bytes of what emulates one sublayer; an upper bound for `self_only` and for `context` near block 0."""
+    """Weight bytes of what emulates one sublayer; an upper bound for `self_only` and near block 0."""
     config = dense.model.config
-    vectors = {
-        "none": 0, "bias": 1, "low_rank": 2 * rank + 1, "linear": 2 * config.hidden_size + 1,
-        "context": (2 + sources) * rank + 1, "self_only": 2 * config.num_key_value_heads * head_dim(config) + 1,
+    size, width = config.hidden_size, config.num_attention_heads * head_dim(config)
+    numbers = {
+        "none": 0, "bias": size, "low_rank": (2 * rank + 1) * size, "linear": (2 * size + 1) * size,
+        "context": ((2 + sources) * rank + 1) * size,
+        "self_only": (2 * config.num_key_value_heads * head_dim(config) + 1) * size,
+        "kv_share": (2 * width + 2 * rank + 1) * size + width,
+        "kv_share_low_rank": (3 * rank + 1) * size + (2 * rank + 1) * width,
     }  # fmt: skip
-    return vectors[kind] * config.hidden_size * dense.model.dtype.itemsize
+    return numbers[kind] * dense.model.dtype.itemsize
 
 
 def predicted_bytes(dense: DenseModel, plan: Plan) -> dict[str, int]:

@@ -118,6 +118,16 @@ MIXED_PLAN = Plan(
     rank=4,
 )
 
+KV_SHARE_PLAN = Plan(
+    BLOCKS,
+    {
+        **MIXED_PLAN.removed,
+        Sublayer(2, "attention"): "kv_share",
+        Sublayer(4, "attention"): "kv_share_low_rank",
+    },
+    rank=4,
+)
+
 FUSIBLE_PLAN = Plan(BLOCKS, {**MIXED_PLAN.removed, Sublayer(2, "attention"): "low_rank"}, rank=4)
 
 
@@ -212,18 +222,18 @@ def pico_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, PreTrainedModel]]:
     """Factory of (checkpoint directory, the model in memory it was written from): `pico_checkpoint("llama")`.
 
-    `"llama fused"` is the same with its emulations fused.
+    `"llama fused"` is the same with its emulations fused; in `"llama kv-share"` two of them attend to block 1's cache.
     """
     pruning.register()
     made: dict[str, tuple[Path, PreTrainedModel]] = {}
 
     def make(name: str = "llama") -> tuple[Path, PreTrainedModel]:
         if name not in made:
-            model_type, _, fused = name.partition(" ")
+            model_type, _, variant = name.partition(" ")
             model = pico_model(model_type)
             directory = tmp_path_factory.mktemp(f"pruned-{name.replace(' ', '-')}")
-            plan = FUSIBLE_PLAN if fused else MIXED_PLAN
-            made[name] = export_pico(model, model_type, plan, directory, fused=bool(fused)), model
+            plan = {"fused": FUSIBLE_PLAN, "kv-share": KV_SHARE_PLAN, "": MIXED_PLAN}[variant]
+            made[name] = export_pico(model, model_type, plan, directory, fused=variant == "fused"), model
         return made[name]
 
     return make

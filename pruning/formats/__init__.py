@@ -79,7 +79,8 @@ class Format:
         if not self.adapters and (adapters := pruned.emulations()):
             name, kind = next(iter(adapters.items()))
             more = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
-            return f"the {kind} adapter of {name}{more} stands in the way; prune again with --fuse, which removes it"
+            how = "with --emulation low-rank and --fuse" if kind in ("context", "kv_share") else "with --fuse"
+            return f"the {kind} adapter of {name}{more} stands in the way; prune again {how}, which removes it"
         return importlib.import_module(self.module).refusal(pruned)
 
     def write(self, pruned: PrunedModel, directory: Path) -> int:

@@ -82,7 +82,7 @@ def adapter(source: Path, target: Path) -> peft.PeftModel:
 @pytest.fixture(scope="module")
 def made(pico_checkpoint, pico_directory, tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("features")
-    source = pico_checkpoint("llama")[0]
+    source = pico_checkpoint("llama kv-share")[0]
     quantised_directory, plain = quantised(source, root / "w8a8")
     return {
         "source": source,

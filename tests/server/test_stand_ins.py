@@ -20,6 +20,10 @@ def context(*sources):
     return {"no_op": True, "emulation": {"kind": "context", "rank": 2, "sources": list(sources)}}
 
 
+def kv_share(source):
+    return {"no_op": True, "emulation": {"kind": "kv_share", "sources": [source]}}
+
+
 def test_a_pipeline_stage_without_attention_is_refused_where_none_can_be_put_in():
     configs = [block(KEPT), block(KEPT), block(GONE), block(GONE)]
     for start, end in ((0, 4), (0, 2)):
@@ -42,9 +46,16 @@ def test_a_source_in_another_pipeline_stage_is_refused(reader):
         check_stage(configs, 2, 4, may_lack_attention=True)
 
 
+def test_a_cache_in_another_pipeline_stage_is_refused():
+    configs = [block(KEPT), block(KEPT), block(KEPT), block(kv_share(1))]
+    check_stage(configs, 1, 4, may_lack_attention=True)
+    with pytest.raises(CheckpointError, match="KV cache of block 1, which another stage holds"):
+        check_stage(configs, 2, 4, may_lack_attention=True)
+
+
 def test_an_emulation_of_an_unknown_kind_is_refused():
-    with pytest.raises(CheckpointError, match="'kv_share' is not known"):
-        build_emulation({"kind": "kv_share", "source": 0, "num_heads": 2}, 8, fused=True)
+    with pytest.raises(CheckpointError, match="'recurrent' is not known"):
+        build_emulation({"kind": "recurrent", "rank": 2}, 8, fused=True)
 
 
 def test_what_attention_hands_on_is_traced_into_one_graph_and_let_go():
