@@ -93,7 +93,9 @@ class Recipe(BaseModel):
         Field(description="Blocks to leave alone: 0,1 or 0 1."),
     ] = []
     emulation: Annotated[Emulation, RECOVERY, Field(description="What takes a removed sublayer's place.")] = "low-rank"
-    rank: Annotated[int, RECOVERY, Field(ge=1, description="Adapter rank r.")] = 64
+    rank: Annotated[
+        int, RECOVERY, Field(ge=1, description="Adapter rank r; of kv-share, its map of the own input.")
+    ] = 64
     sources: Annotated[
         int, RECOVERY, Field(ge=1, description="Kept attention layers whose output a context adapter reads.")
     ] = 1
