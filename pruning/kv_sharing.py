@@ -25,6 +25,7 @@ from pruning.subnetwork import Evaluator, Taps
 
 RIDGE = 0.1  # of a feature's variance, for the query map
 STEPS = 12  # of conjugate gradients
+LEAST_GAIN = 0.01  # of held-out error, for another refinement
 
 KV_SHARE: tuple[EmulationKind, ...] = ("kv_share", "kv_share_low_rank")
 
@@ -350,7 +351,10 @@ def fit_kv_share(
         candidate = _best(found)
         if candidate[2] >= error:
             break
+        enough = candidate[2] > error * (1 - LEAST_GAIN)
         matrix, moments, (output, penalty, error) = finer, found, candidate
+        if enough:
+            break
     if full:
         return _full_module(sharing, matrix, moments, penalty, source, rank, inputs[0])
     return _low_rank_module(sharing, matrix, source, rank, inputs[0])

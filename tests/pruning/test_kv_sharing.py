@@ -13,6 +13,7 @@ from pruning.console import Reporter
 from pruning.emulation import fit_candidates, fit_plan
 from pruning.errors import RecipeError
 from pruning.families import FAMILIES
+from pruning.formats import PrunedModel, format_named
 from pruning.kv_sharing import cache_sources, check_shareable
 from pruning.model import DenseModel
 from pruning.modeling import KVShareEmulation, LowRankEmulation
@@ -159,6 +160,13 @@ def test_predicted_bytes_are_those_of_the_adapter(kind):
 def test_other_families_are_refused(model_type):
     with pytest.raises(RecipeError, match=f"kv-share does not support {model_type}"):
         check_shareable(FAMILIES[model_type], pico_config(model_type))
+
+
+@pytest.mark.parametrize("name", ["nemotron-nas", "gguf", "llama"])
+def test_other_formats_refuse_it(name, pico_checkpoint):
+    directory, model = pico_checkpoint("llama kv-share")
+    reason = format_named(name).refusal(PrunedModel.of(model, FAMILIES["llama"], directory))
+    assert "adapter of attention.0" in reason
 
 
 def test_fuse_refuses_it(monkeypatch, pico_directory, tmp_path, capsys):
