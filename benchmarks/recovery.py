@@ -38,7 +38,8 @@ class Technique:
     compensated: bool = False
 
 
-# Ranks 76 (low-rank), 51 (one source), 38 (two) and 30 (kv-share-low-rank) make adapters of a tenth of SmolLM2-135M's attention weights.
+# Ranks 76 (low-rank), 51 (one source), 38 (two sources) and 30 (kv-share-low-rank) make adapters of a tenth of
+# SmolLM2-135M's attention weights.
 TECHNIQUES = {
     "none": Technique("none"),
     "bias": Technique("bias"),

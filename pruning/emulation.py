@@ -233,7 +233,7 @@ def fit(
     rank: int,
     taps: list[Taps],
     sources: tuple[int, ...],
-    seen: Seen,
+    seen: Seen | None = None,
 ) -> nn.Module | None:
     """Fit what emulates one sublayer.
 
@@ -246,11 +246,12 @@ def fit(
         rank: r.
         taps: What attention layers before it put out, for each batch.
         sources: Which of them it reads.
-        seen: What the sublayer itself read in the dense model.
+        seen: What the sublayer itself read in the dense model; `kv_share` asks for it.
     """
     if kind == "none":
         return None
     if kind in KV_SHARE and sources:
+        assert seen is not None
         return fit_kv_share(evaluator, sublayer, sources[0], seen, inputs, targets, taps, rank, full=kind == "kv_share")
     dtype, device = inputs[0].dtype, inputs[0].device
     if kind == "self_only":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pruning.console import Reporter
 from pruning.emulation import _forget, _sources, fit
+from pruning.kv_sharing import Seen
 from pruning.plan import KINDS, EmulationKind, Sublayer
 from pruning.subnetwork import Evaluator, Taps
 
@@ -65,7 +66,7 @@ def fit_plans(
     dense, arguments = [hidden for hidden, _ in embedded], [kwargs for _, kwargs in embedded]
     noted: list[Taps] = [{} for _ in dense]
     del embedded
-    reads = [_sources(plan, sources) for plan in plans]
+    reads = [_sources(evaluator, plan, sources) for plan in plans]
     wanted = {block for each in reads for read in each.values() for block in read}
     streams = [_Stream([number for number, plan in enumerate(plans) if plan], None, noted)]
     blocks = range(max((end.block for end in last if end is not None), default=-1) + 1)
@@ -86,7 +87,8 @@ def fit_plans(
                         following.append(_Stream(kept, None, noted))
                     for (how, read), members in _alike(sublayer, stream.plans, plans, reads).items():
                         inputs = before if stream.hidden is None else stream.hidden
-                        module = fit(evaluator, sublayer, inputs, dense, how, rank, stream.taps, read)
+                        seen = Seen(before, kwargs)
+                        module = fit(evaluator, sublayer, inputs, dense, how, rank, stream.taps, read, seen)
                         for number in members:
                             fitted[number][sublayer] = module
                         if going_on := [number for number in members if last[number] != sublayer]:

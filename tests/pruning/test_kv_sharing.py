@@ -13,6 +13,7 @@ from pruning.console import Reporter
 from pruning.emulation import fit_candidates, fit_plan
 from pruning.errors import RecipeError
 from pruning.families import FAMILIES
+from pruning.fitting import fit_plans
 from pruning.formats import PrunedModel, format_named
 from pruning.kv_sharing import cache_sources, check_shareable
 from pruning.model import DenseModel
@@ -141,11 +142,13 @@ def test_candidates_are_fitted_as_the_plan_would_be():
     base, other = Sublayer(2, "attention"), Sublayer(4, "attention")
     found = fit_candidates(evaluator, [base], [other], "kv_share", 4, Reporter())
     planned = fit_plan(evaluator, dict.fromkeys([base, other], "kv_share"), 4, Reporter())
+    together = fit_plans(evaluator, [{base: "kv_share"}, dict.fromkeys([base, other], "kv_share")], 4, Reporter())[1]
     for sublayer in (base, other):
-        assert isinstance(found[sublayer], KVShareEmulation)
-        assert found[sublayer].sources == planned[sublayer].sources
-        for mine, theirs in zip(found[sublayer].parameters(), planned[sublayer].parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs)
+        for fitted in (found[sublayer], together[sublayer]):
+            assert isinstance(fitted, KVShareEmulation)
+            assert fitted.sources == planned[sublayer].sources
+            for mine, theirs in zip(fitted.parameters(), planned[sublayer].parameters(), strict=True):
+                torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("kind", ["kv_share", "kv_share_low_rank"])
