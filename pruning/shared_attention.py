@@ -117,8 +117,8 @@ class Tap:
 class KVShareEmulation(nn.Module):
     """Attention with queries and an output map of its own over the KV cache of a kept layer: no cache of its own.
 
-    With c = attend(q(rms(x)), K_s, V_s) the update is O c + up(down(rms(x))) + bias with full maps, and
-    up(P c + down(rms(x))) + bias with q = Q2 Q1 where the maps are of low rank.
+    With c = attend(q(rms(x)), K_s, V_s) the update is C c + up(down(rms(x))) + bias with full maps, and
+    up(C c + down(rms(x))) + bias with q = Q2 Q1 where the maps are of low rank.
 
     Args:
         hidden_size: D.
@@ -143,7 +143,7 @@ class KVShareEmulation(nn.Module):
         if rank:
             self.query_down = nn.Linear(hidden_size, rank, bias=False)
         self.query = nn.Linear(rank or hidden_size, width, bias=True)
-        self.output = nn.Linear(width, own_rank if rank else hidden_size, bias=False)
+        self.context = nn.Linear(width, own_rank if rank else hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, own_rank, bias=False)
         self.up = nn.Linear(own_rank, hidden_size, bias=True)
 
@@ -154,7 +154,7 @@ class KVShareEmulation(nn.Module):
         normed = rms_normalise(hidden)
         query = self.query(self.query_down(normed) if self.rank else normed)
         query = query.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        mapped = self.output(self.taps[0].attend(query, position_embeddings, attention_mask))
+        mapped = self.context(self.taps[0].attend(query, position_embeddings, attention_mask))
         own = self.down(normed)
         update: Tensor = self.up(mapped + own) if self.rank else mapped + self.up(own)
         return update

@@ -26,7 +26,7 @@ class KVShare(nn.Module):
         if rank:
             self.query_down = nn.Linear(hidden_size, rank, bias=False)
         self.query = ColumnParallelLinear(rank or hidden_size, width, bias=True)
-        self.output = RowParallelLinear(width, own_rank if rank else hidden_size, bias=False)
+        self.context = RowParallelLinear(width, own_rank if rank else hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, own_rank, bias=False)
         self.up = nn.Linear(own_rank, hidden_size, bias=True)
 
@@ -45,7 +45,7 @@ class KVShare(nn.Module):
         query, _ = self.query(self.query_down(normalised) if self.rank else normalised)
         query, _ = self.rotary(positions, query, None)
         contexts = self.attention(query, None, None)
-        mapped, _ = self.output(contexts)
+        mapped, _ = self.context(contexts)
         own = self.down(normalised)
         update: Tensor = self.up(mapped + own) if self.rank else mapped + self.up(own)
         return update
