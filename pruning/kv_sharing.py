@@ -334,30 +334,33 @@ def fit_kv_share(
     Source: inferred throughout; cross-layer KV sharing is arXiv 2405.12981, with training. The logit objective is the
         second-order form of KL(p || p'), the refinement a layer-wise reconstruction as in arXiv 2301.00774.
     """
-    batches: list[_Rows] = []
-    first = 0
-    for stream, x, target, given, each in zip(seen.streams, inputs, targets, seen.arguments, taps, strict=True):
-        rows, tap = _rows(evaluator, sublayer, source, stream, x, target, given, each, first)
-        batches.append(rows)
-        first += len(x)
-    attention = evaluator.blocks[sublayer.block].get_submodule(evaluator.family.attention)
-    sharing = _Sharing(attention, tap, batches, ridge or RIDGE, steps or STEPS, half=inputs[0].dtype == torch.bfloat16)
-    matrix = sharing.match_logits()
-    moments = sharing.moments(matrix)
-    output, penalty, error = _best(moments)
-    for _ in range(refinements):
-        finer = sharing.match_update(matrix, output)
-        found = sharing.moments(finer)
-        candidate = _best(found)
-        if candidate[2] >= error:
-            break
-        enough = candidate[2] > error * (1 - LEAST_GAIN)
-        matrix, moments, (output, penalty, error) = finer, found, candidate
-        if enough:
-            break
-    if full:
-        return _full_module(sharing, matrix, moments, penalty, source, rank, inputs[0])
-    return _low_rank_module(sharing, matrix, source, rank, inputs[0])
+    device = inputs[0].device.type
+    half = inputs[0].dtype == torch.bfloat16 or torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False):  # moments need float32; `_Sharing.solve` does not
+        batches: list[_Rows] = []
+        first = 0
+        for stream, x, target, given, each in zip(seen.streams, inputs, targets, seen.arguments, taps, strict=True):
+            rows, tap = _rows(evaluator, sublayer, source, stream, x, target, given, each, first)
+            batches.append(rows)
+            first += len(x)
+        attention = evaluator.blocks[sublayer.block].get_submodule(evaluator.family.attention)
+        sharing = _Sharing(attention, tap, batches, ridge or RIDGE, steps or STEPS, half=half)
+        matrix = sharing.match_logits()
+        moments = sharing.moments(matrix)
+        output, penalty, error = _best(moments)
+        for _ in range(refinements):
+            finer = sharing.match_update(matrix, output)
+            found = sharing.moments(finer)
+            candidate = _best(found)
+            if candidate[2] >= error:
+                break
+            enough = candidate[2] > error * (1 - LEAST_GAIN)
+            matrix, moments, (output, penalty, error) = finer, found, candidate
+            if enough:
+                break
+        if full:
+            return _full_module(sharing, matrix, moments, penalty, source, rank, inputs[0])
+        return _low_rank_module(sharing, matrix, source, rank, inputs[0])
 
 
 def _best(moments: HeldOutMoments) -> tuple[Affine, float, float]:
