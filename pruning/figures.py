@@ -140,6 +140,7 @@ def curves(points: Sequence[Mapping[str, Any]], knees: Mapping[str, int]) -> Fig
             if (knee := knees.get(", ".join(name))) in x:
                 axes.plot(knee, y[x.index(knee)], "o", markersize=12, markerfacecolor="none", color=colour)
         axes.set_xlabel("attention sublayers removed")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("loss increase, nats/token")
         axes.legend()
 
@@ -177,6 +178,7 @@ def tasks(points: Sequence[Mapping[str, Any]], dense: Mapping[str, Mapping[str, 
             axes.errorbar(x, y, error, color=COLOURS[index % len(COLOURS)], marker=MARKS[index % len(MARKS)],
                           markersize=4, capsize=2, label=task)  # fmt: skip
         axes.set_xlabel("attention sublayers removed")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("acc_norm")
         axes.legend()
 
