@@ -1,285 +1,49 @@
 """The stages in order: model, calibration, importance, plan, emulation, checkpoint."""
 
-import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pruning
 from pruning import parallel, selection
-from pruning.calibration import built_in, from_files, interleave, other_windows, read_text, standard_library
 from pruning.checkpoint import Manifest, verify, write_manifest
 from pruning.compensation import apply_weights
 from pruning.console import Reporter, quiet_libraries
-from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
-from pruning.errors import CalibrationError, RecipeError, StorageError
-from pruning.evaluate import loss
-from pruning.evaluation.choice import read_questions
+from pruning.emulation import Recovery
+from pruning.errors import RecipeError, StorageError
+from pruning.evaluate import loss, perplexity_ratio
 from pruning.export import apply_plan, copy_companions
 from pruning.families import Family
 from pruning.formats import PrunedModel, format_named
-from pruning.fuse import Fusion, apply_fusion, check_fusable, fuse, has_biases
-from pruning.healing import Precision, Settings, heal
-from pruning.importance import Sampling, Scores, metric
-from pruning.kv_sharing import check_shareable
-from pruning.model import DenseModel, Source, cache_directory, find_model, load_model
-from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Counts, Recipe, counts
+from pruning.fuse import Fusion, apply_fusion
+from pruning.importance import Sampling, metric
+from pruning.model import DenseModel, load_model
+from pruning.plan import EmulationKind, Plan, Unit, UnitKind
+from pruning.recipe import Recipe
 from pruning.report import score_table, write_card, write_report
-from pruning.selection import Judge, Selection
-from pruning.sizes import adapter_bytes, describe_bytes, predicted_bytes, sublayer_bytes
+from pruning.selection import Selection
+from pruning.sizes import describe_bytes, predicted_bytes
+from pruning.stages import (
+    calibrate,
+    checked,
+    choose,
+    healed,
+    healing_precision,
+    healing_state,
+    journal_of,
+    judges_of,
+    plan_of,
+    recovered,
+    table_of,
+    tasks_of,
+    within_budget,
+)
 from pruning.streaming import open_streamed
 from pruning.subnetwork import Evaluator, Residency
-from pruning.tasks import TaskEvaluator, holds_questions, parse_task, read_task
-from pruning.workdir import Journal, atomic_directory, check_free_space, check_output
-
-HELD_OUT_WINDOWS = 8
-HEALING_VALIDATION_WINDOWS = 16
-HEALING_TOKENS = 10_000_000  # text read where the number of updates is not known
-HEALING_MINUTES = 30.0
-SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
-
-
-def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
-    """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] each."""
-    length = recipe.sequence_length
-    tokens = recipe.calibration_tokens + HELD_OUT_WINDOWS * length
-    if recipe.calibration:
-        rows = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
-    elif recipe.stream:
-        rows = standard_library(dense.tokenizer, tokens, length, recipe.seed)
-    else:
-        rows = built_in(dense.model, dense.tokenizer, tokens, length, recipe.seed, reporter)
-    return rows[HELD_OUT_WINDOWS:], rows[:HELD_OUT_WINDOWS]
-
-
-def judges_of(
-    dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
-    residency: Residency | None = None,
-) -> list[Judge]:  # fmt: skip
-    """What plans are judged on: calibration text, or two halves of it of different domains, crosswise.
-
-    In the second case each half is judged with emulations that were fitted on the other.
-    """
-
-    def evaluator(rows: Tensor) -> Evaluator:
-        return Evaluator(
-            dense.model, dense.family, rows, state_bytes=SCORING_STATE_BYTES, journal=journal, residency=residency
-        )
-
-    windows = max(1, recipe.score_tokens // recipe.sequence_length)
-    if recipe.task:
-        adapters = _adapters(dense, recipe, tokens, reporter) if recipe.recovery_aware else None
-        settings = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
-        return [_task_judge(dense, recipe, text, adapters, settings, _identity(recipe, tokens)) for text in recipe.task]
-    if not recipe.recovery_aware:
-        return [Judge("calibration text", evaluator(tokens[:windows]))]
-    sources = len(recipe.calibration) or 2
-    if sources == 1:
-        reporter.say("note: all text is of one file; --recovery-aware is best with --calibration files of two domains")
-    row_source = [(HELD_OUT_WINDOWS + row) % max(2, sources) for row in range(len(tokens))]
-    halves = [tokens[[row for row, source in enumerate(row_source) if source % 2 == half]] for half in (0, 1)]
-    return [
-        Judge(f"half {half + 1}", evaluator(halves[half][: max(1, windows // 2)]),
-              adapters=_adapters(dense, recipe, halves[1 - half], reporter),
-              fitted_on=_identity(recipe, halves[1 - half]))
-        for half in (0, 1)
-    ]  # fmt: skip
-
-
-def _task_judge(
-    dense: DenseModel, recipe: Recipe, text: str, adapters: selection.Adapters | None, settings: Mapping[str, Any],
-    fitted_on: str,
-) -> Judge:  # fmt: skip
-    """What one `--task` asks for."""
-    path, weight = parse_task(text)
-    evaluator: Evaluator
-    if holds_questions(path):
-        questions = read_task(path, dense.tokenizer, recipe.score_tokens)
-        evaluator = TaskEvaluator(dense.model, dense.family, questions, dense.tokenizer, recipe.judged_by, **settings)
-    else:
-        rows = from_files([path], dense.tokenizer, recipe.score_tokens, recipe.sequence_length, recipe.seed)
-        evaluator = Evaluator(dense.model, dense.family, rows, **settings)
-    return Judge(path.name, evaluator, weight, adapters, fitted_on)
-
-
-def _identity(recipe: Recipe, tokens: Tensor) -> str:
-    """Digest of what adapters depend on besides the model."""
-    settings = f"{recipe.emulation} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
-    return hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest()
-
-
-def _adapters(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> selection.Adapters:
-    """Emulations of what may go, fitted on `tokens`; those for the last base are kept."""
-    evaluator = Evaluator(dense.model, dense.family, tokens)
-    candidates = sublayers_of(free_units(counts(recipe, len(evaluator.blocks)), len(evaluator.blocks), recipe.keep))
-    kept: dict[tuple[Sublayer, ...], dict[Sublayer, nn.Module]] = {}
-
-    def adapters(base: Sequence[Sublayer]) -> Mapping[Sublayer, nn.Module]:
-        key = tuple(sorted(base))
-        if key not in kept:
-            kept.clear()
-            kept[key] = fit_candidates(
-                evaluator, key, candidates, emulation_kind(recipe), recipe.rank, reporter, recipe.sources
-            )
-        return kept[key]
-
-    return adapters
-
-
-def groups_of(wanted: Counts, num_blocks: int, keep: Sequence[int]) -> list[tuple[list[Unit], int]]:
-    """Candidates of every kind that something of is to go, and how many."""
-    free = [block for block in range(num_blocks) if block not in keep]
-    kinds: list[tuple[tuple[UnitKind, ...], int]] = [
-        (("block",), wanted.blocks), (("attention",), wanted.attention), (("ffn",), wanted.ffn),
-        (KINDS, wanted.sublayers),
-    ]  # fmt: skip
-    return [([Unit(block, kind) for block in free for kind in some], count) for some, count in kinds if count]
-
-
-def free_units(wanted: Counts, num_blocks: int, keep: Sequence[int]) -> list[Unit]:
-    """All candidates."""
-    return [unit for units, _ in groups_of(wanted, num_blocks, keep) for unit in units]
-
-
-def choose(judges: Sequence[Judge], recipe: Recipe, wanted: Counts, reporter: Reporter) -> Selection:
-    """Score the units and choose those to remove."""
-    num_blocks = len(judges[0].evaluator.blocks)
-    depth = wanted.attention + wanted.ffn + wanted.blocks + wanted.sublayers
-    if recipe.max_loss_increase is not None or recipe.weight_budget is not None:
-        depth = num_blocks // 3
-    return selection.select(
-        judges, groups_of(wanted, num_blocks, recipe.keep), recipe.importance, recipe.search,
-        Sampling(recipe.seed, recipe.samples, depth), reporter,
-        objective=recipe.objective, generations=recipe.generations, offspring=recipe.offspring,
-    )  # fmt: skip
-
-
-def tasks_of(
-    judges: Sequence[Judge], recipe: Recipe, wanted: Counts, chosen: Selection, reporter: Reporter
-) -> dict[str, dict[str, float]]:
-    """Print, and return for the manifest, what the plan costs every task, and what each task alone would choose."""
-    found = selection.trade_off(judges, groups_of(wanted, len(judges[0].evaluator.blocks), recipe.keep), chosen)
-    named = {name or "chosen plan": costs for name, costs in found.items()}
-    reporter.say("increase by task: " + ", ".join(f"{judge.name} (weight {judge.weight:g})" for judge in judges))
-    for name, costs in named.items():
-        label = name if name == "chosen plan" else f"plan for {name} alone"
-        reporter.say(f"  {label}: " + ", ".join(f"{cost:+.4f}" for cost in costs.values()))
-    return named
-
-
-def within_budget(
-    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
-) -> list[Unit]:
-    """The units of `order` that a budget in weights or in loss lets go; all where there is no such budget.
-
-    Raises:
-        RecipeError: The budget cannot be met.
-    """
-    if recipe.weight_budget is not None:
-        each = sublayer_bytes(dense)
-        adapter = adapter_bytes(dense, emulation_kind(recipe), recipe.rank, recipe.sources)
-        savings = [sum(each[s] - adapter for s in unit.sublayers) for unit in order]
-        whole = predicted_bytes(dense, Plan(len(dense.model.get_submodule(dense.family.blocks)), {}))["weights"]
-        excess = math.ceil(whole * (1 - parse_share(recipe.weight_budget, "weight-budget")))
-        count = shortest(savings, excess)
-        if count is None:
-            raise RecipeError(f"--weight-budget {recipe.weight_budget} is out of reach: not even all sublayers save it")
-        return list(order[:count])
-    if recipe.max_loss_increase is not None:
-        return _within_loss(dense, recipe, order, tokens, held_out, reporter)
-    return list(order)
-
-
-def _within_loss(
-    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
-) -> list[Unit]:
-    """The longest start of `order` whose emulated plan stays inside the loss budget, by bisection."""
-    bound = recipe.max_loss_increase
-    assert bound is not None
-    fitting = Evaluator(dense.model, dense.family, tokens)
-    judging = Evaluator(dense.model, dense.family, held_out)
-    before = float(judging.loss({}).mean())
-    fits, fails = 0, len(order) + 1
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        removed = dict.fromkeys(sublayers_of(order[:middle]), emulation_kind(recipe))
-        increase = (
-            float(judging.loss(fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)).mean()) - before
-        )
-        reporter.say(f"{middle} removed: loss increase {increase:.4f} nats per token")
-        fits, fails = (middle, fails) if increase <= bound else (fits, middle)
-    if not fits:
-        raise RecipeError(f"--max-loss-increase {bound} is out of reach: removing one sublayer costs more")
-    return list(order[:fits])
-
-
-def emulation_kind(recipe: Recipe) -> EmulationKind:
-    """The recipe's emulation as the plan names it."""
-    kinds: dict[str, EmulationKind] = {
-        "none": "none", "bias": "bias", "self-only": "self_only", "low-rank": "low_rank", "linear": "linear",
-        "context": "context", "kv-share": "kv_share", "kv-share-low-rank": "kv_share_low_rank",
-    }  # fmt: skip
-    return kinds[recipe.emulation]
-
-
-def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
-    """The plan: sublayers of a block that goes as a whole are not emulated, all others are."""
-    removed: dict[Sublayer, EmulationKind] = {}
-    for unit in gone:
-        kind: EmulationKind = "none" if unit.kind == "block" else emulation_kind(recipe)
-        removed |= dict.fromkeys(unit.sublayers, kind)
-    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources)
-    if not plan.kept("attention"):
-        raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
-    return plan
-
-
-def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Counts]:
-    """Find the model and refuse what cannot be done before anything costs time.
-
-    Raises:
-        UserError: What is wrong with the request.
-    """
-    row = metric(recipe.importance)
-    if recipe.task and not row.target.startswith("pruning.importance.ablation"):
-        raise RecipeError(f"--importance {recipe.importance} does not see answers; with --task use leave-one-out, kl, "
-                          "a Shapley value, or leave --task out")  # fmt: skip
-    if recipe.importance == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
-        raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
-    source = find_model(model, reporter)
-    wanted = counts(recipe, source.config.num_hidden_layers)
-    if recipe.fuse:
-        check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
-    if recipe.emulation.startswith("kv-share"):
-        check_shareable(source.family, source.config)
-    if recipe.rank > source.config.hidden_size:
-        raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
-    if recipe.emulation == "self-only" and (source.family.attention_post_norm or wanted.ffn or wanted.sublayers):
-        raise RecipeError("--emulation self-only is for attention without a norm after it; choose another")
-    for path in recipe.calibration:
-        read_text(path)
-    for path, _ in map(parse_task, recipe.task):
-        if holds_questions(path):
-            read_questions(path)
-        else:
-            read_text(path)
-    return source, wanted
-
-
-def journal_of(output: Path | None, dense: DenseModel) -> Journal:
-    """The journal of the values that one output needs, in the user's cache; a file for each process."""
-    scope = f"{dense.weight_hash} {dense.model.dtype} {torch.get_num_threads()}"
-    if output is None:
-        return Journal(None, scope)
-    rank, processes = parallel.process()
-    key = hashlib.sha256(f"{output.resolve()} {rank} of {processes}".encode()).hexdigest()[:16]
-    return Journal(cache_directory() / "journals" / f"{key}.jsonl", scope)
+from pruning.workdir import atomic_directory, check_free_space, check_output
 
 
 def run(
@@ -327,7 +91,7 @@ def run(
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
-        recovery = _recover(dense, plan, recipe, tokens, reporter)
+        recovery = recovered(dense, plan, recipe, tokens, reporter)
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
@@ -362,9 +126,9 @@ def run(
     with reporter.stage("verify"):
         manifest = verify(output)
     journal.discard()
-    _healing_state(output).unlink(missing_ok=True)
+    healing_state(output).unlink(missing_ok=True)
     reporter.say(f"wrote {output}: {describe_bytes(sizes)}")
-    ratio = torch.tensor(quality["pruned_loss"] - quality["dense_loss"]).exp().item()
+    ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
     reporter.say(f"perplexity on held-out calibration text: {ratio:.3f} times dense")
     return manifest
 
@@ -372,68 +136,6 @@ def run(
 def _label(kind: EmulationKind, recipe: Recipe) -> str:
     """What `pruning.json` says of a removed sublayer: the kind of its emulation."""
     return "fused" if recipe.fuse and kind != "none" else kind
-
-
-def _recover(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> Recovery | Fusion:
-    """Adapters, or the changes of kept weights that take their place."""
-    evaluator = Evaluator(dense.model, dense.family, tokens)
-    with torch.autocast(dense.model.device.type, torch.bfloat16, enabled=recipe.fit_precision == "bfloat16"):
-        if not recipe.fuse:
-            return recover(
-                evaluator, plan.removed, plan.rank, reporter, compensated=recipe.compensate, sources=plan.sources
-            )
-        check_fusable(dense.family, plan.removed)
-        biased = has_biases(dense.model.config)
-        return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, compensated=recipe.compensate)
-
-
-def healed(
-    dense: DenseModel, recipe: Recipe, plan: Plan, recovery: Recovery, tokens: Tensor, held_out: Tensor, output: Path,
-    reporter: Reporter,
-) -> tuple[Recovery, dict[str, Any]]:  # fmt: skip
-    """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
-
-    Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
-    there are no more windows of the standard library's text than were fitted on.
-    """
-    budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
-    budget += HEALING_VALIDATION_WINDOWS * recipe.sequence_length
-    used = torch.cat([held_out, tokens])
-    others = other_windows(recipe.calibration, dense.tokenizer, budget, recipe.sequence_length, used)
-    rows = torch.cat([others, tokens]) if recipe.calibration else interleave([others[: len(tokens)], tokens])
-    count = max(1, min(HEALING_VALIDATION_WINDOWS, len(rows) // 8))
-    if len(rows) < 2:
-        raise CalibrationError("--heal needs two calibration windows at least; give more text")
-    settings = Settings(
-        trained="lora" if recipe.heal == "lora" else "adapters", loss=recipe.heal_loss, optimizer=recipe.heal_optimizer,
-        learning_rate=recipe.heal_learning_rate, lora_rank=recipe.heal_lora_rank, steps=recipe.heal_steps,
-        minutes=HEALING_MINUTES if recipe.heal_steps is None and recipe.heal_minutes is None else recipe.heal_minutes,
-        batch_tokens=recipe.heal_batch_tokens, precision=healing_precision(dense, recipe), seed=recipe.seed,
-    )  # fmt: skip
-    scope = f"{dense.weight_hash} {torch.get_num_threads()} {recipe.model_dump_json()}"
-    return heal(
-        dense.model, dense.family, plan, recovery, rows[count:], rows[:count], settings, reporter,
-        state=_healing_state(output), scope=scope,
-    )  # fmt: skip
-
-
-def healing_precision(dense: DenseModel, recipe: Recipe) -> Precision:
-    """What healing computes in.
-
-    Raises:
-        RecipeError: float16 on a CPU.
-    """
-    if dense.model.dtype == torch.float16:
-        if dense.model.device.type == "cpu":
-            raise RecipeError("--heal cannot train in float16 on a CPU; use --dtype float32 or bfloat16")
-        return "fp16"
-    return "bf16" if dense.model.dtype == torch.bfloat16 or recipe.heal_precision == "bfloat16" else "no"
-
-
-def _healing_state(output: Path) -> Path:
-    """Where training is kept until the checkpoint is whole; one file for all processes."""
-    key = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    return cache_directory() / "journals" / f"{key}.healing.safetensors"
 
 
 def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor) -> dict[str, Any]:
@@ -448,17 +150,6 @@ def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion,
         apply_plan(dense.model, family, plan, recovery.emulations)
     after = loss(dense.model, family, held_out)
     return {"dense_loss": before, "removed_loss": without, "pruned_loss": after, "text": "held-out calibration windows"}
-
-
-def table_of(scores: Mapping[str, Scores], importance: str) -> dict[str, dict[str, float]]:
-    """Scores as `pruning.json` holds them: metric, metric of each judge, and standard errors."""
-    out: dict[str, dict[str, float]] = {}
-    for name, entry in scores.items():
-        label = f"{importance} ({name})" if name else importance
-        out[label] = {str(unit): value for unit, value in entry.values.items()}
-        if entry.errors:
-            out[f"{label}, standard error"] = {str(unit): value for unit, value in entry.errors.items()}
-    return out
 
 
 def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[UnitKind], reporter: Reporter) -> None:

@@ -26,11 +26,11 @@ from pruning.export import apply_plan
 from pruning.fitting import Fitted, fit_plans, together
 from pruning.importance import Sampling, metric
 from pruning.model import DenseModel, find_model, load_model
-from pruning.pipeline import calibrate, emulation_kind, groups_of, journal_of, judges_of, table_of
 from pruning.plan import Plan, Unit, sublayers_of
 from pruning.recipe import Counts, Emulation, Recipe
 from pruning.report import write_sweep_report
 from pruning.sizes import predicted_bytes
+from pruning.stages import calibrate, emulation_kind, groups_of, journal_of, judges_of, table_of
 from pruning.subnetwork import Evaluator
 from pruning.workdir import Journal, atomic_directory, check_output
 
