@@ -10,15 +10,16 @@ from transformers import AutoModelForCausalLM
 
 from pruning import kv_sharing
 from pruning.console import Reporter
-from pruning.emulation import fit_candidates, fit_plan
+from pruning.emulation import fit_candidates, fit_plan, recover
 from pruning.errors import RecipeError
 from pruning.families import FAMILIES
 from pruning.fitting import fit_plans
 from pruning.formats import PrunedModel, format_named
+from pruning.healing import Settings, heal
 from pruning.kv_sharing import cache_sources, check_shareable
 from pruning.model import DenseModel
 from pruning.modeling import KVShareEmulation, LowRankEmulation
-from pruning.plan import Sublayer
+from pruning.plan import Plan, Sublayer
 from pruning.sizes import adapter_bytes
 from pruning.subnetwork import Evaluator
 from tests.conftest import KV_SHARE_PLAN, pico_config, pico_model, run_prune_export, tokens
@@ -127,6 +128,21 @@ def test_sources_are_kept_attention_layers_of_the_same_window():
     gone = [Sublayer(b, "attention") for b in (0, 1, 4, 5)]
     assert [cache_sources(evaluator, gone, s) for s in gone] == [(), (), (2,), (3,)]
     assert cache_sources(evaluator, gone, Sublayer(4, "ffn")) == ()
+
+
+def test_healing_trains_its_queries():
+    model, family = pico_model("llama"), FAMILIES["llama"]
+    plan = Plan(6, {Sublayer(2, "attention"): "kv_share", Sublayer(4, "attention"): "kv_share_low_rank"}, rank=4)
+    recovery = recover(Evaluator(model, family, tokens(16, 32)), plan.removed, 4, Reporter(), compensated=False)
+    settings = Settings(
+        trained="adapters", loss="kl", optimizer="adamw", learning_rate=1e-3, lora_rank=2, steps=8, minutes=None,
+        batch_tokens=128, precision="no", seed=0,
+    )  # fmt: skip
+    rows, validation = tokens(32, 32, seed=2), tokens(4, 32, seed=3)
+    healed, record = heal(model, family, plan, recovery, rows, validation, settings, Reporter(), state=None, scope="")
+    assert record["end"]["kl"] < record["start"]["kl"]
+    for sublayer, module in recovery.emulations.items():
+        assert not torch.equal(healed.emulations[sublayer].query.weight, module.query.weight)
 
 
 def test_without_a_source_it_is_a_low_rank_map():
