@@ -77,7 +77,7 @@ def recover(
     pruned = list(dense)
     taps: list[Taps] = [{} for _ in dense]
     del embedded
-    reads = _sources(evaluator, removed, sources)
+    reads = sources_read(evaluator, removed, sources)
     wanted = {source for read in reads.values() for source in read}
     runs = _runs(removed, len(evaluator.blocks)) if compensated else {}
     last = len(evaluator.blocks) - 1 if compensated else max(sublayer.block for sublayer in removed)
@@ -113,7 +113,7 @@ def recover(
                 else:
                     calls = zip(pruned, kwargs, taps, strict=True)
                     pruned = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
-            _forget(taps, wanted)
+            forget_taps(taps, wanted)
             step.advance()
     return Recovery(emulations, weights)
 
@@ -141,7 +141,7 @@ def _ahead(
     return streams
 
 
-def _sources(
+def sources_read(
     evaluator: Evaluator, removed: Mapping[Sublayer, EmulationKind], count: int
 ) -> dict[Sublayer, tuple[int, ...]]:
     """What every emulation reads that has sources."""
@@ -164,7 +164,8 @@ def _kept_for(
     return {source for each in rest for source in _reads(evaluator, gone, each, kind, count)}
 
 
-def _forget(taps: list[Taps], wanted: Collection[int]) -> None:
+def forget_taps(taps: list[Taps], wanted: Collection[int]) -> None:
+    """Drop what attention put out in blocks that nothing reads any more."""
     for each in taps:
         for block in set(each) - set(wanted):
             del each[block]
@@ -219,7 +220,7 @@ def fit_candidates(
                 parted = parted or sublayer in base
                 calls = zip(pruned, kwargs, taps, strict=True)
                 pruned = [evaluator.run_and_tap(sublayer, h, k, applied, t) for h, k, t in calls] if parted else dense
-            _forget(taps, _kept_for(evaluator, gone, index, kind, sources))
+            forget_taps(taps, _kept_for(evaluator, gone, index, kind, sources))
             step.advance()
     return emulations
 

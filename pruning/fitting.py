@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.console import Reporter
-from pruning.emulation import _forget, _sources, fit
+from pruning.emulation import fit, forget_taps, sources_read
 from pruning.kv_sharing import Seen
 from pruning.plan import KINDS, EmulationKind, Sublayer
 from pruning.subnetwork import Evaluator, Taps
@@ -66,7 +66,7 @@ def fit_plans(
     dense, arguments = [hidden for hidden, _ in embedded], [kwargs for _, kwargs in embedded]
     noted: list[Taps] = [{} for _ in dense]
     del embedded
-    reads = [_sources(evaluator, plan, sources) for plan in plans]
+    reads = [sources_read(evaluator, plan, sources) for plan in plans]
     wanted = {block for each in reads for read in each.values() for block in read}
     streams = [_Stream([number for number, plan in enumerate(plans) if plan], None, noted)]
     blocks = range(max((end.block for end in last if end is not None), default=-1) + 1)
@@ -98,7 +98,7 @@ def fit_plans(
                             following.append(_Stream(going_on, inputs, taps))
                 streams = following
             for taps in (noted, *(stream.taps for stream in streams)):
-                _forget(taps, wanted)
+                forget_taps(taps, wanted)
             step.advance()
     return fitted
 
