@@ -10,9 +10,9 @@ from torch.nn import functional
 import pruning
 from pruning.export import apply_plan
 from pruning.families import FAMILIES
-from pruning.modeling import BiasEmulation
+from pruning.modeling import BiasEmulation, LowRankEmulation
 from pruning.plan import KINDS, Plan, Sublayer
-from pruning.subnetwork import Evaluator
+from pruning.subnetwork import Evaluator, describe
 
 EVERY = [Sublayer(block, kind) for block in range(6) for kind in KINDS]
 PLANS = [
@@ -136,7 +136,7 @@ from pruning.console import Reporter
 from pruning.families import FAMILIES
 from pruning.importance import Sampling, metric
 from pruning.plan import Sublayer, Unit
-from pruning.subnetwork import Evaluator
+from pruning.subnetwork import Evaluator, describe
 
 torch.set_num_threads(1)
 parallel.start()
@@ -168,3 +168,13 @@ def test_two_processes_give_the_same_losses_and_scores_bit_for_bit(pico_director
             tables.append(table)
     assert torch.equal(tables[0], tables[1])
     assert torch.equal(tables[0], tables[2])
+
+
+def test_adapters_of_rank_1_have_names_that_tell_them_apart():
+    names = set()
+    for seed in (0, 1):
+        module = LowRankEmulation(8, 1)
+        column = torch.empty_strided((8, 1), (1, 8))  # as the last eigenvector of a matrix comes
+        module.up.weight.data = column.copy_(torch.randn(8, 1, generator=torch.Generator().manual_seed(seed)))
+        names.add(tuple(describe({Sublayer(2, "attention"): module})))
+    assert len(names) == 2
