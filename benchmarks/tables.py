@@ -15,7 +15,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NOT_MEASURED = "not measured"
 
 
 def documents(root: Path) -> list[Path]:
@@ -98,25 +97,6 @@ def _chooser(row: Mapping[str, Any]) -> str:
 
 
 def recovery(results: Results) -> str:
-    """Perplexity ratio for every set of removed layers: nothing in its place, the default, the default compensated."""
-    columns = {
-        "none": "nothing in its place",
-        "low-rank-64": "low-rank 64",
-        "low-rank-64-compensated": "and compensated",
-    }
-    found: dict[str, dict[str, Any]] = {}
-    for row in results.rows("recovery"):
-        if "ratio" in row and _technique(row) in columns:
-            one = found.setdefault(row["attention"], {"removed": row["removed"], "chooser": _chooser(row)})
-            one[_technique(row)] = f"{row['ratio']:.3f}"
-            if one["chooser"] == "a given list":
-                one["chooser"] = _chooser(row)
-    ordered = sorted(found.values(), key=lambda one: (one["removed"], one["chooser"]))
-    rows = [[str(one["removed"]), one["chooser"], *(one.get(c, NOT_MEASURED) for c in columns)] for one in ordered]
-    return _table(["attention layers removed", "chosen by", *columns.values()], rows)
-
-
-def recovery_all(results: Results) -> str:
     """Every row of the recovery benchmark."""
     found = [row for row in results.rows("recovery") if "ratio" in row]
     found.sort(key=lambda row: (row["removed"], row["attention"], row["ratio"]))
@@ -218,7 +198,7 @@ def speculation(results: Results) -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        serving, latency, recovery, recovery_all, healing, overhead, quality, choosers, subnetworks, speculation,
+        serving, latency, recovery, healing, overhead, quality, choosers, subnetworks, speculation,
     )
 }  # fmt: skip
 
