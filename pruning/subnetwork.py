@@ -402,6 +402,7 @@ class Evaluator:
                 hidden = checkpoint(self._gated, *given, use_reentrant=False)
             loss = self._head.cross_entropy(hidden, batch[:, 1:]).mean(1).sum()
             (gradient,) = torch.autograd.grad(loss, wide)
+        taps.clear()  # the graph holds them and they hold the graph, where no collector sees it
         return gradient.double().cpu()
 
     def _gated(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps) -> Tensor:

@@ -1,6 +1,8 @@
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,18 @@ def test_only_counted_tokens_count(pico):
     logits = plain_logits(pico("llama"), ids)
     losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     torch.testing.assert_close(evaluator.loss({}), losses[:, 10:12].double().mean(1), atol=1e-5, rtol=0)
+
+
+def test_gate_gradients_leave_no_graph_behind(pico):
+    model = pico("llama").requires_grad_(True)  # as a model comes from its files
+    evaluator = Evaluator(model, FAMILIES["llama"], tokens(2), batch_size=2)
+    seen = []
+    attention = evaluator.blocks[3].self_attn
+    attention.register_forward_hook(lambda _, arguments, output: seen.append(weakref.ref(output[0])))
+    evaluator.gate_gradients(torch.ones(6, 2), 0)
+    gc.collect()
+    assert seen
+    assert all(reference() is None for reference in seen)
 
 
 def test_gate_gradients_equal_finite_differences(pico):
