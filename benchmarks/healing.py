@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import torch
-from recovery import attention_of, machine, windows_to_judge
+from machine import machine
+from recovery import attention_of, windows_to_judge
 
 from pruning.calibration import from_files, other_windows
 from pruning.compensation import apply_weights
@@ -91,7 +92,8 @@ def main() -> None:
         apply_plan(dense.model, dense.family, plan, healed.emulations)
         row["ratio_start"] = round(perplexity_ratio(base, float(before.mean())), 4)
         row["ratio_end"] = round(perplexity_ratio(base, loss(dense.model, dense.family, judged)), 4)
-    document = {"machine": machine(), "model": options.model, "rows": []}
+    where = machine() | {"threads": torch.get_num_threads()}
+    document = {"machine": where, "model": options.model, "rows": []}
     if options.output.exists():
         document["rows"] = json.loads(options.output.read_text())["rows"]
     document["rows"].append(row)

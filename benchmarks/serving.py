@@ -17,7 +17,6 @@ import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
+from worker import Worker, start_worker
 
 BLOCK = 128  # tokens in a KV block
 
@@ -67,30 +67,16 @@ def worker(options: dict[str, Any]) -> None:
 
 
 @dataclass
-class Engine:
+class Engine(Worker):
     """A worker process and what is known of its model."""
 
-    name: str
     kv_bytes: int
     concurrent: int
-    process: subprocess.Popen[str]
     started: dict[str, Any]
 
     def run(self, requests: int, prompt: int, new: int, seed: int) -> dict[str, Any]:
         """Send a workload and wait for its timings."""
-        assert self.process.stdin
-        load = {"requests": requests, "prompt": prompt, "new": new, "seed": seed}
-        self.process.stdin.write(json.dumps(load) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The worker's next line."""
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the engine of {self.name} ended; see its messages above")
-        return json.loads(line)
+        return self.ask({"requests": requests, "prompt": prompt, "new": new, "seed": seed})
 
 
 def kv_bytes_of(directory: Path) -> int:
@@ -108,15 +94,7 @@ def start(name: str, directory: Path, pool_bytes: int, blocks_each: int, threads
     blocks = pool_bytes // (each * BLOCK)
     concurrent = (blocks - 1) // blocks_each  # vLLM keeps one block for itself
     options = {"model": str(directory), "blocks": blocks, "max_num_seqs": concurrent, "max_model_len": 1152}
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR",
-    }  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--worker", json.dumps(options)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    return Engine(name, each, concurrent, process, {"blocks": blocks})
+    return Engine(name, start_worker(__file__, options, threads), each, concurrent, {"blocks": blocks})
 
 
 def wait(engine: Engine) -> None:

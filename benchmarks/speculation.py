@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 
 from machine import machine
 from serving import spread
+from worker import Worker, start_worker
 
 QUESTIONS = [
     "What is the capital of France?", "Write a haiku about rain.", "Explain photosynthesis in one sentence.",
@@ -78,41 +78,20 @@ def _minus(after: Any, before: Any) -> Any:
 
 
 @dataclass
-class Engine:
-    """A worker process."""
+class Engine(Worker):
+    """A worker process and its draft."""
 
-    name: str
     draft: Path | None
-    process: subprocess.Popen[str]
 
     def run(self, questions: list[str], new: int) -> dict[str, Any]:
         """Let it answer all questions."""
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps({"questions": questions, "new": new}) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The worker's next line."""
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the engine of {self.name} ended; see its messages above")
-        return json.loads(line)
+        return self.ask({"questions": questions, "new": new})
 
 
 def start(name: str, model: Path, draft: Path | None, options: argparse.Namespace) -> Engine:
     """Start an engine, wait for it, and let it answer once."""
     served = {"model": str(model), "draft": draft and str(draft), "guesses": options.guesses}
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(options.threads), "VLLM_LOGGING_LEVEL": "ERROR",
-    }  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--worker", json.dumps(served)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    engine = Engine(name, draft, process)
+    engine = Engine(name, start_worker(__file__, served, options.threads), draft)
     engine.answer()
     engine.run(QUESTIONS[:1], 8)
     return engine

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pruning
@@ -134,6 +135,29 @@ FUSIBLE_PLAN = Plan(BLOCKS, {**MIXED_PLAN.removed, Sublayer(2, "attention"): "lo
 def tokens(rows: int = 8, length: int = 48, seed: int = 1) -> torch.Tensor:
     """Random token windows, int64 [rows, length]."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss of every window: logits [b, T, V] of ids [b, T] -> float64 [b]."""
+    per_token = functional.cross_entropy(logits.float()[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return per_token.mean(1).double()
+
+
+def check_exported_equals_masked(model: PreTrainedModel, ids: torch.Tensor, masked: torch.Tensor, prompts: int) -> None:
+    """A checkpoint gives the losses [b] that the evaluator gave, and writes the same with any cache as with none.
+
+    Args:
+        model: Loaded from the checkpoint.
+        ids: [b, T].
+        masked: The evaluator's losses of `ids`.
+        prompts: How many of `ids`, cut to 20 tokens, it goes on writing.
+    """
+    with torch.inference_mode():
+        torch.testing.assert_close(losses(model(ids).logits, ids), masked, atol=1e-5, rtol=0)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(ids[:prompts, :20], use_cache=False, **options)
+    assert torch.equal(model.generate(ids[:prompts, :20], **options), plain)
+    assert torch.equal(model.generate(ids[:prompts, :20], cache_implementation="static", **options), plain)
 
 
 def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: Path, *, fused: bool = False) -> Path:

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from pruning.console import Reporter
@@ -14,7 +13,7 @@ from pruning.families import FAMILIES
 from pruning.modeling import ContextEmulation, LowRankEmulation, Tap, fed
 from pruning.plan import Plan, Sublayer
 from pruning.subnetwork import Evaluator
-from tests.conftest import export_pico, pico_model, tokens
+from tests.conftest import check_exported_equals_masked, export_pico, losses, pico_model, tokens
 
 CONTEXT_PLAN = Plan(
     6,
@@ -50,22 +49,13 @@ def exported(tmp_path_factory):
     return make
 
 
-def losses(logits, ids):
-    return functional.cross_entropy(logits.float()[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_masked_context_equals_exported_and_cached(model_type, exported):
     directory, fitted = exported(model_type)
     ids = tokens(4, 40, seed=7)
     masked = Evaluator(pico_model(model_type), FAMILIES[model_type], ids, batch_size=2).loss(fitted)
     model = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.inference_mode():
-        torch.testing.assert_close(losses(model(ids).logits, ids).double(), masked, atol=1e-5, rtol=0)
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
-    plain = model.generate(ids[:1, :20], use_cache=False, **options)
-    assert torch.equal(model.generate(ids[:1, :20], **options), plain)
-    assert torch.equal(model.generate(ids[:1, :20], cache_implementation="static", **options), plain)
+    check_exported_equals_masked(model, ids, masked, prompts=1)
 
 
 def test_sources_are_numbered_as_the_blocks_that_are_left(exported):
@@ -112,7 +102,7 @@ def test_plans_in_lock_step_do_not_mix_their_contexts(exported):
     torch.testing.assert_close(
         evaluator.values(more), torch.stack([evaluator.values([plan])[0] for plan in more]), atol=1e-5, rtol=0
     )
-    torch.testing.assert_close(evaluator.loss({}), losses(before, ids).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(evaluator.loss({}), losses(before, ids), atol=1e-5, rtol=0)
     with torch.inference_mode():
         assert torch.equal(cut(ids).logits, before)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from pruning import kv_sharing
@@ -22,7 +21,14 @@ from pruning.modeling import KVShareEmulation, LowRankEmulation
 from pruning.plan import Plan, Sublayer
 from pruning.sizes import adapter_bytes
 from pruning.subnetwork import Evaluator
-from tests.conftest import KV_SHARE_PLAN, pico_config, pico_model, run_prune_export, tokens
+from tests.conftest import (
+    KV_SHARE_PLAN,
+    check_exported_equals_masked,
+    pico_config,
+    pico_model,
+    run_prune_export,
+    tokens,
+)
 
 SHARING = [name for name, family in FAMILIES.items() if family.shares_cache]
 LATE = Sublayer(3, "attention")
@@ -61,10 +67,6 @@ def test_a_copy_of_its_source_on_the_same_stream_is_reproduced(model_type, monke
     assert dense == 0
 
 
-def losses(logits, ids):
-    return functional.cross_entropy(logits.float()[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
-
-
 @pytest.mark.parametrize("model_type", SHARING)
 def test_masked_equals_exported_and_cached(model_type, pico_checkpoint):
     directory, _ = pico_checkpoint(f"{model_type} kv-share")
@@ -74,12 +76,7 @@ def test_masked_equals_exported_and_cached(model_type, pico_checkpoint):
     evaluator = Evaluator(dense, family, ids, batch_size=2)
     masked = evaluator.values([{}, fitted, dict.fromkeys(fitted)])[1]  # beside others, so that streams run together
     model = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.inference_mode():
-        torch.testing.assert_close(losses(model(ids).logits, ids).double(), masked, atol=1e-5, rtol=0)
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
-    plain = model.generate(ids[:2, :20], use_cache=False, **options)
-    assert torch.equal(model.generate(ids[:2, :20], **options), plain)
-    assert torch.equal(model.generate(ids[:2, :20], cache_implementation="static", **options), plain)
+    check_exported_equals_masked(model, ids, masked, prompts=2)
     cache = model(ids, use_cache=True).past_key_values
     assert sum(layer.keys is not None and layer.keys.numel() > 0 for layer in cache.layers) == 2
 
