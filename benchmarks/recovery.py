@@ -5,7 +5,6 @@ python benchmarks/recovery.py smollm2-135m --calibration DIR/*.txt --judge TEXT 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
+from machine import machine
 
 from pruning.calibration import from_files, read_text
 from pruning.compensation import apply_weights
@@ -21,7 +20,8 @@ from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
 from pruning.emulation import recover
 from pruning.evaluate import loss, perplexity_ratio
 from pruning.export import apply_plan
-from pruning.model import load_dense
+from pruning.fuse import apply_fusion, fuse, has_biases
+from pruning.model import DenseModel, load_dense
 from pruning.plan import EmulationKind, Plan, Sublayer
 from pruning.search import greedy, rank
 from pruning.subnetwork import Evaluator
@@ -36,6 +36,7 @@ class Technique:
     sources: int = 1
     sequential: bool = True
     compensated: bool = False
+    fused: bool = False
 
 
 # Ranks 76 (low-rank), 51 (one source), 38 (two sources) and 30 (kv-share-low-rank) make adapters of a tenth of
@@ -58,6 +59,9 @@ TECHNIQUES = {
     "low-rank-76-compensated": Technique("low_rank", 76, compensated=True),
     "context-1-compensated": Technique("context", 51, 1, compensated=True),
     "context-2-compensated": Technique("context", 38, 2, compensated=True),
+    "low-rank-64-fused": Technique("low_rank", 64, fused=True),
+    "linear-fused": Technique("linear", fused=True),
+    "low-rank-64-compensated-fused": Technique("low_rank", 64, compensated=True, fused=True),
 }
 
 
@@ -73,6 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--among", help="candidates of a choice; all by default: 4,5,6")
     parser.add_argument("--choose", choices=["rank", "greedy"], default="rank")
     parser.add_argument("--score-tokens", type=int, default=2048)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of forward passes")
     parser.add_argument("--technique", nargs="+", choices=list(TECHNIQUES), default=list(TECHNIQUES))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -104,43 +109,52 @@ def row(options, spec: dict) -> dict:
     """One row: load, fit, cut, judge; in a process of its own so that the peak is its own."""
     dense = load_dense(options.model, "float32", "cpu", Reporter())
     judged = windows_to_judge(dense, options.judge, options.judge_tokens)
-    if spec["technique"] == "choose":
-        start = time.perf_counter()
-        gone = choose(dense, options, int(spec["attention"]))
-        chosen = ",".join(str(s.block) for s in gone)
-        return {**spec, "chosen": chosen, "seconds": round(time.perf_counter() - start, 1)}
-    if spec["technique"] == "dense":
-        return {**spec, "loss": loss(dense.model, dense.family, judged)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+        if spec["technique"] == "choose":
+            start = time.perf_counter()
+            gone = choose(dense, options, int(spec["attention"]))
+            chosen = ",".join(str(s.block) for s in gone)
+            return {**spec, "chosen": chosen, "seconds": round(time.perf_counter() - start, 1)}
+        fitted = {} if spec["technique"] == "dense" else recovered(dense, options, spec)
+        return {**spec, **fitted, "loss": loss(dense.model, dense.family, judged)}
+
+
+def recovered(dense: DenseModel, options, spec: dict) -> dict:
+    """Fit a technique and cut the model, in place; what that took."""
     how = TECHNIQUES[spec["technique"]]
     tokens = from_files(options.calibration, dense.tokenizer, spec["tokens"], options.length, 0)
     gone = attention_of(spec["attention"])
     plan = Plan(dense.model.config.num_hidden_layers, dict.fromkeys(gone, how.kind), how.rank, how.sources)
-    resting, start, cpu = peak_memory_bytes(), time.perf_counter(), time.process_time()
-    recovery = recover(
-        Evaluator(dense.model, dense.family, tokens), plan.removed, how.rank, Reporter(),
-        compensated=how.compensated, sequential=how.sequential, sources=how.sources,
-    )  # fmt: skip
-    adapters = sum(p.numel() for module in recovery.emulations.values() if module for p in module.parameters())
+    evaluator = Evaluator(dense.model, dense.family, tokens)
     removed = sum(sum(p.numel() for p in dense.model.model.layers[s.block].self_attn.parameters()) for s in gone)
-    measured = {
+    kept = sum(p.numel() for p in dense.model.parameters()) - removed
+    resting, start, cpu = peak_memory_bytes(), time.perf_counter(), time.process_time()
+    if how.fused:
+        fusion = fuse(
+            evaluator, plan.removed, how.rank, Reporter(), biased=has_biases(dense.model.config),
+            compensated=how.compensated,
+        )  # fmt: skip
+        plan, emulations, weights = fusion.plan(plan), {}, fusion.weights
+    else:
+        fusion = None
+        recovery = recover(
+            evaluator, plan.removed, how.rank, Reporter(), compensated=how.compensated, sequential=how.sequential,
+            sources=how.sources,
+        )  # fmt: skip
+        emulations, weights = recovery.emulations, recovery.weights
+    took = {
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "resting_mib": resting >> 20,
         "peak_mib": peak_memory_bytes() >> 20,
-        "weights_changed": len(recovery.weights),
-        "adapters_share": round(adapters / removed, 4),
+        "weights_changed": len(weights),
     }
-    apply_weights(dense.model, recovery.weights)
-    apply_plan(dense.model, dense.family, plan, recovery.emulations)
-    return {**spec, "removed": len(gone), **measured, "loss": loss(dense.model, dense.family, judged)}
-
-
-def machine() -> dict:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "ram_gib": round(memory / 2**30, 1),
-        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
+    apply_weights(dense.model, weights)
+    if fusion is not None:
+        apply_fusion(dense.model, dense.family, fusion)
+    apply_plan(dense.model, dense.family, plan, emulations)
+    added = sum(p.numel() for p in dense.model.parameters()) - kept
+    return {"removed": len(gone), **took, "adapters_share": round(added / removed, 4)}
 
 
 def run_row(document: dict, spec: dict) -> dict:
@@ -160,7 +174,9 @@ def main() -> None:
     if options.row:
         print(json.dumps(row(options, json.loads(options.row))))
         return
-    document = {"machine": machine(), "model": options.model, "judge_tokens": options.judge_tokens, "rows": []}
+    where = machine() | {"threads": torch.get_num_threads()}
+    document = {"machine": where, "model": options.model, "judge_tokens": options.judge_tokens,
+                "precision": options.precision, "length": options.length, "rows": []}  # fmt: skip
     if options.output.exists():
         document["rows"] = json.loads(options.output.read_text())["rows"]
 
