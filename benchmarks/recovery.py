@@ -37,6 +37,7 @@ class Technique:
     sequential: bool = True
     compensated: bool = False
     fused: bool = False
+    recalibrated: bool = False
 
 
 # Ranks 76 (low-rank), 51 (one source), 38 (two sources) and 30 (kv-share-low-rank) make adapters of a tenth of
@@ -62,6 +63,9 @@ TECHNIQUES = {
     "low-rank-64-fused": Technique("low_rank", 64, fused=True),
     "linear-fused": Technique("linear", fused=True),
     "low-rank-64-compensated-fused": Technique("low_rank", 64, compensated=True, fused=True),
+    "low-rank-64-recalibrated": Technique("low_rank", 64, recalibrated=True),
+    "low-rank-76-compensated-recalibrated": Technique("low_rank", 76, compensated=True, recalibrated=True),
+    "low-rank-64-fused-recalibrated": Technique("low_rank", 64, fused=True, recalibrated=True),
 }
 
 
@@ -132,14 +136,14 @@ def recovered(dense: DenseModel, options, spec: dict) -> dict:
     if how.fused:
         fusion = fuse(
             evaluator, plan.removed, how.rank, Reporter(), biased=has_biases(dense.model.config),
-            compensated=how.compensated,
+            compensated=how.compensated, recalibrated=how.recalibrated,
         )  # fmt: skip
         plan, emulations, weights = fusion.plan(plan), {}, fusion.weights
     else:
         fusion = None
         recovery = recover(
             evaluator, plan.removed, how.rank, Reporter(), compensated=how.compensated, sequential=how.sequential,
-            sources=how.sources,
+            sources=how.sources, recalibrated=how.recalibrated,
         )  # fmt: skip
         emulations, weights = recovery.emulations, recovery.weights
     took = {

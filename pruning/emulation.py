@@ -12,6 +12,7 @@ from pruning.errors import RecipeError
 from pruning.kv_sharing import KV_SHARE, Seen, cache_sources, fit_kv_share
 from pruning.modeling import BiasEmulation, ContextEmulation, LowRankEmulation, context_features
 from pruning.plan import KINDS, EmulationKind, Sublayer, nearest_kept_attention
+from pruning.recalibration import recalibrate
 from pruning.regression import Affine, HeldOutMoments
 from pruning.subnetwork import Arguments, Evaluator, Taps
 
@@ -50,6 +51,7 @@ def recover(
     compensated: bool = True,
     sequential: bool = True,
     sources: int = 1,
+    recalibrated: bool = False,
 ) -> Recovery:
     """Fit the emulation of every removed sublayer and, if asked, refit what is kept, first to last.
 
@@ -68,6 +70,7 @@ def recover(
         compensated: Also refit the output projections of kept sublayers.
         sequential: False fits every adapter on the dense model's own stream instead.
         sources: k, kept attention layers that a `context` adapter reads.
+        recalibrated: In the end also scale the final norm.
     """
     emulations: dict[Sublayer, nn.Module | None] = {}
     weights: dict[str, Tensor] = {}
@@ -80,7 +83,8 @@ def recover(
     reads = sources_read(evaluator, removed, sources)
     wanted = {source for read in reads.values() for source in read}
     runs = _runs(removed, len(evaluator.blocks)) if compensated else {}
-    last = len(evaluator.blocks) - 1 if compensated else max(sublayer.block for sublayer in removed)
+    to_the_end = compensated or recalibrated
+    last = len(evaluator.blocks) - 1 if to_the_end else max(sublayer.block for sublayer in removed)
     with reporter.progress("emulation", last + 1) as step:
         for index in range(last + 1):
             kwargs = [every[index] for every in arguments]
@@ -115,6 +119,8 @@ def recover(
                     pruned = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
             forget_taps(taps, wanted)
             step.advance()
+    if recalibrated:
+        weights |= recalibrate(evaluator, dense, pruned, reporter)
     return Recovery(emulations, weights)
 
 

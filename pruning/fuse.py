@@ -26,6 +26,7 @@ from pruning.errors import RecipeError
 from pruning.families import Family
 from pruning.modeling import blocks_of
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer
+from pruning.recalibration import recalibrate
 from pruning.regression import HOLD_OUT_EVERY, HeldOutMoments, NormalEquations
 from pruning.subnetwork import Evaluator
 from pruning.units import Gate, Units, widened
@@ -147,8 +148,9 @@ def places(attention: Sublayer, removed: Removed) -> list[str]:
 
 @torch.no_grad()
 def fuse(
-    evaluator: Evaluator, removed: Removed, rank: int, reporter: Reporter, *, biased: bool, compensated: bool = False
-) -> Fusion:
+    evaluator: Evaluator, removed: Removed, rank: int, reporter: Reporter, *, biased: bool, compensated: bool = False,
+    recalibrated: bool = False,
+) -> Fusion:  # fmt: skip
     """Fit every emulation for the FFN that takes it, first to last, each on the stream as pruned and recovered so far.
 
     Args:
@@ -158,14 +160,19 @@ def fuse(
         reporter: For progress.
         biased: Whether FFNs may have biases.
         compensated: Whether output projections of kept sublayers are refitted too.
+        recalibrated: Whether in the end the final norm is scaled.
     """
     walk = _Walk(evaluator, removed, rank, biased, compensated)
-    last = len(evaluator.blocks) - 1 if compensated else max(sublayer.block for sublayer in removed)
+    to_the_end = compensated or recalibrated
+    last = len(evaluator.blocks) - 1 if to_the_end else max(sublayer.block for sublayer in removed)
     with reporter.progress("fuse", last + 1) as step:
         for index in range(last + 1):
             walk.block(index)
             step.advance()
-    return walk.finish()
+    fusion = walk.finish()
+    if recalibrated:
+        fusion.weights |= recalibrate(evaluator, walk.dense, walk.pruned, reporter)
+    return fusion
 
 
 def apply_fusion(model: PreTrainedModel, family: Family, fusion: Fusion) -> None:

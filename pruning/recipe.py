@@ -102,6 +102,14 @@ class Recipe(BaseModel):
     compensate: Annotated[
         bool, RECOVERY, Field(description="Refit the output projections of kept layers for what was removed (slow).")
     ] = False
+    recalibrate: Annotated[
+        bool,
+        RECOVERY,
+        Field(
+            description="Scale the final norm so that the model is as sure as the dense one; not where nothing is "
+            "fitted, as with --emulation none."
+        ),
+    ] = True
     fit_precision: Annotated[
         Literal["auto", "bfloat16"],
         RECOVERY,
