@@ -86,12 +86,6 @@ def latency(results: Results) -> str:
     return _table(head, rows)
 
 
-def _technique(row: Mapping[str, Any]) -> str:
-    """Older rows leave the default rank unsaid."""
-    name = str(row["technique"])
-    return name.replace("low-rank", "low-rank-64", 1) if re.fullmatch(r"low-rank(-\D.*)?", name) else name
-
-
 def _chooser(row: Mapping[str, Any]) -> str:
     return {"rank": "leave-one-out", "greedy": "greedy", "given": "a given list"}.get(row["chooser"], row["chooser"])
 
@@ -101,7 +95,7 @@ def recovery(results: Results) -> str:
     found = [row for row in results.rows("recovery") if "ratio" in row]
     found.sort(key=lambda row: (row["removed"], row["attention"], row["ratio"]))
     rows = [
-        [str(row["removed"]), _chooser(row), _technique(row), f"{row['tokens']:,}" if row["tokens"] > 256 else "none",
+        [str(row["removed"]), _chooser(row), row["technique"], f"{row['tokens']:,}" if row["tokens"] > 256 else "none",
          f"{row['ratio']:.3f}", f"{row['cpu_seconds']:.0f}", str(row["peak_mib"])]
         for row in found
     ]  # fmt: skip

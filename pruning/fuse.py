@@ -27,7 +27,7 @@ from pruning.families import Family
 from pruning.modeling import blocks_of
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer
 from pruning.recalibration import recalibrate
-from pruning.regression import HOLD_OUT_EVERY, HeldOutMoments, NormalEquations
+from pruning.regression import HeldOutMoments, held_out
 from pruning.subnetwork import Evaluator
 from pruning.units import Gate, Units, widened
 
@@ -208,8 +208,10 @@ class _Walk:
         self.pruned = self.dense
         self.parted = False
         self.before: Reading | None = None
-        every = range(len(self.dense))
-        self.held = [n for n in every if n % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1] or list(every)
+        counts = [len(hidden) for hidden in self.dense]
+        self.first = [sum(counts[:number]) for number in range(len(counts))]
+        every = held_out(0, sum(counts))
+        self.held = (every if every.any() else ~every).split(counts)
 
     def block(self, index: int) -> None:
         """Take the streams through one block."""
@@ -262,7 +264,7 @@ class _Walk:
         self.pruned = after
 
     def _patch(self) -> None:
-        """Turn the output of the FFN before a run of removed blocks, where that helps on held-out batches."""
+        """Turn the output of the FFN before a run of removed blocks, where that helps on held-out windows."""
         if self.before is None or self.before.block in self.fusion.replaced:
             return
         correction = self._moments(self.before.outputs, self.pruned, self.dense).correction()
@@ -278,7 +280,7 @@ class _Walk:
         return self._with(gain, reading, after)
 
     def _choose(self, attention: Sublayer, kind: EmulationKind, middle: Streams, end: Streams) -> str:
-        """The place of least error after the block on held-out batches, of fits on the others.
+        """The place of least error after the block on held-out windows, of fits on the others.
 
         Args:
             attention: Removed.
@@ -303,11 +305,12 @@ class _Walk:
         return min(errors, key=lambda place: errors[place])
 
     def _error(self, streams: Streams, targets: Streams) -> float:
-        """Weighted squared distance to the dense streams over the held-out batches."""
+        """Weighted squared distance to the dense streams over the held-out windows."""
         total = 0.0
-        for number in self.held:
-            square = (targets[number].float() - streams[number].float()).pow(2).sum(-1).double().flatten()
-            total += float(square @ token_weights(targets[number]))
+        for held, stream, target in zip(self.held, streams, targets, strict=True):
+            if held.any():
+                square = (target[held].float() - stream[held].float()).pow(2).sum(-1).double().flatten()
+                total += float(square @ token_weights(target[held]))
         return total
 
     def _run(self, sublayer: Sublayer, streams: Streams) -> Streams:
@@ -336,42 +339,29 @@ class _Walk:
     ) -> Gain:
         """What an FFN has to add to take the stream `after` to the dense `targets`.
 
-        A map reads the FFN's input and its own output together, scaled to the same size: what it makes of the first has
-        the rank asked for and becomes units, what it makes of the second is free and becomes a turn. With `judged`,
-        held-out batches are left out of the fit.
+        A map reads the FFN's input and its own output together: what it makes of the first has the rank asked for and
+        becomes units, what it makes of the second is free and becomes a turn. With `judged`, held-out windows are left
+        out of the fit.
         """
-        gate, width = Gate(self.act), after[0].shape[-1]
+        gate = Gate(self.act)
         flat = [x.flatten(0, -2).float() for x in reading.inputs]
         if not self.biased:
             gate = Gate.along(self.act, torch.cat(flat), torch.cat([token_weights(target) for target in targets]))
         features = [gate.features(x) for x in flat]
-        ratio = 0.0
-        if kind != "bias" and reading.block not in self.fusion.replaced:
+        turned = kind != "bias" and reading.block not in self.fusion.replaced
+        if turned:
             own = [y.flatten(0, -2).float() for y in reading.outputs]
-            ratio = self._ratio(features, own, targets)
-            features = [torch.cat([x, y * ratio], 1) for x, y in zip(features, own, strict=True)]
+            features = [torch.cat([x, y], 1) for x, y in zip(features, own, strict=True)]
         moments = self._moments(features, after, targets)
-        if judged and moments.held_out.weight:
-            moments = HeldOutMoments(moments.train, NormalEquations.zeros(features[0].shape[1], width))
-        units, rest = gate.fit(moments, kind, self.rank, after[0])
-        return Gain(units, rest * ratio if ratio else None)
-
-    def _ratio(self, features: Streams, own: Streams, targets: Streams) -> float:
-        """What makes an FFN's output as large as the other features."""
-        sums = [0.0, 0.0]
-        for x, y, target in zip(features, own, targets, strict=True):
-            weights = token_weights(target)
-            sums = [total + float(f.pow(2).sum(1).double() @ weights) for total, f in zip(sums, (x, y), strict=True)]
-        return (sums[0] / sums[1]) ** 0.5 if sums[1] else 0.0
+        units, rest = gate.fit(moments, kind, self.rank, after[0], judged=judged)
+        return Gain(units, rest if turned else None)
 
     def _moments(self, features: Streams, after: Streams, targets: Streams) -> HeldOutMoments:
         """Moments of features and of what is missing from the stream `after`."""
         moments = HeldOutMoments.zeros(features[0].shape[-1], after[0].shape[-1])
-        for number, (x, stream, target) in enumerate(zip(features, after, targets, strict=True)):
-            missing = (target.float() - stream.float()) / self.scale
-            moments.add(
-                number, x.flatten(0, -2).float() if x.dim() > 2 else x, missing.flatten(0, -2), token_weights(target)
-            )
+        for first, x, stream, target in zip(self.first, features, after, targets, strict=True):
+            missing, windows = (target.float() - stream.float()) / self.scale, target.shape[:-1]
+            moments.add_windows(first, x.float().view(*windows, -1), missing, token_weights(target).view(windows))
         return moments
 
     def _with(self, gain: Gain, reading: Reading, after: Streams) -> Streams:

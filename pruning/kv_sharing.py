@@ -12,13 +12,13 @@ from pruning.errors import RecipeError
 from pruning.families import Family
 from pruning.plan import EmulationKind, Sublayer, nearest_kept_attention
 from pruning.regression import (
-    HOLD_OUT_WINDOWS,
     RIDGES,
     Affine,
     HeldOutMoments,
     NormalEquations,
     fit_low_rank,
     fit_partly_low_rank,
+    held_out,
 )
 from pruning.shared_attention import KVShareEmulation, Tap, rms_normalise
 from pruning.subnetwork import Evaluator, Taps
@@ -279,7 +279,7 @@ def _rows(
         mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, -1e30)
     normed = rms_normalise(inputs.float())
     weights = token_weights(target).view(target.shape[:-1]).float()
-    held = torch.arange(first, first + len(inputs), device=device) % HOLD_OUT_WINDOWS == HOLD_OUT_WINDOWS - 1
+    held = held_out(first, len(inputs)).to(device)
     rows = _Rows(
         inputs=torch.cat([normed, torch.ones_like(normed[..., :1])], -1),
         queries=tap.rotate(queries, rotation).float(),

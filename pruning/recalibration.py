@@ -8,12 +8,13 @@ from torch.func import functional_call
 
 from pruning.console import Reporter
 from pruning.objective import Head
-from pruning.regression import HOLD_OUT_WINDOWS
+from pruning.regression import held_out
 from pruning.subnetwork import Evaluator
 
 TOKENS = 4096  # at least, and at least one in `SHARE` of those fitted on
 SHARE = 8
 ITERATIONS = 10
+EVALUATIONS = 12  # at most
 CHUNK_TOKENS = 512  # whose logits are whole at a time
 
 
@@ -43,13 +44,13 @@ def recalibrate(
     head = Head(evaluator.model, evaluator.family)
     if head.cap is not None:
         return {}
-    fitted, held_out = _split(head, dense, pruned)
-    if not held_out.rows:
+    fitting, judging = _split(head, dense, pruned)
+    if not judging.rows:
         return {}
     start = torch.ones(dense[0].shape[-1], device=dense[0].device)
-    with reporter.progress("recalibration", ITERATIONS) as step:
-        scale = _least(fitted, start, step.advance)
-    if not held_out(scale)[0] < held_out(start)[0]:
+    with reporter.progress("recalibration", EVALUATIONS) as step:
+        scale = _least(fitting, start, step.advance)
+    if not judging(scale)[0] < judging(start)[0]:
         return {}
     return {f"{evaluator.family.norm}.{name}": new for name, new in _scaled(head.norm, scale).items()}
 
@@ -96,21 +97,20 @@ class _Divergence:
 
 def _split(head: Head, dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> tuple[_Divergence, _Divergence]:
     """Divergence of the windows to fit on, and of one in five that is held out."""
-    fitted, held_out = _Divergence(head), _Divergence(head)
+    fitting, judging = _Divergence(head), _Divergence(head)
     wanted = max(TOKENS, sum(batch.shape[0] * batch.shape[1] for batch in dense) // SHARE)
     pairs = (pair for batches in zip(dense, pruned, strict=True) for pair in zip(*batches, strict=True))
     for number, (theirs, ours) in enumerate(pairs):
-        if fitted.positions + held_out.positions >= wanted:
+        if fitting.positions + judging.positions >= wanted:
             break
-        part = held_out if number % HOLD_OUT_WINDOWS == HOLD_OUT_WINDOWS - 1 else fitted
-        part.add(theirs[:-1], ours[:-1])
-    return fitted, held_out
+        (judging if held_out(number, 1) else fitting).add(theirs[:-1], ours[:-1])
+    return fitting, judging
 
 
 def _least(function: _Divergence, start: Tensor, advance: Callable[[], None]) -> Tensor:
     """Where a convex function is least, [D]."""
     scale = start.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS([scale], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([scale], max_iter=ITERATIONS, max_eval=EVALUATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         value, scale.grad = function(scale.detach())

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-2, 1e-1, 3e-1, 1.0, 3.0)
-HOLD_OUT_EVERY = 8  # batches
 HOLD_OUT_WINDOWS = 5  # no divisor of the number of texts that calibration usually mixes
 
 
@@ -123,9 +122,9 @@ def fit_partly_low_rank(
 ) -> PartlyLowRank:
     """Ridge regression on [x, z] whose map of the first `width` features has rank r at most.
 
-    With K = [[Kxx, Kxz], [Kzx, Kzz]] the centred Gram matrix and its penalty, and Wx the part of x in the full
-    solution: Wx is projected on the leading eigenvectors of Wx' (Kxx - Kxz Kzz^-1 Kzx) Wx, which is the best map of
-    that rank once z has taken its share, and the map of z is solved again.
+    With K = [[Kxx, Kxz], [Kzx, Kzz]] the centred Gram matrix with a penalty for each feature by its variance, and Wx
+    the part of x in the full solution: Wx is projected on the leading eigenvectors of Wx' (Kxx - Kxz Kzz^-1 Kzx) Wx,
+    which is the best map of that rank once z has taken its share, and the map of z is solved again.
 
     Source: Reinsel and Velu 1998, chapter 3 (two sets of regressors). Inferred: the penalty.
     """
@@ -135,7 +134,7 @@ def fit_partly_low_rank(
     )
     gram = moments.xx - weight * torch.outer(mean_x, mean_x)
     cross = moments.xy - weight * torch.outer(mean_x, mean_y)
-    gram = gram + (ridge * gram.diagonal().mean() + 1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+    gram = gram + torch.diag(_penalty(gram, ridge))
     full = torch.linalg.solve(gram, cross)[:width]
     xz, zz = gram[:width, width:], gram[width:, width:]
     remaining = gram[:width, :width] - xz @ torch.linalg.solve(zz, xz.T)
@@ -147,10 +146,15 @@ def fit_partly_low_rank(
     return PartlyLowRank(Affine(down, up, bias), free)
 
 
+def _penalty(gram: Tensor, ridge: float) -> Tensor:
+    """On every feature by its own scale, [D]."""
+    diagonal = gram.diagonal()
+    return ridge * diagonal + 1e-9 * diagonal.mean() + 1e-12
+
+
 def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """(G + ridge · diag(G))^-1 C for a Gram matrix G [D, D] and cross moments C [D, M], float64."""
-    diagonal = gram.diagonal()
-    penalty = ridge * diagonal + 1e-9 * diagonal.mean() + 1e-12
+    diagonal, penalty = gram.diagonal(), _penalty(gram, ridge)
     factor, info = torch.linalg.cholesky_ex(gram + torch.diag(penalty))
     if info:  # rounding made it indefinite
         return torch.linalg.solve(gram + torch.diag(penalty + 1e-6 * diagonal.mean()), cross)
@@ -188,9 +192,14 @@ def fit_correction(
     return solve(both.xx, both.xy, best)
 
 
+def held_out(first: int, count: int) -> Tensor:
+    """Which of `count` windows, the first of which is number `first`, are held out: one in five. bool [count]."""
+    return torch.arange(first, first + count) % HOLD_OUT_WINDOWS == HOLD_OUT_WINDOWS - 1
+
+
 @dataclass
 class HeldOutMoments:
-    """Normal equations of what is fitted on and of what is held out: one window in five, or one batch in eight."""
+    """Normal equations of what is fitted on and of what is held out."""
 
     train: NormalEquations
     held_out: NormalEquations
@@ -200,14 +209,9 @@ class HeldOutMoments:
         """Empty moments for D features and M targets."""
         return cls(NormalEquations.zeros(features, targets), NormalEquations.zeros(features, targets))
 
-    def add(self, number: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Add the rows of batch `number`; see `NormalEquations.add`."""
-        part = self.held_out if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else self.train
-        part.add(x, y, weights)
-
     def add_windows(self, first: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add windows, the first of which is number `first`: x [b, T, D], y [b, T, M], weights [b, T]."""
-        held = torch.arange(first, first + len(x), device=x.device) % HOLD_OUT_WINDOWS == HOLD_OUT_WINDOWS - 1
+        held = held_out(first, len(x)).to(x.device)
         for part, rows in ((self.train, ~held), (self.held_out, held)):
             if rows.any():
                 part.add(x[rows].flatten(0, -2), y[rows].flatten(0, -2), weights[rows].flatten())
@@ -222,8 +226,11 @@ class HeldOutMoments:
             return fit_with_held_out(self.train, self.held_out, rank)[0]
         return fit_low_rank(self.train, rank, 1e-2)
 
-    def partly_low_rank(self, width: int, rank: int, *, intercept: bool = True) -> PartlyLowRank:
-        """`fit_partly_low_rank` with the penalty of least held-out error, or a fixed one where nothing was held out."""
+    def partly_low_rank(self, width: int, rank: int, *, intercept: bool = True, judged: bool = False) -> PartlyLowRank:
+        """`fit_partly_low_rank` with the penalty of least held-out error, or a fixed one where nothing was held out.
+
+        Of all rows, or with `judged` of those alone that are not held out.
+        """
         best = 1e-2
         if self.held_out.weight:
             errors = {}
@@ -231,7 +238,8 @@ class HeldOutMoments:
                 one = fit_partly_low_rank(self.train, width, rank, ridge, intercept=intercept)
                 errors[ridge] = self.held_out.error(one.matrix, one.low.bias)
             best = min(errors, key=lambda ridge: errors[ridge])
-        return fit_partly_low_rank(self.whole(), width, rank, best, intercept=intercept)
+        rows = self.train if judged and self.held_out.weight else self.whole()
+        return fit_partly_low_rank(rows, width, rank, best, intercept=intercept)
 
     def correction(self) -> Tensor | None:
         """`fit_correction`; None where nothing was held out to judge it."""

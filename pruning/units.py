@@ -94,7 +94,9 @@ class Gate:
             return x * self.act(torch.tensor(GATE)).to(x)
         return x * self.act(x @ self.direction)[..., None]
 
-    def fit(self, moments: HeldOutMoments, kind: EmulationKind, rank: int, like: Tensor) -> tuple[Units, Tensor]:
+    def fit(
+        self, moments: HeldOutMoments, kind: EmulationKind, rank: int, like: Tensor, *, judged: bool = False
+    ) -> tuple[Units, Tensor]:
         """The best units for the moments of features and updates.
 
         Args:
@@ -102,17 +104,18 @@ class Gate:
             kind: Of the emulation.
             rank: Of a low-rank map of the first D features.
             like: Has the dtype, device and width wanted.
+            judged: Whether held-out rows are left out, to be judged by.
 
         Returns:
             The units, and the map [more, D] float64 of the other features.
         """
         width = like.shape[-1]
         if kind == "bias" and self.direction is None:
-            both = moments.whole()
+            both = moments.train if judged and moments.held_out.weight else moments.whole()
             units = replace(Units.zeros(0, like, True), bias=(both.y_sum / both.weight).to(like))
             return units, torch.zeros(0, width, dtype=torch.float64)
         rank = 1 if kind == "bias" else width if kind == "linear" else rank
-        fitted = moments.partly_low_rank(width, rank, intercept=self.direction is None)
+        fitted = moments.partly_low_rank(width, rank, intercept=self.direction is None, judged=judged)
         units = linear_units(fitted.low, like)
         if self.direction is not None:
             gate = self.direction.repeat(len(units.up), 1).to(like)
