@@ -103,13 +103,13 @@ class Recipe(BaseModel):
         bool, RECOVERY, Field(description="Refit the output projections of kept layers for what was removed (slow).")
     ] = False
     recalibrate: Annotated[
-        bool,
+        bool | None,
         RECOVERY,
         Field(
-            description="Scale the final norm so that the model is as sure as the dense one; not where nothing is "
-            "fitted, as with --emulation none."
+            description="Scale the final norm so that the model is as sure as the dense one; by default with "
+            "--compensate and --fuse, which gain by it."
         ),
-    ] = True
+    ] = None
     fit_precision: Annotated[
         Literal["auto", "bfloat16"],
         RECOVERY,

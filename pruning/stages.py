@@ -275,8 +275,8 @@ def journal_of(output: Path | None, dense: DenseModel) -> Journal:
 def recovered(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> Recovery | Fusion:
     """Adapters, or the changes of kept weights that take their place."""
     evaluator = Evaluator(dense.model, dense.family, tokens)
-    fits = recipe.compensate or any(kind not in ("none", "self_only") for kind in plan.removed.values())
-    how = {"compensated": recipe.compensate, "recalibrated": recipe.recalibrate and fits}
+    recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
+    how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
     with torch.autocast(dense.model.device.type, torch.bfloat16, enabled=recipe.fit_precision == "bfloat16"):
         if not recipe.fuse:
             return recover(evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, **how)

@@ -104,12 +104,17 @@ def test_nothing_changes_without_windows_to_hold_out_or_a_difference():
 
 @pytest.mark.parametrize(
     ("options", "same"),
-    [((), False), (("--no-recalibrate",), True), (("--emulation", "none"), True)],
-    ids=["default", "switched off", "nothing emulated"],
+    [
+        ((), True),
+        (("--recalibrate",), False),
+        (("--compensate",), False),
+        (("--compensate", "--no-recalibrate"), True),
+        (("--fuse",), False),
+    ],
 )
-def test_the_default_recipe_recalibrates(options, same, pico_directory, text, tmp_path, monkeypatch):
+def test_recalibrated_where_it_helps_or_is_asked_for(options, same, pico_directory, text, tmp_path, monkeypatch):
     source = pico_directory("llama")
-    arguments = ("--calibration", text, "--sequence-length", 32, "--calibration-tokens", 640, "--rank", 4)
+    arguments = ("--calibration", text, "--sequence-length", 32, "--calibration-tokens", 1920, "--rank", 4)
     output = tmp_path / "out"
     assert run_prune_export(monkeypatch, source, "--output", output, "--attention", 2, *arguments, *options) == 0
     old, new = (load_file(path / "model.safetensors")["model.norm.weight"] for path in (source, output))
