@@ -216,6 +216,10 @@ class HeldOutMoments:
             if rows.any():
                 part.add(x[rows].flatten(0, -2), y[rows].flatten(0, -2), weights[rows].flatten())
 
+    def fitted(self, judged: bool) -> NormalEquations:
+        """Moments of every row; with `judged` of those that are not held out, where any are."""
+        return self.train if judged and self.held_out.weight else self.whole()
+
     def whole(self) -> NormalEquations:
         """Moments of every row."""
         return self.train.plus(self.held_out)
@@ -238,8 +242,7 @@ class HeldOutMoments:
                 one = fit_partly_low_rank(self.train, width, rank, ridge, intercept=intercept)
                 errors[ridge] = self.held_out.error(one.matrix, one.low.bias)
             best = min(errors, key=lambda ridge: errors[ridge])
-        rows = self.train if judged and self.held_out.weight else self.whole()
-        return fit_partly_low_rank(rows, width, rank, best, intercept=intercept)
+        return fit_partly_low_rank(self.fitted(judged), width, rank, best, intercept=intercept)
 
     def correction(self) -> Tensor | None:
         """`fit_correction`; None where nothing was held out to judge it."""

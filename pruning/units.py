@@ -111,7 +111,7 @@ class Gate:
         """
         width = like.shape[-1]
         if kind == "bias" and self.direction is None:
-            both = moments.train if judged and moments.held_out.weight else moments.whole()
+            both = moments.fitted(judged)
             units = replace(Units.zeros(0, like, True), bias=(both.y_sum / both.weight).to(like))
             return units, torch.zeros(0, width, dtype=torch.float64)
         rank = 1 if kind == "bias" else width if kind == "linear" else rank
