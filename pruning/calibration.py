@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruning.console import Reporter
 from pruning.errors import CalibrationError
+from pruning.openings import OPENINGS
 
-GENERATION_BATCH = 16
+GENERATION_BATCH = 64
 
 
 def read_text(path: Path) -> str:
@@ -123,11 +124,21 @@ def standard_library_text() -> str:
 
 
 @torch.inference_mode()
-def self_generated(model: PreTrainedModel, count: int, length: int, seed: int, reporter: Reporter) -> Tensor:
-    """Text the model itself samples from its first token on, at temperature 1.
+def self_generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    seed: int,
+    reporter: Reporter,
+) -> Tensor:
+    """Text the model itself writes: each row continues one of `OPENINGS`, at temperature 1, nothing cut off.
+
+    The default, where no text is given.
 
     Args:
         model: Dense model.
+        tokenizer: Of the model.
         count: Rows wanted.
         length: T.
         seed: For torch's generator.
@@ -136,49 +147,29 @@ def self_generated(model: PreTrainedModel, count: int, length: int, seed: int, r
     Returns:
         int64 [count, length].
 
-    Source: data-free calibration by the model's own samples, arXiv 2410.17170 (self-calibration).
+    Source: calibration by the model's own samples, arXiv 2410.17170 (self-calibration). Inferred: openings of many
+        registers in place of the first token alone, which fits adapters far better (docs/decisions/recovery.md).
     """
-    start = model.config.bos_token_id
-    if start is None:
-        start = model.config.eos_token_id if isinstance(model.config.eos_token_id, int) else 0
-    rows = []
-    with (
-        torch.random.fork_rng(devices=[]),
-        reporter.progress("self-generated text", -(-count // GENERATION_BATCH)) as step,
-    ):
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    starts = [tokenizer(opening)["input_ids"][:length] for opening in OPENINGS]
+    groups = torch.arange(count).tensor_split(-(-count // GENERATION_BATCH))
+    rows: list[Tensor] = []
+    with torch.random.fork_rng(devices=[]), reporter.progress("self-generated text", len(groups)) as step:
         torch.manual_seed(seed)
-        for first in range(0, count, GENERATION_BATCH):
-            size = min(GENERATION_BATCH, count - first)
-            prompt = torch.full((size, 1), start, dtype=torch.int64, device=model.device)
+        for group in groups:
+            prompts = [starts[number % len(starts)] for number in group.tolist()]
+            widest = max(map(len, prompts))
+            new = length - min(map(len, prompts))
+            padded = [[padding] * (widest - len(prompt)) + prompt for prompt in prompts]
+            mask = [[0] * (widest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
             out = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=0.95,
-                max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=start,
-            )  # fmt: skip
-            rows.append(out.cpu())
+                torch.tensor(padded, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
+                do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new, pad_token_id=padding,
+            ).cpu()  # fmt: skip
+            first = [widest - len(prompt) for prompt in prompts]
+            rows.extend(row[start : start + length] for row, start in zip(out, first, strict=True))
             step.advance()
-    return torch.cat(rows)
-
-
-def built_in(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    length: int,
-    seed: int,
-    reporter: Reporter,
-) -> Tensor:
-    """The default: half the model's own text, half the standard library's.
-
-    Returns:
-        int64 [ceil(tokens / length), length].
-    """
-    total = -(-tokens // length)
-    library = min(total // 2, 200_000 // length)
-    parts = [self_generated(model, total - library, length, seed, reporter)]
-    if library:
-        ids = tokenizer(standard_library_text(), add_special_tokens=False, verbose=False)["input_ids"]
-        parts.append(windows(ids, length, library, torch.Generator().manual_seed(seed)))
-    return interleave(parts)
+    return torch.stack(rows)
 
 
 def standard_library(tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int) -> Tensor:

@@ -152,7 +152,7 @@ class Recipe(BaseModel):
         list[Path],
         CALIBRATION,
         SEVERAL,
-        Field(description="Text or JSONL files. Default: text the model generates and the standard library's."),
+        Field(description="Text or JSONL files. Default: text the model writes itself."),
     ] = []
     calibration_tokens: Annotated[int, CALIBRATION, Field(ge=1, description="Tokens the adapters are fitted on.")] = (
         16384

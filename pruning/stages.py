@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import parallel, selection
-from pruning.calibration import built_in, from_files, interleave, other_windows, read_text, standard_library
+from pruning.calibration import from_files, interleave, other_windows, read_text, self_generated, standard_library
 from pruning.console import Reporter
 from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.errors import CalibrationError, RecipeError
@@ -44,7 +44,8 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
     elif recipe.stream:
         rows = standard_library(dense.tokenizer, tokens, length, recipe.seed)
     else:
-        rows = built_in(dense.model, dense.tokenizer, tokens, length, recipe.seed, reporter)
+        count = -(-tokens // length)
+        rows = self_generated(dense.model, dense.tokenizer, count, length, recipe.seed, reporter)
     return rows[HELD_OUT_WINDOWS:], rows[:HELD_OUT_WINDOWS]
 
 
