@@ -1,7 +1,8 @@
 """Compensation: refit the output projections of kept sublayers for the pruned stream they now see."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 from pruning.families import Family
 from pruning.plan import Sublayer
 from pruning.regression import HeldOutMoments
+from pruning.spill import Batches
 from pruning.subnetwork import Arguments, Evaluator, Taps
+from pruning.walk import Wanted, advance, trim
+
+HELD_BYTES = 2**28  # of what a sublayer's first run gave, so that small fits need no second
 
 
 def token_weights(target: Tensor) -> Tensor:
@@ -43,68 +48,94 @@ def _inputs_of(projection: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one run of a sublayer gave: the stream after it, its projection's inputs [n, F], and the taps."""
+
+    after: Tensor
+    entering: Tensor
+    noted: Taps
+
+
 def compensate(
     evaluator: Evaluator,
     sublayer: Sublayer,
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
+    streams: Batches,
+    targets: Iterable[Tensor],
     arguments: Sequence[Arguments],
+    *,
     taps: Sequence[Taps],
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Run a kept sublayer on the pruned stream, with its output projection refitted where that helps.
+    wanted: Wanted | None = None,
+) -> dict[str, Tensor]:
+    """Take the pruned stream through a kept sublayer, in place, with its output projection refitted where that helps.
 
     With c the projection's input and s the family's update scale, fits (dense target - stream after) / s ≈ c ΔW by
     ridge on ΔW, that is towards the old weight (a penalty for each feature by its mean square), and takes it where the
     error on held-out windows falls. The model
     keeps its own weights.
 
+    The sublayer runs once for the fit and once more for the stream after it, since holding c [N, F] of all tokens
+    would take more memory than the streams; what the first run gave for the first `HELD_BYTES` is held.
+
     Args:
         evaluator: Of the dense model.
         sublayer: Kept.
-        inputs: The pruned stream before it, batches of [b, T, D].
-        targets: The dense stream after it, the same.
+        streams: The pruned stream before it; afterwards after it. Batches of [b, T, D].
+        targets: The dense stream after it, the same; read once.
         arguments: What the model gives to every block, for each batch.
         taps: Where attention notes what it puts out, for each batch.
-
-    The projection's inputs of all batches are held meanwhile, [N, F].
+        wanted: What to keep of that; everything by default.
 
     Returns:
-        The stream after the sublayer, and parameter name -> new weight (empty where the old one stays).
+        Parameter name -> new weight (empty where the old one stays).
 
     Source: inferred; the layer-wise reconstruction of SparseGPT (arXiv 2301.00774) and ReplaceMe's closed-form map
         (arXiv 2505.02819) on the weights that stay, with the dense stream as target instead of the layer's own output.
     """
-    calls = list(zip(inputs, [every[sublayer.block] for every in arguments], taps, strict=True))
     name = output_projection(evaluator.family, sublayer)
     if name is None:
-        return [evaluator.run_and_tap(sublayer, hidden, kwargs, None, tap) for hidden, kwargs, tap in calls], {}
+        advance(evaluator, sublayer, streams, arguments, taps=taps, wanted=wanted)
+        return {}
     projection = evaluator.blocks[sublayer.block].get_submodule(name)
     assert isinstance(projection, nn.Linear)
     scale = evaluator.family.scale(evaluator.model.config)
-    moments = HeldOutMoments.zeros(projection.in_features, projection.out_features)
-    after, entering = [], []
-    first = 0
-    for (hidden, kwargs, tap), target in zip(calls, targets, strict=True):
+
+    def run(number: int) -> _Run:
+        noted = dict(taps[number])
         with _inputs_of(projection) as seen:
-            out = evaluator.run_and_tap(sublayer, hidden, kwargs, None, tap)
-        residual = (target.float() - out.float()) / scale
+            out = evaluator.run_and_tap(sublayer, streams[number], arguments[number][sublayer.block], None, noted)
+        if wanted is not None:
+            trim(noted, sublayer, wanted)
+        return _Run(out, seen[0], noted)
+
+    moments = HeldOutMoments.zeros(projection.in_features, projection.out_features)
+    held: dict[int, _Run] = {}
+    first, room = 0, HELD_BYTES
+    for number, target in enumerate(targets):
+        one = run(number)
+        residual = (target.float() - one.after.float()) / scale
         windows = target.shape[:-1]
-        moments.add_windows(first, seen[0].float().view(*windows, -1), residual, token_weights(target).view(windows))
+        moments.add_windows(
+            first, one.entering.float().view(*windows, -1), residual, token_weights(target).view(windows)
+        )
         first += len(target)
-        after.append(out)
-        entering.append(seen[0])
+        room -= one.after.nbytes + one.entering.nbytes
+        if room >= 0:
+            held[number] = one
     correction = moments.correction()
-    if correction is None:
-        return after, {}
     old = projection.weight
-    weight = (old.double() + correction.T.to(old.device)).to(old.dtype)
+    weight = old if correction is None else (old.double() + correction.T.to(old.device)).to(old.dtype)
     change = (weight - old).T
-    for number, (features, tap) in enumerate(zip(entering, taps, strict=True)):
-        difference = (features @ change.to(features.dtype)).to(after[number].dtype)
-        after[number] = after[number] + scale * difference.view_as(after[number])
-        if sublayer.kind == "attention" and (noted := tap[sublayer.block]).output is not None:
-            noted.output = noted.output + difference.view_as(noted.output)
-    return after, {f"{evaluator.family.blocks}.{sublayer.block}.{name}.weight": weight}
+    for number, tap in enumerate(taps):
+        one = held.pop(number) if number in held else run(number)
+        tap |= one.noted
+        streams[number] = one.after
+        if correction is not None:
+            difference = (one.entering @ change.to(one.entering.dtype)).to(one.after.dtype).view_as(one.after)
+            streams[number] = one.after + scale * difference
+            if sublayer.kind == "attention" and (noted := tap[sublayer.block]).output is not None:
+                noted.output = noted.output + difference.view_as(noted.output)
+    return {} if correction is None else {f"{evaluator.family.blocks}.{sublayer.block}.{name}.weight": weight}
 
 
 def apply_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

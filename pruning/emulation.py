@@ -1,6 +1,6 @@
 """Closed-form emulation: fit what a removed sublayer did, layer by layer, on the already-pruned prefix."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,9 @@ from pruning.modeling import BiasEmulation, ContextEmulation, LowRankEmulation, 
 from pruning.plan import KINDS, EmulationKind, Sublayer, nearest_kept_attention
 from pruning.recalibration import recalibrate
 from pruning.regression import Affine, HeldOutMoments
+from pruning.spill import Batches
 from pruning.subnetwork import Arguments, Evaluator, Taps
+from pruning.walk import advance, enter, forget_taps, last_block
 
 
 def as_module(affine: Affine, sources: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -74,49 +76,42 @@ def recover(
     """
     emulations: dict[Sublayer, nn.Module | None] = {}
     weights: dict[str, Tensor] = {}
-    embedded = [evaluator.embed(batch) for batch in evaluator.batches]
-    dense = [hidden for hidden, _ in embedded]
-    arguments = [kwargs for _, kwargs in embedded]
-    pruned = list(dense)
-    taps: list[Taps] = [{} for _ in dense]
-    del embedded
+    dense, arguments = enter(evaluator)
+    pruned = dense  # as long as nothing is gone
+    taps: list[Taps] = [{} for _ in arguments]
     reads = sources_read(evaluator, removed, sources)
-    wanted = {source for read in reads.values() for source in read}
     runs = _runs(removed, len(evaluator.blocks)) if compensated else {}
-    to_the_end = compensated or recalibrated
-    last = len(evaluator.blocks) - 1 if to_the_end else max(sublayer.block for sublayer in removed)
+    last = last_block(evaluator, removed, to_the_end=compensated or recalibrated)
     with reporter.progress("emulation", last + 1) as step:
         for index in range(last + 1):
-            kwargs = [every[index] for every in arguments]
-            # As long as nothing is gone the two streams are one, and the dense one notes what attention puts out.
-            noted: list[Taps] = [{} for _ in taps] if emulations else taps
+            wanted = _wanted(removed, reads, index)
+            # As long as the two streams are one, the dense one notes what attention puts out.
+            noted: list[Taps] = taps if pruned is dense else [{} for _ in taps]
             for kind in KINDS:
-                sublayer = Sublayer(index, kind)
-                before = dense
-                calls = zip(dense, kwargs, noted, strict=True)
-                dense = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
+                sublayer, run = Sublayer(index, kind), runs.get(index) if kind == "ffn" else None
+                if pruned is dense and (sublayer in removed or run is not None):
+                    pruned = dense.copy()
+                seen = None
+                if removed.get(sublayer) in KV_SHARE or (sublayer in removed and not sequential):
+                    seen = Seen(dense.copy(), [every[index] for every in arguments])
+                advance(evaluator, sublayer, dense, arguments, taps=noted, wanted=wanted)
                 if sublayer in removed:
-                    inputs = pruned if sequential else before
+                    inputs = pruned if sequential or seen is None else seen.streams
                     module = fit(
-                        evaluator, sublayer, inputs, dense, removed[sublayer], rank, taps, reads.get(sublayer, ()),
-                        Seen(before, kwargs),
-                    )  # fmt: skip
+                        evaluator, sublayer, inputs, dense, removed[sublayer], rank, taps, reads.get(sublayer, ()), seen
+                    )
                     emulations[sublayer] = module
                     if module is not None:
-                        calls = zip(pruned, kwargs, taps, strict=True)
-                        pruned = [evaluator.run_and_tap(sublayer, h, k, module, t) for h, k, t in calls]
-                elif kind == "ffn" and index in runs:
-                    goal = _ahead(evaluator, dense, arguments, range(index + 1, runs[index] + 1))
-                    pruned, changed = compensate(evaluator, sublayer, pruned, goal, arguments, taps)
-                    weights |= changed
-                elif not emulations:
-                    pruned = list(dense)
+                        advance(evaluator, sublayer, pruned, arguments, module, taps=taps, wanted=wanted)
+                elif run is not None:
+                    goal = _ahead(evaluator, dense, arguments, range(index + 1, run + 1))
+                    weights |= compensate(evaluator, sublayer, pruned, goal, arguments, taps=taps, wanted=wanted)
+                elif pruned is dense:
+                    continue
                 elif compensated:
-                    pruned, changed = compensate(evaluator, sublayer, pruned, dense, arguments, taps)
-                    weights |= changed
+                    weights |= compensate(evaluator, sublayer, pruned, dense, arguments, taps=taps, wanted=wanted)
                 else:
-                    calls = zip(pruned, kwargs, taps, strict=True)
-                    pruned = [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
+                    advance(evaluator, sublayer, pruned, arguments, taps=taps, wanted=wanted)
             forget_taps(taps, wanted)
             step.advance()
     if recalibrated:
@@ -138,13 +133,30 @@ def _runs(removed: Mapping[Sublayer, EmulationKind], num_blocks: int) -> dict[in
 
 
 def _ahead(
-    evaluator: Evaluator, streams: list[Tensor], arguments: list[Arguments], blocks: Iterable[int]
-) -> list[Tensor]:
-    """The dense streams after some more blocks, batches of [b, T, D]."""
-    for block in blocks:
-        calls = zip(streams, arguments, strict=True)
-        streams = [evaluator.run_block(block, hidden, every[block], {}) for hidden, every in calls]
-    return streams
+    evaluator: Evaluator, streams: Batches, arguments: Sequence[Arguments], blocks: Sequence[int]
+) -> Iterator[Tensor]:
+    """The dense streams after some more blocks, [b, T, D] each, one batch after the other."""
+    for hidden, every in zip(streams, arguments, strict=True):
+        for block in blocks:
+            hidden = evaluator.run_block(block, hidden, every[block], {})
+        yield hidden
+
+
+def _wanted(
+    removed: Mapping[Sublayer, EmulationKind], reads: Mapping[Sublayer, tuple[int, ...]], index: int
+) -> dict[int, set[str]]:
+    """What is read from block `index` on of what attention puts out: block -> attributes of its tap."""
+    wanted: dict[int, set[str]] = {}
+    for sublayer, sources in reads.items():
+        if sublayer.block > index:
+            for source in sources:
+                wanted.setdefault(source, set()).update(_noted(removed[sublayer]))
+    return wanted
+
+
+def _noted(kind: EmulationKind) -> set[str]:
+    """What an emulation with sources reads of their taps."""
+    return {"keys", "values"} if kind in KV_SHARE else {"output"}
 
 
 def sources_read(
@@ -164,17 +176,10 @@ def _reads(
 
 def _kept_for(
     evaluator: Evaluator, gone: Collection[Sublayer], index: int, kind: EmulationKind, count: int
-) -> set[int]:
-    """What later blocks may read when block `index` is done."""
+) -> dict[int, set[str]]:
+    """What blocks after `index` may read of what attention puts out: block -> attributes of its tap."""
     rest = [Sublayer(block, "attention") for block in range(index + 1, len(evaluator.blocks))]
-    return {source for each in rest for source in _reads(evaluator, gone, each, kind, count)}
-
-
-def forget_taps(taps: list[Taps], wanted: Collection[int]) -> None:
-    """Drop what attention put out in blocks that nothing reads any more."""
-    for each in taps:
-        for block in set(each) - set(wanted):
-            del each[block]
+    return {source: _noted(kind) for each in rest for source in _reads(evaluator, gone, each, kind, count)}
 
 
 def fit_plan(
@@ -203,30 +208,32 @@ def fit_candidates(
     wanted = {*base, *candidates}
     if not wanted or kind == "none":
         return emulations
-    embedded = [evaluator.embed(batch) for batch in evaluator.batches]
-    dense, arguments = [hidden for hidden, _ in embedded], [kwargs for _, kwargs in embedded]
-    pruned, parted = dense, False
-    taps: list[Taps] = [{} for _ in dense]
+    dense, arguments = enter(evaluator)
+    pruned = dense  # as long as nothing is gone
+    taps: list[Taps] = [{} for _ in arguments]
     gone = dict.fromkeys(base, kind)
-    last = max(sublayer.block for sublayer in wanted)
+    last = last_block(evaluator, wanted, to_the_end=False)
     with reporter.progress("emulations of candidates", last + 1) as step:
         for index in range(last + 1):
-            kwargs = [every[index] for every in arguments]
-            noted: list[Taps] = [{} for _ in taps] if parted else taps
+            kept = _kept_for(evaluator, gone, index, kind, sources)
+            noted: list[Taps] = taps if pruned is dense else [{} for _ in taps]
             for sublayer in (Sublayer(index, kind_) for kind_ in KINDS):
-                calls = zip(dense, kwargs, noted, strict=True)
-                before, dense = dense, [evaluator.run_and_tap(sublayer, h, k, None, t) for h, k, t in calls]
+                before = dense.copy() if sublayer in wanted and (pruned is dense or kind in KV_SHARE) else dense
+                inputs = before if pruned is dense else pruned
+                if sublayer in base:
+                    pruned = inputs
+                advance(evaluator, sublayer, dense, arguments, taps=noted, wanted=kept)
                 module = None
                 if sublayer in wanted:
                     reads = _reads(evaluator, gone, sublayer, kind, sources)
-                    module = fit(evaluator, sublayer, pruned, dense, kind, rank, taps, reads, Seen(before, kwargs))
+                    seen = Seen(before, [every[index] for every in arguments])
+                    module = fit(evaluator, sublayer, inputs, dense, kind, rank, taps, reads, seen)
                 if module is not None:
                     emulations[sublayer] = module
-                applied = module if sublayer in base else None
-                parted = parted or sublayer in base
-                calls = zip(pruned, kwargs, taps, strict=True)
-                pruned = [evaluator.run_and_tap(sublayer, h, k, applied, t) for h, k, t in calls] if parted else dense
-            forget_taps(taps, _kept_for(evaluator, gone, index, kind, sources))
+                if pruned is not dense:
+                    applied = module if sublayer in base else None
+                    advance(evaluator, sublayer, pruned, arguments, applied, taps=taps, wanted=kept)
+            forget_taps(taps, kept)
             step.advance()
     return emulations
 
@@ -234,11 +241,11 @@ def fit_candidates(
 def fit(
     evaluator: Evaluator,
     sublayer: Sublayer,
-    inputs: list[Tensor],
-    targets: list[Tensor],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
     kind: EmulationKind,
     rank: int,
-    taps: list[Taps],
+    taps: Sequence[Taps],
     sources: tuple[int, ...],
     seen: Seen | None = None,
 ) -> nn.Module | None:

@@ -324,8 +324,10 @@ class _Walk:
             return target
         if not self.compensated:
             return self._run(sublayer, self.pruned)
-        after, changed = compensate(self.evaluator, sublayer, self.pruned, target, self.arguments, [{} for _ in target])
-        self.fusion.weights |= changed
+        after = list(self.pruned)
+        self.fusion.weights |= compensate(
+            self.evaluator, sublayer, after, target, self.arguments, taps=[{} for _ in target], wanted={}
+        )  # fmt: skip
         return after
 
     def _read(self, block: int, streams: Streams) -> Streams:
