@@ -11,7 +11,7 @@ So what reads the stream after an FFN (its input plus its output) can be had fro
 Source: the last map is ReplaceMe's (arXiv 2505.02819); bias as in arXiv 2407.16286; the rest is inferred.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +28,12 @@ from pruning.modeling import blocks_of
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer
 from pruning.recalibration import recalibrate
 from pruning.regression import HeldOutMoments, held_out
+from pruning.spill import Batches, Spilled
 from pruning.subnetwork import Evaluator
 from pruning.units import Gate, Units, widened
+from pruning.walk import enter, last_block
 
-Streams = list[Tensor]
-"""Residual streams or FFN inputs, one [b, T, D] for each batch."""
+STREAMS = 8  # at most that `_Walk` holds at a time
 
 Removed = Mapping[Sublayer, EmulationKind]
 
@@ -44,22 +45,37 @@ class Gain:
     units: Units | None
     turn: Tensor | None
 
-    def update(self, reading: "Reading", act: nn.Module) -> Streams:
-        """What is added, one [b, T, D] for each batch."""
-        out = []
-        for x, y in zip(reading.inputs, reading.outputs, strict=True):
-            update = torch.zeros_like(x) if self.units is None else self.units.update(x, act)
-            out.append(update if self.turn is None else update + y @ self.turn.to(y))
-        return out
+    def update(self, x: Tensor, y: Tensor, act: nn.Module) -> Tensor:
+        """What is added for what the FFN reads and its own output, [b, T, D] each."""
+        update = torch.zeros_like(x) if self.units is None else self.units.update(x, act)
+        return update if self.turn is None else update + y @ self.turn.to(y)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one FFN reads, and its own output; one [b, T, D] for each batch."""
+    """What one FFN reads, and its own output; one [b, T, D] for each batch, made from the stream when asked for.
+
+    Attributes:
+        block: Of the FFN.
+        norm: In front of it.
+        entering: The pruned stream before it.
+        after: The stream with its own output.
+        scale: Of updates in the family.
+    """
 
     block: int
-    inputs: Streams
-    outputs: Streams
+    norm: nn.Module
+    entering: Batches
+    after: Batches
+    scale: float
+
+    def inputs(self) -> Iterator[Tensor]:
+        """What it reads."""
+        return (self.norm(hidden) for hidden in self.entering)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """What it puts out."""
+        return ((out - h) / self.scale for h, out in zip(self.entering, self.after, strict=True))
 
 
 @dataclass(slots=True)
@@ -163,8 +179,7 @@ def fuse(
         recalibrated: Whether in the end the final norm is scaled.
     """
     walk = _Walk(evaluator, removed, rank, biased, compensated)
-    to_the_end = compensated or recalibrated
-    last = len(evaluator.blocks) - 1 if to_the_end else max(sublayer.block for sublayer in removed)
+    last = last_block(evaluator, removed, to_the_end=compensated or recalibrated)
     with reporter.progress("fuse", last + 1) as step:
         for index in range(last + 1):
             walk.block(index)
@@ -202,13 +217,11 @@ class _Walk:
         self.scale = self.family.scale(evaluator.model.config)
         self.act = ACT2FN[evaluator.model.config.hidden_act]
         self.fusion = Fusion()
-        embedded = [evaluator.embed(batch) for batch in evaluator.batches]
-        self.dense: Streams = [hidden for hidden, _ in embedded]
-        self.arguments = [kwargs for _, kwargs in embedded]
+        self.dense, self.arguments = enter(evaluator, STREAMS)
         self.pruned = self.dense
         self.parted = False
         self.before: Reading | None = None
-        counts = [len(hidden) for hidden in self.dense]
+        counts = [len(batch) for batch in evaluator.batches]
         self.first = [sum(counts[:number]) for number in range(len(counts))]
         every = held_out(0, sum(counts))
         self.held = (every if every.any() else ~every).split(counts)
@@ -228,7 +241,7 @@ class _Walk:
         """Whether a block is removed as a whole with nothing in its place."""
         return all(self.removed.get(Sublayer(index, kind)) == "none" for kind in KINDS)
 
-    def _attention(self, attention: Sublayer, middle: Streams, end: Streams) -> str:
+    def _attention(self, attention: Sublayer, middle: Batches, end: Batches) -> str:
         """Take the pruned streams through a block's attention; returns the place of its emulation, if it has one."""
         kind = self.removed.get(attention)
         if kind is None:
@@ -244,7 +257,7 @@ class _Walk:
             self.pruned = self._gain(kind, self.before, self.pruned, middle)
         return place
 
-    def _ffn(self, ffn: Sublayer, end: Streams, place: str) -> None:
+    def _ffn(self, ffn: Sublayer, end: Batches, place: str) -> None:
         """Take the pruned streams through a block's FFN, or what takes its place, and the units it gains."""
         entering, kind = self.pruned, self.removed.get(ffn)
         if kind == "none":
@@ -256,9 +269,7 @@ class _Walk:
             after, self.parted = entering, True
             self.fusion.replaced.add(ffn.block)
             self.fusion.places[ffn] = "own"
-        inputs = self._read(ffn.block, entering)
-        outputs = [(out - h) / self.scale for h, out in zip(entering, after, strict=True)]
-        self.before = Reading(ffn.block, inputs, outputs)
+        self.before = self._reading(ffn.block, entering, after)
         if place == "same" or kind is not None:
             after = self._gain(kind or self.removed[Sublayer(ffn.block, "attention")], self.before, after, end)
         self.pruned = after
@@ -267,19 +278,19 @@ class _Walk:
         """Turn the output of the FFN before a run of removed blocks, where that helps on held-out windows."""
         if self.before is None or self.before.block in self.fusion.replaced:
             return
-        correction = self._moments(self.before.outputs, self.pruned, self.dense).correction()
+        correction = self._moments(self.before.outputs(), self.pruned, self.dense).correction()
         if correction is not None:
             gain = Gain(None, correction)
             self.fusion.add(self.before.block, gain)
-            self.pruned = self._with(gain, self.before, self.pruned)
+            self.pruned = self._held(self._with(gain, self.before, self.pruned))
 
-    def _gain(self, kind: EmulationKind, reading: Reading, after: Streams, targets: Streams) -> Streams:
+    def _gain(self, kind: EmulationKind, reading: Reading, after: Batches, targets: Batches) -> Batches:
         """Give an FFN what takes the stream `after` to the dense `targets`; returns the stream with it."""
         gain = self._fit(kind, reading, after, targets)
         self.fusion.add(reading.block, gain)
-        return self._with(gain, reading, after)
+        return self._held(self._with(gain, reading, after))
 
-    def _choose(self, attention: Sublayer, kind: EmulationKind, middle: Streams, end: Streams) -> str:
+    def _choose(self, attention: Sublayer, kind: EmulationKind, middle: Batches, end: Batches) -> str:
         """The place of least error after the block on held-out windows, of fits on the others.
 
         Args:
@@ -294,17 +305,17 @@ class _Walk:
             return possible[0]
         assert self.before is not None
         gain = self._fit(kind, self.before, self.pruned, middle, judged=True)
-        previous = self._run(ffn, self._with(gain, self.before, self.pruned))
+        previous = self._error(self._through(ffn, self._with(gain, self.before, self.pruned)), end)
         after = self._run(ffn, self.pruned)
-        outputs = [(out - h) / self.scale for h, out in zip(self.pruned, after, strict=True)]
-        reading = Reading(ffn.block, self._read(ffn.block, self.pruned), outputs)
-        same = self._with(self._fit(kind, reading, after, end, judged=True), reading, after)
+        reading = self._reading(ffn.block, self.pruned, after)
+        gain = self._fit(kind, reading, after, end, judged=True)
+        same = self._error(self._with(gain, reading, after), end)
         nothing = self._error(after, end)
-        errors = {"previous": self._error(previous, end) / nothing, "same": self._error(same, end) / nothing}
+        errors = {"previous": previous / nothing, "same": same / nothing}
         self.fusion.errors[attention] = errors
         return min(errors, key=lambda place: errors[place])
 
-    def _error(self, streams: Streams, targets: Streams) -> float:
+    def _error(self, streams: Iterable[Tensor], targets: Batches) -> float:
         """Weighted squared distance to the dense streams over the held-out windows."""
         total = 0.0
         for held, stream, target in zip(self.held, streams, targets, strict=True):
@@ -313,31 +324,42 @@ class _Walk:
                 total += float(square @ token_weights(target[held]))
         return total
 
-    def _run(self, sublayer: Sublayer, streams: Streams) -> Streams:
-        """A sublayer of the dense model on streams."""
-        calls = zip(streams, self.arguments, strict=True)
-        return [self.evaluator.run_sublayer(sublayer, h, every[sublayer.block]) for h, every in calls]
+    def _held(self, streams: Iterable[Tensor]) -> Batches:
+        """Batches that are made one batch after the other, kept where the walk keeps its streams."""
+        held: Batches = [] if isinstance(self.dense, list) else Spilled()
+        for hidden in streams:
+            held.append(hidden)
+        return held
 
-    def _kept(self, sublayer: Sublayer, target: Streams) -> Streams:
+    def _through(self, sublayer: Sublayer, streams: Iterable[Tensor]) -> Iterator[Tensor]:
+        """A sublayer of the dense model on streams, one batch after the other."""
+        for hidden, every in zip(streams, self.arguments, strict=True):
+            yield self.evaluator.run_sublayer(sublayer, hidden, every[sublayer.block])
+
+    def _run(self, sublayer: Sublayer, streams: Batches) -> Batches:
+        """A sublayer of the dense model on streams."""
+        return self._held(self._through(sublayer, streams))
+
+    def _kept(self, sublayer: Sublayer, target: Batches) -> Batches:
         """The pruned streams after a kept sublayer, compensated towards the dense `target` if asked."""
         if not self.parted:
             return target
         if not self.compensated:
             return self._run(sublayer, self.pruned)
-        after = list(self.pruned)
+        after = self.pruned.copy()
         self.fusion.weights |= compensate(
-            self.evaluator, sublayer, after, target, self.arguments, taps=[{} for _ in target], wanted={}
+            self.evaluator, sublayer, after, target, self.arguments, taps=[{} for _ in self.arguments], wanted={}
         )  # fmt: skip
         return after
 
-    def _read(self, block: int, streams: Streams) -> Streams:
-        """What the FFN of a block reads of streams."""
+    def _reading(self, block: int, entering: Batches, after: Batches) -> Reading:
+        """What the FFN of a block reads of one stream, with the other as what it makes of it."""
         assert self.family.ffn_norm is not None
         norm = getattr(self.evaluator.blocks[block], self.family.ffn_norm)
-        return [norm(hidden) for hidden in streams]
+        return Reading(block, norm, entering, after, self.scale)
 
     def _fit(
-        self, kind: EmulationKind, reading: Reading, after: Streams, targets: Streams, *, judged: bool = False
+        self, kind: EmulationKind, reading: Reading, after: Batches, targets: Batches, *, judged: bool = False
     ) -> Gain:
         """What an FFN has to add to take the stream `after` to the dense `targets`.
 
@@ -346,29 +368,28 @@ class _Walk:
         out of the fit.
         """
         gate = Gate(self.act)
-        flat = [x.flatten(0, -2).float() for x in reading.inputs]
         if not self.biased:
-            gate = Gate.along(self.act, torch.cat(flat), torch.cat([token_weights(target) for target in targets]))
-        features = [gate.features(x) for x in flat]
+            rows = (x.flatten(0, -2).float() for x in reading.inputs())
+            gate = Gate.along(self.act, zip(rows, map(token_weights, targets), strict=True))
         turned = kind != "bias" and reading.block not in self.fusion.replaced
-        if turned:
-            own = [y.flatten(0, -2).float() for y in reading.outputs]
-            features = [torch.cat([x, y], 1) for x, y in zip(features, own, strict=True)]
-        moments = self._moments(features, after, targets)
+        moments = self._moments(_features(gate, reading, turned), after, targets)
         units, rest = gate.fit(moments, kind, self.rank, after[0], judged=judged)
         return Gain(units, rest if turned else None)
 
-    def _moments(self, features: Streams, after: Streams, targets: Streams) -> HeldOutMoments:
+    def _moments(self, features: Iterable[Tensor], after: Batches, targets: Batches) -> HeldOutMoments:
         """Moments of features and of what is missing from the stream `after`."""
-        moments = HeldOutMoments.zeros(features[0].shape[-1], after[0].shape[-1])
+        moments: HeldOutMoments | None = None
         for first, x, stream, target in zip(self.first, features, after, targets, strict=True):
+            moments = moments or HeldOutMoments.zeros(x.shape[-1], stream.shape[-1])
             missing, windows = (target.float() - stream.float()) / self.scale, target.shape[:-1]
             moments.add_windows(first, x.float().view(*windows, -1), missing, token_weights(target).view(windows))
+        assert moments is not None
         return moments
 
-    def _with(self, gain: Gain, reading: Reading, after: Streams) -> Streams:
-        """The stream with what an FFN gained."""
-        return [h + self.scale * update for h, update in zip(after, gain.update(reading, self.act), strict=True)]
+    def _with(self, gain: Gain, reading: Reading, after: Batches) -> Iterator[Tensor]:
+        """The stream with what an FFN gained, one batch after the other."""
+        for h, x, y in zip(after, reading.inputs(), reading.outputs(), strict=True):
+            yield h + self.scale * gain.update(x, y, self.act)
 
     def finish(self) -> Fusion:
         """Fold the turns into the output projections."""
@@ -380,3 +401,10 @@ class _Walk:
                     whole = torch.eye(len(turn), dtype=turn.dtype) + turn.T
                     self.fusion.weights[parameter] = (whole.to(old.device) @ old.double()).to(old.dtype)
         return self.fusion
+
+
+def _features(gate: Gate, reading: Reading, turned: bool) -> Iterator[Tensor]:
+    """What a map reads: the FFN's input behind the gate and, for a turn, its own output; float32 [n, D] or [n, 2D]."""
+    for x, y in zip(reading.inputs(), reading.outputs(), strict=True):
+        behind = gate.features(x.flatten(0, -2).float())
+        yield torch.cat([behind, y.flatten(0, -2).float()], 1) if turned else behind

@@ -8,6 +8,7 @@ Source: inferred; exactness is tested.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,10 +83,13 @@ class Gate:
     direction: Tensor | None = None
 
     @classmethod
-    def along(cls, act: nn.Module, x: Tensor, weights: Tensor) -> "Gate":
-        """The gate without bias: the ridge map of inputs x [N, D], with weights [N], to a constant."""
-        moments = NormalEquations.zeros(x.shape[1], 1)
-        moments.add(x, torch.full((len(x), 1), GATE), weights)
+    def along(cls, act: nn.Module, rows: Iterable[tuple[Tensor, Tensor]]) -> "Gate":
+        """The gate without bias: the ridge map of inputs x [n, D], with weights [n], to a constant."""
+        moments: NormalEquations | None = None
+        for x, weights in rows:
+            moments = moments or NormalEquations.zeros(x.shape[1], 1)
+            moments.add(x, torch.full((len(x), 1), GATE), weights)
+        assert moments is not None
         return cls(act, solve(moments.xx, moments.xy, GATE_RIDGE)[:, 0].to(x))
 
     def features(self, x: Tensor) -> Tensor:

@@ -14,14 +14,17 @@ Wanted = Mapping[int, Collection[str]]
 """Block -> which attributes of its attention's tap later emulations read."""
 
 
-def enter(evaluator: Evaluator) -> tuple[Batches, list[Arguments]]:
+def enter(evaluator: Evaluator, copies: int = 2) -> tuple[Batches, list[Arguments]]:
     """What enters block 0, batches of [b, T, D], and what the model gives to every block, for each batch.
 
-    Room is made for two such streams. Arguments that repeat those of the batch before are the same objects.
+    Room is made for `copies` such streams. Arguments that repeat those of the batch before are the same objects.
+
+    Raises:
+        StorageError: Memory is not to hold them, and the cache cannot.
     """
     tokens = sum(batch.numel() for batch in evaluator.batches)
     width = evaluator.model.config.hidden_size * evaluator.model.dtype.itemsize
-    streams, arguments = batches(tokens * width, copies=2), list[Arguments]()
+    streams, arguments = batches(tokens * width, copies), list[Arguments]()
     for batch in evaluator.batches:
         hidden, given = evaluator.embed(batch)
         streams.append(hidden)
