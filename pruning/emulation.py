@@ -94,13 +94,13 @@ def recover(
                 seen = None
                 if removed.get(sublayer) in KV_SHARE or (sublayer in removed and not sequential):
                     seen = Seen(dense.copy(), [every[index] for every in arguments])
-                advance(evaluator, sublayer, dense, arguments, taps=noted, wanted=wanted)
+                advance(evaluator, sublayer, dense, arguments, taps=noted, wanted=wanted if noted is taps else {})
                 if sublayer in removed:
-                    inputs = pruned if sequential or seen is None else seen.streams
                     module = fit(
-                        evaluator, sublayer, inputs, dense, removed[sublayer], rank, taps, reads.get(sublayer, ()), seen
-                    )
-                    emulations[sublayer] = module
+                        evaluator, sublayer, pruned if sequential or seen is None else seen.streams, dense,
+                        removed[sublayer], rank, taps, reads.get(sublayer, ()), seen,
+                    )  # fmt: skip
+                    emulations[sublayer], seen = module, None
                     if module is not None:
                         advance(evaluator, sublayer, pruned, arguments, module, taps=taps, wanted=wanted)
                 elif run is not None:
@@ -222,14 +222,16 @@ def fit_candidates(
                 inputs = before if pruned is dense else pruned
                 if sublayer in base:
                     pruned = inputs
-                advance(evaluator, sublayer, dense, arguments, taps=noted, wanted=kept)
+                advance(evaluator, sublayer, dense, arguments, taps=noted, wanted=kept if noted is taps else {})
                 module = None
                 if sublayer in wanted:
                     reads = _reads(evaluator, gone, sublayer, kind, sources)
                     seen = Seen(before, [every[index] for every in arguments])
                     module = fit(evaluator, sublayer, inputs, dense, kind, rank, taps, reads, seen)
+                    del seen
                 if module is not None:
                     emulations[sublayer] = module
+                del before, inputs
                 if pruned is not dense:
                     applied = module if sublayer in base else None
                     advance(evaluator, sublayer, pruned, arguments, applied, taps=taps, wanted=kept)
