@@ -71,8 +71,7 @@ def compensate(
 
     With c the projection's input and s the family's update scale, fits (dense target - stream after) / s ≈ c ΔW by
     ridge on ΔW, that is towards the old weight (a penalty for each feature by its mean square), and takes it where the
-    error on held-out windows falls. The model
-    keeps its own weights.
+    error on held-out windows falls. The model keeps its own weights.
 
     The sublayer runs once for the fit and once more for the stream after it, since holding c [N, F] of all tokens
     would take more memory than the streams; what the first run gave for the first `HELD_BYTES` is held.

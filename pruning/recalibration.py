@@ -9,6 +9,7 @@ from torch.func import functional_call
 from pruning.console import Reporter
 from pruning.objective import Head
 from pruning.regression import held_out
+from pruning.spill import batches
 from pruning.subnetwork import Evaluator
 
 TOKENS = 4096  # at least, and at least one in `SHARE` of those fitted on
@@ -45,7 +46,7 @@ def recalibrate(
     if head.cap is not None:
         return {}
     fitting, judging = _split(head, dense, pruned)
-    if not judging.rows:
+    if not judging.positions:
         return {}
     start = torch.ones(dense[0].shape[-1], device=dense[0].device)
     with reporter.progress("recalibration", EVALUATIONS) as step:
@@ -60,26 +61,31 @@ class _Divergence:
 
     With x a normed state, W the output projection and m = sum_v p_v W_v, p the dense distribution there:
     log sum_v exp(W_v·(s x)) - m·(s x). Logits exist for one chunk at a time.
+
+    Args:
+        head: Of the dense model.
+        positions: How many will be added, to hold what fits in memory there.
     """
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, positions: int = 0) -> None:
         self.head = head
         self.weight = head.projection.get_parameter("weight")
-        self.rows: list[tuple[Tensor, Tensor]] = []
+        each = positions * self.weight.shape[-1] * 4
+        self.ours, self.expected = batches(each, copies=2), batches(each, copies=2)
         self.positions = 0
 
     def add(self, dense: Tensor, pruned: Tensor) -> None:
         """Add a window: final states [T, D] of both models."""
         for theirs, ours in zip(dense.split(CHUNK_TOKENS), pruned.split(CHUNK_TOKENS), strict=True):
-            expected = self._back(torch.softmax(self._logits(self.head.norm(theirs)), -1))
-            self.rows.append((self.head.norm(ours), expected))
+            self.expected.append(self._back(torch.softmax(self._logits(self.head.norm(theirs)), -1)))
+            self.ours.append(self.head.norm(ours))
             self.positions += len(ours)
 
     @torch.no_grad()
     def __call__(self, scale: Tensor) -> tuple[float, Tensor]:
         """The divergence in nats/token, and its gradient float32 [D]."""
         total, gradient = 0.0, torch.zeros_like(scale)
-        for rows, expected in self.rows:
+        for rows, expected in zip(self.ours, self.expected, strict=True):
             wide = rows.float()
             logits = self._logits((wide * scale).to(rows.dtype))
             log_sum = torch.logsumexp(logits, -1, keepdim=True)
@@ -97,8 +103,9 @@ class _Divergence:
 
 def _split(head: Head, dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> tuple[_Divergence, _Divergence]:
     """Divergence of the windows to fit on, and of one in five that is held out."""
-    fitting, judging = _Divergence(head), _Divergence(head)
-    wanted = max(TOKENS, sum(batch.shape[0] * batch.shape[1] for batch in dense) // SHARE)
+    tokens = sum(batch.shape[0] * batch.shape[1] for batch in dense)
+    wanted = min(tokens, max(TOKENS, tokens // SHARE))
+    fitting, judging = _Divergence(head, wanted), _Divergence(head, wanted)
     pairs = (pair for batches in zip(dense, pruned, strict=True) for pair in zip(*batches, strict=True))
     for number, (theirs, ours) in enumerate(pairs):
         if fitting.positions + judging.positions >= wanted:
