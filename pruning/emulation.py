@@ -145,7 +145,7 @@ def _ahead(
 def _wanted(
     removed: Mapping[Sublayer, EmulationKind], reads: Mapping[Sublayer, tuple[int, ...]], index: int
 ) -> dict[int, set[str]]:
-    """What is read from block `index` on of what attention puts out: block -> attributes of its tap."""
+    """What is read after block `index` of what attention puts out: block -> attributes of its tap."""
     wanted: dict[int, set[str]] = {}
     for sublayer, sources in reads.items():
         if sublayer.block > index:
