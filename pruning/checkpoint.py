@@ -11,8 +11,8 @@ from pruning import __version__
 from pruning.errors import CheckpointError
 
 MANIFEST = "pruning.json"
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
 
 
 class Manifest(BaseModel):

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pruning.block_sharing import differences, normalise_output
 from pruning.compensation import compensate, token_weights
 from pruning.console import Reporter
 from pruning.errors import RecipeError
-from pruning.kv_sharing import KV_SHARE, Seen, cache_sources, fit_kv_share
+from pruning.kv_sharing import KV_SHARE, cache_sources, fit_kv_share
 from pruning.modeling import BiasEmulation, ContextEmulation, LowRankEmulation, context_features
 from pruning.plan import KINDS, EmulationKind, Sublayer, nearest_kept_attention
 from pruning.recalibration import recalibrate
 from pruning.regression import Affine, HeldOutMoments
 from pruning.spill import Batches
 from pruning.subnetwork import Arguments, Evaluator, Taps
-from pruning.walk import advance, enter, forget_taps, last_block
+from pruning.walk import Seen, advance, enter, forget_taps, last_block
 
 
 def as_module(affine: Affine, sources: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -80,6 +81,7 @@ def recover(
     pruned = dense  # as long as nothing is gone
     taps: list[Taps] = [{} for _ in arguments]
     reads = sources_read(evaluator, removed, sources)
+    shared = differences(evaluator, removed, rank, reporter)
     runs = _runs(removed, len(evaluator.blocks)) if compensated else {}
     last = last_block(evaluator, removed, to_the_end=compensated or recalibrated)
     with reporter.progress("emulation", last + 1) as step:
@@ -92,14 +94,21 @@ def recover(
                 if pruned is dense and (sublayer in removed or run is not None):
                     pruned = dense.copy()
                 seen = None
-                if removed.get(sublayer) in KV_SHARE or (sublayer in removed and not sequential):
+                if sublayer in shared or removed.get(sublayer) in KV_SHARE or (sublayer in removed and not sequential):
                     seen = Seen(dense.copy(), [every[index] for every in arguments])
                 advance(evaluator, sublayer, dense, arguments, taps=noted, wanted=wanted if noted is taps else {})
                 if sublayer in removed:
-                    module = fit(
-                        evaluator, sublayer, pruned if sequential or seen is None else seen.streams, dense,
-                        removed[sublayer], rank, taps, reads.get(sublayer, ()), seen,
-                    )  # fmt: skip
+                    inputs = pruned if sequential or seen is None else seen.streams
+                    module: nn.Module | None
+                    if emulation := shared.get(sublayer):
+                        assert seen is not None
+                        normalise_output(evaluator, sublayer, emulation, seen, noted, inputs, taps)
+                        module = emulation
+                    else:
+                        module = fit(
+                            evaluator, sublayer, inputs, dense, removed[sublayer], rank, taps, reads.get(sublayer, ()),
+                            seen,
+                        )  # fmt: skip
                     emulations[sublayer], seen = module, None
                     if module is not None:
                         advance(evaluator, sublayer, pruned, arguments, module, taps=taps, wanted=wanted)

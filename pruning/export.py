@@ -26,6 +26,7 @@ from pruning.modeling import (
     replace_sublayer,
 )
 from pruning.plan import Plan, Sublayer
+from pruning.shared_blocks import SharedEmulation
 
 MAX_SHARD_SIZE = "4GB"
 COPIED = (
@@ -55,6 +56,8 @@ def apply_plan(
     for emulation in emulations.values():
         if isinstance(emulation, ContextEmulation | KVShareEmulation):
             emulation.sources = tuple(indices.index(source) for source in emulation.sources)
+        elif isinstance(emulation, SharedEmulation):
+            emulation.source = indices.index(emulation.source)
     parent, _, name = family.blocks.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(kept))
     number_cache_layers(kept, family)

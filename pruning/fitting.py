@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from pruning.console import Reporter
 from pruning.emulation import fit, sources_read
-from pruning.kv_sharing import Seen
 from pruning.plan import KINDS, EmulationKind, Sublayer
 from pruning.subnetwork import Evaluator, Taps
-from pruning.walk import forget_taps
+from pruning.walk import Seen, forget_taps
 
 Removed = Mapping[Sublayer, EmulationKind]
 """Removed sublayers and the kind of their emulation."""

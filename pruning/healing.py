@@ -87,6 +87,7 @@ class _Training:
     student: Student
     emulations: dict[Sublayer, nn.Module | None]
     changes: dict[str, LoraLinear]
+    norms: dict[str, nn.Parameter]
     parameters: dict[str, nn.Parameter]
 
 
@@ -199,8 +200,24 @@ def _prepare(
                 changes |= {f"{family.blocks}.{index}.{attribute}.{name}": change for name, change in made.items()}
     for name, change in changes.items():
         parameters |= {f"{name}.down": change.down, f"{name}.up": change.up}
+    norms = _norms_of_shared(cut, family, plan)
+    parameters |= norms
     student = Student(cut, family, sum(block < first for block in plan.blocks_kept()))
-    return _Training(student, copies, changes, parameters)
+    return _Training(student, copies, changes, norms, parameters)
+
+
+def _norms_of_shared(cut: PreTrainedModel, family: Family, plan: Plan) -> dict[str, nn.Parameter]:
+    """The norms of sublayers with another block's weights, by their names in the dense model; here they are trained."""
+    found: dict[str, nn.Parameter] = {}
+    for block, index in zip(blocks_of(cut, family), plan.blocks_kept(), strict=True):
+        for kind in KINDS:
+            shared = plan.removed.get(Sublayer(index, kind)) == "shared"
+            for norm in filter(None, family.norms(kind) if shared else ()):
+                for name, parameter in list(getattr(block, norm).named_parameters()):
+                    own = nn.Parameter(parameter.detach().float().clone())
+                    setattr(getattr(block, norm), name, own)
+                    found[f"{family.blocks}.{index}.{norm}.{name}"] = own
+    return found
 
 
 def _merged(training: _Training, recovery: Recovery) -> Recovery:
@@ -211,6 +228,7 @@ def _merged(training: _Training, recovery: Recovery) -> Recovery:
         if module is not None and trained is not None:
             module.load_state_dict(trained.state_dict())
     weights = {f"{name}.weight": change.merged() for name, change in training.changes.items()}
+    weights |= {name: norm.detach().clone() for name, norm in training.norms.items()}
     return replace(recovery, emulations=emulations, weights={**recovery.weights, **weights})
 
 

@@ -22,6 +22,7 @@ from pruning.regression import (
 )
 from pruning.shared_attention import KVShareEmulation, Tap, rms_normalise
 from pruning.subnetwork import Evaluator, Taps
+from pruning.walk import Seen
 
 RIDGE = 0.1  # of a feature's variance, for the query map
 STEPS = 12  # of conjugate gradients
@@ -45,19 +46,6 @@ def cache_sources(evaluator: Evaluator, gone: Collection[Sublayer], sublayer: Su
     types = getattr(evaluator.model.config, "layer_types", None)
     kept = nearest_kept_attention(gone, sublayer.block, sublayer.block) if sublayer.kind == "attention" else ()
     return tuple(block for block in kept if not types or types[block] == types[sublayer.block])[:1]
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a sublayer reads in the dense model.
-
-    Attributes:
-        streams: Before it, batches of [b, T, D].
-        arguments: What the model gives to its block, for each batch.
-    """
-
-    streams: Sequence[Tensor]
-    arguments: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pruning.errors import CheckpointError
 from pruning.families import FAMILIES, Family
 from pruning.plan import KINDS, Kind
 from pruning.shared_attention import KVShareEmulation, Tap, rms_normalise
+from pruning.shared_blocks import SHARED, SharedEmulation
 
 __all__ = ["KVShareEmulation", "Tap", "rms_normalise"]  # also named here
 
@@ -138,7 +139,7 @@ def describe_emulation(emulation: nn.Module | None) -> dict[str, Any] | None:
         return {"kind": "bias"}
     if isinstance(emulation, ContextEmulation):
         return {"kind": "context", "rank": emulation.down.out_features, "sources": list(emulation.sources)}
-    if isinstance(emulation, KVShareEmulation):
+    if isinstance(emulation, KVShareEmulation | SharedEmulation):
         return emulation.describe()
     assert isinstance(emulation, LowRankEmulation)
     return {"kind": "low_rank", "rank": emulation.down.out_features}
@@ -183,9 +184,17 @@ def places(family: Family, kind: Kind) -> tuple[str, ...]:
     return (module, *(norm for norm in family.norms(kind) if norm))
 
 
+def output_projection(family: Family, kind: Kind) -> str | None:
+    """Attribute of a sublayer that holds its output projection; None where experts share the work."""
+    return family.attention_output if kind == "attention" else family.ffn_output
+
+
 def replace_sublayer(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None) -> None:
-    """Take a sublayer and its norms out of a block, in place."""
+    """Take a sublayer and its norms out of a block, or only its linear maps where others are shared, in place."""
     module, *norms = places(family, kind)
+    if isinstance(emulation, SharedEmulation):
+        setattr(block, module, emulation.inside(getattr(block, module)))
+        return
     setattr(block, module, stand_in(kind, emulation))
     for norm in norms:
         setattr(block, norm, nn.Identity())
@@ -215,15 +224,30 @@ def number_cache_layers(blocks: Sequence[nn.Module], family: Family) -> None:
 
 def emulation_in(block: nn.Module, family: Family, kind: Kind) -> nn.Module | None:
     """What emulates a removed sublayer in this block; None where nothing does, or where it is kept."""
-    module = getattr(block, family.attention if kind == "attention" else family.ffn)
-    return module.emulation if isinstance(module, AttentionStandIn | FFNStandIn) else None
+    emulation = getattr(getattr(block, places(family, kind)[0]), "emulation", None)
+    return emulation if isinstance(emulation, nn.Module) else None
+
+
+@contextmanager
+def lent(emulation: nn.Module | None, blocks: Sequence[nn.Module], family: Family, kind: Kind) -> Iterator[None]:
+    """Let a shared sublayer's differences borrow from their source among these blocks inside the `with`."""
+    if not isinstance(emulation, SharedEmulation):
+        yield
+        return
+    emulation.lend(getattr(blocks[emulation.source], places(family, kind)[0]))
+    try:
+        yield
+    finally:
+        emulation.lend(None)
 
 
 def connect_sources(blocks: Sequence[nn.Module], family: Family) -> None:
     """Let every emulation that has sources read them in each forward from now on; numbers are those of `blocks`."""
     taps: dict[int, Tap] = {}
     for block in blocks:
-        for emulation in (emulation_in(block, family, kind) for kind in KINDS):
+        for kind, emulation in ((kind, emulation_in(block, family, kind)) for kind in KINDS):
+            if isinstance(emulation, SharedEmulation):
+                emulation.lend(getattr(blocks[emulation.source], places(family, kind)[0]))
             for source in sources_of(emulation):
                 if source not in taps:
                     taps[source] = Tap()
@@ -236,9 +260,13 @@ def apply_block_configs(blocks: nn.ModuleList, family: Family, config: Any) -> N
     """Give freshly built blocks the shape `config.block_configs` describes, in place."""
     for block, block_config in zip(blocks, config.block_configs, strict=True):
         for kind in KINDS:
-            if block_config[kind]["no_op"]:
-                emulation = build_emulation(block_config[kind]["emulation"], config.hidden_size)
-                replace_sublayer(block, family, kind, emulation)
+            spec = block_config[kind]["emulation"]
+            if spec is not None and spec["kind"] == SHARED:
+                own, output = getattr(block, places(family, kind)[0]), output_projection(family, kind)
+                shared = SharedEmulation.of(own, int(spec["source"]), int(spec["rank"]), output)
+                replace_sublayer(block, family, kind, shared)
+            elif block_config[kind]["no_op"]:
+                replace_sublayer(block, family, kind, build_emulation(spec, config.hidden_size))
         size = block_config["ffn"].get("intermediate_size", config.intermediate_size)
         if size != config.intermediate_size:
             resize_ffn(block, family, config, size)

@@ -9,7 +9,9 @@ from pruning.errors import RecipeError
 
 Kind = Literal["attention", "ffn"]
 UnitKind = Literal["attention", "ffn", "block"]
-EmulationKind = Literal["none", "bias", "self_only", "low_rank", "linear", "context", "kv_share", "kv_share_low_rank"]
+EmulationKind = Literal[
+    "none", "bias", "self_only", "low_rank", "linear", "context", "kv_share", "kv_share_low_rank", "shared"
+]
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
 
 
@@ -77,8 +79,8 @@ class Plan:
         ]
 
     def kept(self, kind: Kind) -> list[int]:
-        """Blocks whose sublayer of this kind is kept."""
-        return [b for b in range(self.num_blocks) if Sublayer(b, kind) not in self.removed]
+        """Blocks that run a sublayer of this kind, with its own weights or (`shared`) with another block's."""
+        return [b for b in range(self.num_blocks) if self.removed.get(Sublayer(b, kind), "shared") == "shared"]
 
 
 def nearest_kept_attention(removed: Collection[Sublayer], block: int, count: int) -> tuple[int, ...]:

@@ -20,7 +20,9 @@ SEVERAL = Parameter(consume_multiple=True)
 Amount = str | int | None
 Share = str | None
 Search = Literal["rank", "greedy", "evolutionary", "policy-gradient", "consecutive"]
-Emulation = Literal["none", "bias", "self-only", "low-rank", "linear", "context", "kv-share", "kv-share-low-rank"]
+Emulation = Literal[
+    "none", "bias", "self-only", "low-rank", "linear", "context", "kv-share", "kv-share-low-rank", "shared"
+]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -92,9 +94,18 @@ class Recipe(BaseModel):
         SEVERAL,
         Field(description="Blocks to leave alone: 0,1 or 0 1."),
     ] = []
-    emulation: Annotated[Emulation, RECOVERY, Field(description="What takes a removed sublayer's place.")] = "low-rank"
+    emulation: Annotated[
+        Emulation,
+        RECOVERY,
+        Field(
+            description="What takes a removed sublayer's place; shared, for --blocks only: a kept block's "
+            "weights and low-rank differences, which makes files smaller but saves no KV cache and no time."
+        ),
+    ] = "low-rank"
     rank: Annotated[
-        int, RECOVERY, Field(ge=1, description="Adapter rank r; of kv-share, its map of the own input.")
+        int,
+        RECOVERY,
+        Field(ge=1, description="Adapter rank r; of kv-share, its map of the own input; of shared, each difference."),
     ] = 64
     sources: Annotated[
         int, RECOVERY, Field(ge=1, description="Kept attention layers whose output a context adapter reads.")
@@ -254,10 +265,28 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
     if recipe.recovery_aware and recipe.emulation == "none":
         raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
-    if recipe.heal == "adapters" and (recipe.emulation == "none" or set(amounts) == {"blocks"}):
+    if recipe.emulation == "shared":
+        _refuse_with_shared(recipe, set(amounts))
+    unshared = set(amounts) == {"blocks"} and recipe.emulation != "shared"
+    if recipe.heal == "adapters" and (recipe.emulation == "none" or unshared):
         why = "--emulation none" if recipe.emulation == "none" else "whole blocks go without emulation"
         raise RecipeError(f"--heal adapters has nothing to train ({why}); use --heal lora, or leave it out")
     if recipe.heal != "none" and recipe.fuse:
         raise RecipeError("--heal trains adapters and --fuse leaves none; give one of them")
     if recipe.heal == "none" and (recipe.heal_minutes or recipe.heal_steps):
         raise RecipeError("--heal-minutes and --heal-steps need --heal adapters or --heal lora")
+
+
+def _refuse_with_shared(recipe: Recipe, kinds: set[str]) -> None:
+    """Refuse what contradicts blocks that share the weights of kept ones."""
+    if kinds != {"blocks"}:
+        raise RecipeError("--emulation shared replaces whole blocks; ask for --blocks N and for nothing else")
+    if recipe.compensate or recipe.fuse:
+        flag = "--compensate" if recipe.compensate else "--fuse"
+        raise RecipeError(f"{flag} changes kept weights, which --emulation shared uses twice; give one of them")
+    if recipe.recovery_aware:
+        raise RecipeError(
+            "--recovery-aware cannot try --emulation shared (who lends depends on who stays); leave it out"
+        )
+    if recipe.format != "shoal":
+        raise RecipeError(f"--format {recipe.format} holds no shared blocks; use --format shoal, or --emulation none")

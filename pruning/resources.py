@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pruning.checkpoint import is_pruned, read_manifest
 from pruning.errors import CheckpointError
+from pruning.shared_blocks import SHARED
 
 GIB = 2**30
 # Python, torch and vLLM in the server and its engine process: SmolLM2-135M on a CPU had 3.56 GiB resident with 0.47 GiB
@@ -20,12 +21,14 @@ class Resources:
 
     Attributes:
         weight_bytes: Of all weight files.
+        resident_bytes: Of the weights once loaded: blocks that share weights in the files do not share them there.
         memory_bytes: Weights, KV pool and run time on a CPU, rounded up to whole GiB; request and limit alike.
         kv_tokens: Tokens the pool holds, None for a dense model.
         storage_bytes: Of a volume for the checkpoint and, while it is exported, a second copy.
     """
 
     weight_bytes: int
+    resident_bytes: int
     memory_bytes: int
     kv_tokens: int | None
     storage_bytes: int
@@ -35,7 +38,7 @@ class Resources:
         memory, storage = self.memory_bytes // GIB, self.storage_bytes // GIB
         tokens = f"; the KV pool holds about {self.kv_tokens} tokens" if self.kv_tokens is not None else ""
         return (
-            f"# weights {self.weight_bytes / GIB:.2f} GiB{tokens}; volume: {storage}Gi\n"
+            f"# weights {self.resident_bytes / GIB:.2f} GiB{tokens}; volume: {storage}Gi\n"
             "resources:\n"
             f'  requests: {{cpu: "{cores}", memory: {memory}Gi}}\n'
             f'  limits: {{cpu: "{2 * cores}", memory: {memory}Gi}}'
@@ -55,10 +58,13 @@ def plan_resources(directory: Path, kv_gib: float) -> Resources:
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"{directory} holds no *.safetensors; give a checkpoint or a model directory")
-    per_token = read_manifest(directory).sizes["kv_per_token"] if is_pruned(directory) else 0
-    needed = weights * (1 + ACTIVATIONS_SHARE) + kv_gib * GIB + RUNTIME_BYTES
+    manifest = read_manifest(directory) if is_pruned(directory) else None
+    per_token = manifest.sizes["kv_per_token"] if manifest else 0
+    resident = manifest.sizes["weights_dense"] if manifest and SHARED in manifest.removed.values() else weights
+    needed = resident * (1 + ACTIVATIONS_SHARE) + kv_gib * GIB + RUNTIME_BYTES
     return Resources(
         weight_bytes=weights,
+        resident_bytes=resident,
         memory_bytes=whole_gib(needed),
         kv_tokens=int(kv_gib * GIB) // per_token if per_token else None,
         storage_bytes=whole_gib(2.2 * weights),

@@ -4,8 +4,9 @@ import torch
 
 from pruning.families import head_dim
 from pruning.model import DenseModel
-from pruning.modeling import blocks_of, places
+from pruning.modeling import blocks_of, output_projection, places
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, kv_bytes_per_token
+from pruning.shared_blocks import SHARED, SharedEmulation, linear_maps
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -42,11 +43,23 @@ def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int, sources: in
     return numbers[kind] * dense.model.dtype.itemsize
 
 
+def saved_by_sharing(dense: DenseModel, sublayer: Sublayer, rank: int) -> int:
+    """Weight bytes of a sublayer's linear maps less those of its differences from another's; all else of it stays."""
+    block = blocks_of(dense.model, dense.family)[sublayer.block]
+    own = getattr(block, places(dense.family, sublayer.kind)[0])
+    with torch.device("meta"):
+        shared = SharedEmulation.of(own, 0, rank, output_projection(dense.family, sublayer.kind)).to(dense.model.dtype)
+    return sum(weight_bytes(linear) for linear in linear_maps(own).values()) - weight_bytes(shared)
+
+
 def predicted_bytes(dense: DenseModel, plan: Plan) -> dict[str, int]:
     """Weight and KV bytes of the pruned model, and of the dense one."""
     whole, each = weight_bytes(dense.model), sublayer_bytes(dense)
     saved = sum(
-        each[s] - adapter_bytes(dense, emulation, plan.rank, plan.sources) for s, emulation in plan.removed.items()
+        saved_by_sharing(dense, s, plan.rank)
+        if emulation == SHARED
+        else each[s] - adapter_bytes(dense, emulation, plan.rank, plan.sources)
+        for s, emulation in plan.removed.items()
     )
     return {
         "weights_dense": whole,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import parallel, selection
+from pruning.block_sharing import check_sharing
 from pruning.calibration import from_files, interleave, other_windows, read_text, self_generated, standard_library
 from pruning.console import Reporter
 from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
@@ -215,15 +216,18 @@ def emulation_kind(recipe: Recipe) -> EmulationKind:
     kinds: dict[str, EmulationKind] = {
         "none": "none", "bias": "bias", "self-only": "self_only", "low-rank": "low_rank", "linear": "linear",
         "context": "context", "kv-share": "kv_share", "kv-share-low-rank": "kv_share_low_rank",
+        "shared": "shared",
     }  # fmt: skip
     return kinds[recipe.emulation]
 
 
 def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
-    """The plan: sublayers of a block that goes as a whole are not emulated, all others are."""
+    """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are."""
     removed: dict[Sublayer, EmulationKind] = {}
     for unit in gone:
-        kind: EmulationKind = "none" if unit.kind == "block" else emulation_kind(recipe)
+        kind = emulation_kind(recipe)
+        if unit.kind == "block" and kind != "shared":
+            kind = "none"
         removed |= dict.fromkeys(unit.sublayers, kind)
     plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources)
     if not plan.kept("attention"):
@@ -249,6 +253,8 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
         check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
     if recipe.emulation.startswith("kv-share"):
         check_shareable(source.family, source.config)
+    if recipe.emulation == "shared":
+        check_sharing(source.family)
     if recipe.rank > source.config.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
     if recipe.emulation == "self-only" and (source.family.attention_post_norm or wanted.ffn or wanted.sublayers):

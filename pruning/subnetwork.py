@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pruning import parallel
 from pruning.families import Family
-from pruning.modeling import Tap, blocks_of, emulation_in, fed, places, replace_sublayer, sources_of, tap_into
+from pruning.modeling import Tap, blocks_of, emulation_in, fed, lent, places, replace_sublayer, sources_of, tap_into
 from pruning.objective import Head, Objective
 from pruning.plan import KINDS, Kind, Sublayer
 from pruning.workdir import Journal
@@ -206,6 +206,7 @@ class Evaluator:
         with ExitStack() as stack:
             for kind, emulation in gone.items():
                 stack.enter_context(removed(block, self.family, kind, emulation))
+                stack.enter_context(lent(emulation, self.blocks, self.family, kind))
             out = block(hidden, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 

@@ -93,6 +93,8 @@ def sweep(
     questions = [read_questions(path, curves.limit) for path in curves.choice]
     for path in [*recipe.calibration, *([curves.judge] if curves.judge else [])]:
         read_text(path)
+    if "shared" in curves.emulations:
+        raise RecipeError("--emulations shared: a sweep removes attention, and shared replaces whole blocks")
     source = find_model(model, reporter)
     num_blocks = source.config.num_hidden_layers
     budgets = parse_budgets(attention, num_blocks - len(set(recipe.keep)))

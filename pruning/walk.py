@@ -1,6 +1,7 @@
 """Residual streams on their way through the blocks, all batches at each sublayer before any goes on to the next."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,19 @@ from pruning.subnetwork import Arguments, Evaluator, Taps
 
 Wanted = Mapping[int, Collection[str]]
 """Block -> which attributes of its attention's tap later emulations read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a sublayer reads in the dense model.
+
+    Attributes:
+        streams: Before it, batches of [b, T, D].
+        arguments: What the model gives to its block, for each batch.
+    """
+
+    streams: Sequence[Tensor]
+    arguments: Sequence[Mapping[str, Any]]
 
 
 def enter(evaluator: Evaluator, copies: int = 2) -> tuple[Batches, list[Arguments]]:

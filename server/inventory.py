@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pruning.checkpoint import Manifest
 from pruning.plan import KINDS, Kind
+from pruning.shared_blocks import SHARED
 from server.vllm_compat import EngineFacts
 
 State = Literal["kept", "removed", "emulated"]
@@ -100,10 +101,12 @@ def take_inventory(
     dense: dict[Kind, State] = {"attention": "kept", "ffn": "kept"}
     blocks = sublayers(manifest) if manifest else (dense,) * facts.layers
     drafting = sublayers(draft) if draft else ()
-    kept = sum(block["attention"] == "kept" for block in (*blocks, *drafting))
+    sharing = sum(one == SHARED and at.startswith("attention.") for each in (manifest, draft) if each
+                  for at, one in each.removed.items())  # fmt: skip
+    cached = sum(block["attention"] == "kept" for block in (*blocks, *drafting)) + sharing
     return Inventory(
         blocks=blocks,
-        kv_bytes_per_token=one_layer * kept,
+        kv_bytes_per_token=one_layer * cached,
         kv_bytes_per_token_dense=one_layer * len(blocks),
         capacity_tokens=facts.capacity_tokens,
         weight_bytes=weights,

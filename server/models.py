@@ -3,18 +3,20 @@
 While a stock model builds its blocks, the attention and FFN class names in its module are replaced by
 `Absent` wherever `block_configs` says so: the dense module is never allocated and vLLM finds no `Attention` to give
 a KV cache to. A stand-in (`stand_ins.py`) then takes the place, and the stock `forward` of the block runs unchanged.
+Blocks that share another's weights in the checkpoint are stock blocks here, with ordinary weights made while loading.
 
 Families that vLLM runs through transformers' own code are in `transformers_models.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.families import FAMILIES, Family
+from pruning.shared_blocks import materialised
 from server.loader import check_directory, check_stage, lacks_attention
 from server.stand_ins import Absent, Place, build_emulation, connect_sources, install
 from server.vllm_models import idle_attention, is_first_worker, replaced, stock, tensor_parallel_size
@@ -158,11 +160,15 @@ def _define(family: Family) -> type[nn.Module]:
         with replaced({f"{seam.layers}:make_layers": make}):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix, **extra)
 
+    def load_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return set(base.load_weights(self, materialised(weights, self.config.block_configs, family)))
+
     return type(
         family.architecture,
         (base,),
         {
             "__init__": init,
+            "load_weights": load_weights,
             "__module__": __name__,
             "__doc__": f"{family.name} without the sublayers that `config.block_configs` marks as removed.",
             "has_noops": True,

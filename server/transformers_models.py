@@ -3,18 +3,33 @@
 vLLM builds the model with `AutoModel`, here on the meta device, puts its own linear layers and norms into it, and makes
 an `Attention` for every layer that the configuration counts. The model is Shoal's transformers class, which has
 no attention module where there is no attention; the configuration is shown to that last step as to a KV
-cache: kept attention layers only, numbered 0, 1, ..., as the model's own `layer_idx` are.
+cache: kept attention layers only, numbered 0, 1, ..., as the model's own `layer_idx` are. Blocks that share another's
+weights in the checkpoint are built as ordinary ones, and their weights made while loading.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.configuration import cache_view
 from pruning.families import Family
 from pruning.modeling import register_models
+from pruning.shared_blocks import materialised, unshared
 from server.loader import check_directory, check_stage
 from server.vllm_models import is_first_worker, replaced, stock
+
+
+@contextmanager
+def _unshared(config: Any) -> Iterator[None]:
+    """Let a configuration describe ordinary blocks in the place of those that share weights inside the `with`."""
+    shared: Sequence[Any] = config.block_configs
+    config.block_configs = unshared(shared)
+    try:
+        yield
+    finally:
+        config.block_configs = shared
 
 
 def define(family: Family) -> type[nn.Module]:
@@ -25,7 +40,11 @@ def define(family: Family) -> type[nn.Module]:
         if is_first_worker():
             check_directory(vllm_config.model_config.model, str(vllm_config.load_config.load_format))
         register_models()
-        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        with _unshared(vllm_config.model_config.hf_config):
+            base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+
+    def load_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return set(base.load_weights(self, materialised(weights, self.config.block_configs, family)))
 
     def pipeline_parallel(self: Any) -> None:
         configs, group = self.config.block_configs, self.pp_group
@@ -48,6 +67,7 @@ def define(family: Family) -> type[nn.Module]:
         (base,),
         {
             "__init__": init,
+            "load_weights": load_weights,
             "pipeline_parallel": pipeline_parallel,
             "_create_attention_instances": create_attention_instances,
             "__module__": "server.models",

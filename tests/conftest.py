@@ -30,7 +30,7 @@ from pruning.export import apply_plan, pruned_config, state_dict, write_weights
 from pruning.families import FAMILIES
 from pruning.fuse import apply_fusion, fuse, has_biases
 from pruning.modeling import base_model_class
-from pruning.plan import Plan, Sublayer
+from pruning.plan import KINDS, Plan, Sublayer
 from pruning.subnetwork import Evaluator
 
 VOCABULARY = 320
@@ -128,6 +128,8 @@ KV_SHARE_PLAN = Plan(
     },
     rank=4,
 )
+
+SHARED_PLAN = Plan(BLOCKS, {Sublayer(b, kind): "shared" for b in (2, 4) for kind in KINDS}, rank=4)
 
 FUSIBLE_PLAN = Plan(BLOCKS, {**MIXED_PLAN.removed, Sublayer(2, "attention"): "low_rank"}, rank=4)
 
@@ -246,7 +248,8 @@ def pico_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, PreTrainedModel]]:
     """Factory of (checkpoint directory, the model in memory it was written from): `pico_checkpoint("llama")`.
 
-    `"llama fused"` is the same with its emulations fused; in `"llama kv-share"` two of them attend to block 1's cache.
+    `"llama fused"` is the same with its emulations fused; in `"llama kv-share"` two of them attend to block 1's cache;
+    in `"llama shared"` blocks 2 and 4 have the weights of others and differences of rank 4.
     """
     pruning.register()
     made: dict[str, tuple[Path, PreTrainedModel]] = {}
@@ -256,7 +259,8 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
             model_type, _, variant = name.partition(" ")
             model = pico_model(model_type)
             directory = tmp_path_factory.mktemp(f"pruned-{name.replace(' ', '-')}")
-            plan = {"fused": FUSIBLE_PLAN, "kv-share": KV_SHARE_PLAN, "": MIXED_PLAN}[variant]
+            plans = {"fused": FUSIBLE_PLAN, "kv-share": KV_SHARE_PLAN, "shared": SHARED_PLAN, "": MIXED_PLAN}
+            plan = plans[variant]
             made[name] = export_pico(model, model_type, plan, directory, fused=variant == "fused"), model
         return made[name]
 

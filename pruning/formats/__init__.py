@@ -78,6 +78,8 @@ class Format:
         """Why the format cannot hold this model; None where it can."""
         if not self.adapters and (adapters := pruned.emulations()):
             name, kind = next(iter(adapters.items()))
+            if kind == "shared":
+                return f"{name} shares another block's weights, which it would hold twice; prune with --emulation none"
             more = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
             how = "with --emulation low-rank and --fuse" if kind in ("context", "kv_share") else "with --fuse"
             return f"the {kind} adapter of {name}{more} stands in the way; prune again {how}, which removes it"

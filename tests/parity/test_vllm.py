@@ -22,6 +22,7 @@ PROMPTS = [
 NEW_TOKENS = 16
 NEAR_TIE = 1e-3
 MODELS = [*FAMILIES, "llama fused", "qwen2 fused", "llama kv-share", "mistral kv-share"]
+SHARED = [f"{name} shared" for name in ("llama", "qwen2", "phi3", "gemma2", "cohere", "olmo2")]
 FIRST_STAGE = [(0, "self_attn.o_proj"), (0, "mlp.down_proj"), (1, "mlp.down_proj"), (2, "self_attn.o_proj"),
                (2, "mlp.down_proj")]  # fmt: skip
 
@@ -38,7 +39,16 @@ def run_engine(models: list[Path], variables: dict[str, str] | None = None, **op
 
 @pytest.fixture(scope="module")
 def served(pico_checkpoint) -> dict[str, dict]:
-    directories = {family: pico_checkpoint(family)[0] for family in MODELS}
+    return serve_all(MODELS, pico_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def served_shared(pico_checkpoint) -> dict[str, dict]:
+    return serve_all(SHARED, pico_checkpoint)
+
+
+def serve_all(models: list[str], pico_checkpoint) -> dict[str, dict]:
+    directories = {family: pico_checkpoint(family)[0] for family in models}
     results = run_engine(list(directories.values()), distributed_executor_backend="uni")
     return {family: results[str(directory)] for family, directory in directories.items()}
 
@@ -83,6 +93,24 @@ def test_nothing_dense_is_built_for_a_removed_sublayer(model_type, served):
 @pytest.mark.engine
 def test_a_layer_that_reads_anothers_cache_has_none_of_its_own(served):
     assert served["llama kv-share"]["kv_tokens"] == served["llama"]["kv_tokens"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_blocks_agree_with_transformers_as_ordinary_ones(name, served_shared, pico_checkpoint):
+    directory, pruned = pico_checkpoint(name)
+    served = served_shared[name]
+    assert_agreement(served, directory)
+    assert len([one for one in served["projections"] if one.endswith(".o_proj")]) == BLOCKS
+    dense = sum(parameter.nbytes for parameter in pico_model(name.partition(" ")[0]).parameters())
+    assert abs(served["weight_bytes"] - dense) <= 0.02 * dense
+    assert dense > sum(parameter.nbytes for parameter in pruned.parameters())
+
+
+@pytest.mark.engine
+def test_two_tensor_parallel_workers_agree_on_shared_blocks(pico_checkpoint):
+    directory = pico_checkpoint("qwen2 shared")[0]
+    assert_agreement(run_engine([directory], tensor_parallel_size=2)[str(directory)], directory)
 
 
 @pytest.mark.engine
