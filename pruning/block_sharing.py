@@ -13,7 +13,7 @@ from pruning.errors import RecipeError
 from pruning.families import Family
 from pruning.modeling import output_projection, places
 from pruning.plan import KINDS, EmulationKind, Kind, Sublayer
-from pruning.shared_blocks import SHARED, SharedEmulation, SharedLinear, linear_maps
+from pruning.shared_blocks import SHARED, SharedEmulation, linear_maps
 from pruning.subnetwork import Evaluator, Taps
 from pruning.walk import Seen, enter
 
@@ -157,8 +157,7 @@ def _fitted(evaluator: Evaluator, sublayer: Sublayer, lender: int, moments: Mome
         emulation = SharedEmulation.of(own, lender, rank, output_projection(evaluator.family, sublayer.kind))
     lenders = linear_maps(theirs)
     for name, linear in linear_maps(own).items():
-        shared = emulation.get_submodule(name)
-        assert isinstance(shared, SharedLinear)
+        shared = emulation.maps()[name]
         difference = linear.weight.float() - lenders[name].weight.float()
         found = low_rank(difference, moments[sublayer.kind, name], shared.down.out_features, ITERATIONS_TO_FIT)
         shared.down.weight.data, shared.up.weight.data = found.down, found.up
@@ -195,7 +194,8 @@ def normalise_output(
     """
     output = output_projection(evaluator.family, sublayer.kind)
     assert output is not None
-    own, shared = (m.get_submodule(output) for m in (_sublayer(evaluator, sublayer.block, sublayer.kind), emulation))
+    own = _sublayer(evaluator, sublayer.block, sublayer.kind).get_submodule(output)
+    shared = emulation.maps()[output]
     both = torch.zeros(2, evaluator.model.config.hidden_size, dtype=torch.float64)
     normed_after = evaluator.family.norms(sublayer.kind)[1] is not None
     for stream, arguments, there, x, here in zip(seen.streams, seen.arguments, noted, inputs, taps, strict=True):
@@ -206,7 +206,7 @@ def normalise_output(
         d, p = (each[0].float().reshape(-1, both.shape[1]) for each in (wanted, found))
         weights = token_weights(d if normed_after else after)[:, None].to(d)
         both += torch.stack([(weights * d * p).sum(0), (weights * p * p).sum(0)]).double().cpu()
-    assert isinstance(shared.scale, nn.Parameter)
+    assert shared.scale is not None
     shared.scale.copy_(both[0] / both[1].clamp_min(1e-30))
 
 

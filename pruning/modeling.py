@@ -234,11 +234,14 @@ def lent(emulation: nn.Module | None, blocks: Sequence[nn.Module], family: Famil
     if not isinstance(emulation, SharedEmulation):
         yield
         return
+    maps = list(emulation.maps().values())
+    saved = [shared.lender for shared in maps]
     emulation.lend(getattr(blocks[emulation.source], places(family, kind)[0]))
     try:
         yield
     finally:
-        emulation.lend(None)
+        for shared, lender in zip(maps, saved, strict=True):
+            shared.lender = lender
 
 
 def connect_sources(blocks: Sequence[nn.Module], family: Family) -> None:

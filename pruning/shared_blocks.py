@@ -68,10 +68,14 @@ class SharedEmulation(nn.Module):
             made.add_module(name, SharedLinear(*sizes, bias=linear.bias is not None, scaled=name == output))
         return made
 
-    def lend(self, sublayer: nn.Module | None) -> None:
-        """Let the maps borrow from those of a sublayer, or from none."""
-        for name, shared in self.named_children():
-            shared.lender = None if sublayer is None else (sublayer, name)
+    def maps(self) -> dict[str, SharedLinear]:
+        """The linear maps by name."""
+        return {name: child for name, child in self.named_children() if isinstance(child, SharedLinear)}
+
+    def lend(self, sublayer: nn.Module) -> None:
+        """Let the maps borrow from those of a sublayer."""
+        for name, shared in self.maps().items():
+            shared.lender = sublayer, name
 
     def inside(self, sublayer: nn.Module) -> nn.Module:
         """A sublayer like the given one with these maps in place of its own; the rest of it is the same.
@@ -81,7 +85,7 @@ class SharedEmulation(nn.Module):
         made = copy.copy(sublayer)
         for key, value in vars(made).items():
             vars(made)[key] = copy.copy(value) if isinstance(value, dict) else value
-        for name, shared in self.named_children():
+        for name, shared in self.maps().items():
             made._modules.pop(name, None)
             vars(made)[name] = shared
         made.emulation = self

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pruning.block_sharing import differences, low_rank
+from pruning.checkpoint import verify
 from pruning.console import Reporter
 from pruning.emulation import fit_plan, recover
 from pruning.errors import CheckpointError
@@ -230,15 +231,18 @@ def test_healing_trains_differences_scales_and_norms(model_type, trained):
 QUICK = ["--calibration-tokens", "512", "--score-tokens", "128", "--sequence-length", "64", "--rank", "4"]
 
 
-def test_an_export_is_whole_smaller_and_counts_its_cache(monkeypatch, pico_directory, text, tmp_path):
+def test_an_export_is_whole_smaller_and_counts_its_cache(monkeypatch, pico_directory, text, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "out"
     command = [pico_directory("qwen2"), "--output", output, "--calibration", text, "--blocks", 2, *QUICK]
     healing = ["--heal", "adapters", "--heal-steps", 4, "--heal-batch-tokens", 128]
-    assert run_prune_export(monkeypatch, *command, "--emulation", "shared", *healing) == 0
-    from pruning.checkpoint import verify
-
+    assert run_prune_export(monkeypatch, *command, "--emulation", "shared", "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert "(100.0% of dense)" in said  # the KV cache
+    assert not output.exists()
+    assert run_prune_export(monkeypatch, *command, "--emulation", "shared", "--recalibrate", *healing) == 0
     manifest = verify(output)
+    assert f"weights {manifest.sizes['weights'] / 2**20:.1f} MiB" in said
     assert sorted(manifest.removed.values()) == ["shared"] * 4
     assert manifest.sizes["weights"] < manifest.sizes["weights_dense"]
     facts = EngineFacts(4096, BLOCKS, 2, 32, 2, 4, 4, 256)
