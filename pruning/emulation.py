@@ -110,6 +110,7 @@ def recover(
                             seen,
                         )  # fmt: skip
                     emulations[sublayer], seen = module, None
+                    del inputs  # may be all there is of a stream
                     if module is not None:
                         advance(evaluator, sublayer, pruned, arguments, module, taps=taps, wanted=wanted)
                 elif run is not None:
