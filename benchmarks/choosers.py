@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import torch
+from recovery import windows_to_judge
 
-from pruning.calibration import from_files, read_text
+from pruning.calibration import from_files
 from pruning.console import Reporter, quiet_libraries
 from pruning.emulation import fit_candidates, fit_plan
 from pruning.importance import METRICS, Sampling
@@ -149,9 +150,7 @@ def choose(dense, options, results: Results, chooser: str) -> None:
 
 def judge(dense, options, results: Results, chooser: str) -> None:
     """Loss of a chooser's plans on the judging text, with nothing and with adapters in place."""
-    length, tokens = 512, options.judge_tokens
-    ids = dense.tokenizer(read_text(options.judge)[: tokens * 12], add_special_tokens=False, verbose=False)["input_ids"]
-    judging = Evaluator(dense.model, dense.family, torch.tensor(ids[:tokens]).view(-1, length), 1)
+    judging = Evaluator(dense.model, dense.family, windows_to_judge(dense, options.judge, options.judge_tokens), 1)
     fitting = Evaluator(
         dense.model, dense.family,
         from_files(options.calibration, dense.tokenizer, options.fit_tokens, options.length, 0), 2,

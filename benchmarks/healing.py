@@ -4,6 +4,7 @@ python benchmarks/healing.py smollm2-135m --calibration DIR/*.txt --judge TEXT -
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -14,11 +15,11 @@ from machine import machine
 from recovery import attention_of, windows_to_judge
 
 from pruning.calibration import from_files, other_windows
-from pruning.compensation import apply_weights
 from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
+from pruning.distillation import cut_copy
 from pruning.emulation import recover
 from pruning.evaluate import loss, perplexity_ratio
-from pruning.export import apply_plan
+from pruning.export import apply_recovery
 from pruning.healing import Settings, heal
 from pruning.model import load_dense
 from pruning.plan import Plan
@@ -87,12 +88,12 @@ def main() -> None:
     if options.judge:
         judged = windows_to_judge(dense, options.judge, options.judge_tokens)
         base = loss(dense.model, dense.family, judged)
-        before = Evaluator(dense.model, dense.family, judged).loss(recovery.emulations)
-        apply_weights(dense.model, healed.weights)
-        apply_plan(dense.model, dense.family, plan, healed.emulations)
-        row["ratio_start"] = round(perplexity_ratio(base, float(before.mean())), 4)
+        untrained = cut_copy(dense.model, dense.family, plan, copy.deepcopy(recovery.emulations), recovery.weights)
+        before = loss(untrained, dense.family, judged)
+        apply_recovery(dense.model, dense.family, plan, healed)
+        row["ratio_start"] = round(perplexity_ratio(base, before), 4)
         row["ratio_end"] = round(perplexity_ratio(base, loss(dense.model, dense.family, judged)), 4)
-    where = machine() | {"threads": torch.get_num_threads()}
+    where = machine()
     document = {"machine": where, "model": options.model, "rows": []}
     if options.output.exists():
         document["rows"] = json.loads(options.output.read_text())["rows"]

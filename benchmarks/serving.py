@@ -208,7 +208,7 @@ def main() -> None:
         for engine in engines:
             engine.process.kill()
     document = {
-        "machine": machine() | {"threads": options.threads}, "model": options.model, "dtype": "float32",
+        "machine": machine(options.threads), "model": options.model, "dtype": "float32",
         "prompt": options.prompt, "new": options.new, "requests": options.requests,
         "kv_pool_bytes": pool, "rows": rows,
     }  # fmt: skip

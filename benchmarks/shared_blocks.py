@@ -119,7 +119,7 @@ def main() -> None:
     fitted = from_files(options.calibration, dense.tokenizer, options.tokens, options.length, 0)
     judged = windows_to_judge(dense, options.judge, options.judge_tokens)
     base = loss(dense.model, dense.family, judged)
-    document = {"machine": machine() | {"threads": torch.get_num_threads()}, "model": options.model,
+    document = {"machine": machine(), "model": options.model,
                 "order": options.order, "fit_tokens": fitted.numel(), "judge_tokens": judged.numel(),
                 "steps": options.steps, "rows": {}}  # fmt: skip
     if options.output.exists():

@@ -205,7 +205,7 @@ def main() -> None:
             finally:
                 engine.process.kill()
             document = {
-                "machine": machine() | {"threads": options.threads}, "model": options.model, "dtype": "float32",
+                "machine": machine(options.threads), "model": options.model, "dtype": "float32",
                 "questions": len(QUESTIONS), "new": options.new, "guesses": options.guesses, "rows": rows,
             }  # fmt: skip
             if options.output:  # after every draft, so that a run cut short leaves what it has

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from pruning.compensation import apply_weights
 from pruning.configuration import config_class
+from pruning.emulation import Recovery
 from pruning.errors import StorageError
 from pruning.families import Family, keep_blocks
+from pruning.fuse import Fusion, apply_fusion
 from pruning.modeling import (
     ContextEmulation,
     KVShareEmulation,
@@ -63,6 +66,16 @@ def apply_plan(
     number_cache_layers(kept, family)
     connect_sources(kept, family)
     keep_blocks(model.config, indices)
+
+
+def apply_recovery(model: PreTrainedModel, family: Family, plan: Plan, recovery: Recovery | Fusion) -> None:
+    """Make a dense model the pruned one, in place: changed weights, fused units, and what `apply_plan` cuts."""
+    apply_weights(model, recovery.weights)
+    if isinstance(recovery, Fusion):
+        apply_fusion(model, family, recovery)
+        apply_plan(model, family, recovery.plan(plan), {})
+    else:
+        apply_plan(model, family, plan, recovery.emulations)
 
 
 def fields_of(config: Any) -> dict[str, Any]:

@@ -10,15 +10,14 @@ from torch import Tensor
 import pruning
 from pruning import parallel, selection
 from pruning.checkpoint import Manifest, verify, write_manifest
-from pruning.compensation import apply_weights
 from pruning.console import Reporter, quiet_libraries
 from pruning.emulation import Recovery
 from pruning.errors import RecipeError, StorageError
 from pruning.evaluate import loss, perplexity_ratio
-from pruning.export import apply_plan, copy_companions
+from pruning.export import apply_recovery, copy_companions
 from pruning.families import Family
 from pruning.formats import PrunedModel, format_named
-from pruning.fuse import Fusion, apply_fusion
+from pruning.fuse import Fusion
 from pruning.importance import Sampling, metric
 from pruning.model import DenseModel, load_model
 from pruning.plan import EmulationKind, Plan, Unit, UnitKind
@@ -142,12 +141,7 @@ def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion,
     family: Family = dense.family
     evaluator = Evaluator(dense.model, family, held_out)
     before, without = evaluator.values([{}, dict.fromkeys(plan.removed)]).mean(1).tolist()
-    apply_weights(dense.model, recovery.weights)
-    if isinstance(recovery, Fusion):
-        apply_fusion(dense.model, family, recovery)
-        apply_plan(dense.model, family, recovery.plan(plan), {})
-    else:
-        apply_plan(dense.model, family, plan, recovery.emulations)
+    apply_recovery(dense.model, family, plan, recovery)
     after = loss(dense.model, family, held_out)
     return {"dense_loss": before, "removed_loss": without, "pruned_loss": after, "text": "held-out calibration windows"}
 

@@ -23,12 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pruning
 from pruning.checkpoint import MANIFEST, Manifest, hash_files, write_manifest
-from pruning.compensation import apply_weights
 from pruning.configuration import base_config_class
-from pruning.emulation import fit_plan
-from pruning.export import apply_plan, pruned_config, state_dict, write_weights
+from pruning.emulation import Recovery, fit_plan
+from pruning.export import apply_recovery, pruned_config, state_dict, write_weights
 from pruning.families import FAMILIES
-from pruning.fuse import apply_fusion, fuse, has_biases
+from pruning.fuse import Fusion, fuse, has_biases
 from pruning.modeling import base_model_class
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.subnetwork import Evaluator
@@ -162,19 +161,31 @@ def check_exported_equals_masked(model: PreTrainedModel, ids: torch.Tensor, mask
     assert torch.equal(model.generate(ids[:prompts, :20], cache_implementation="static", **options), plain)
 
 
+def plain_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of all positions but the last, by transformers."""
+    with torch.inference_mode():
+        return model(input_ids=ids).logits.float()[:, :-1]
+
+
+def divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """Mean KL(dense || pruned) of logits, by PyTorch."""
+    each = functional.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True)
+    return each.sum(-1).mean()
+
+
 def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: Path, *, fused: bool = False) -> Path:
     """Prune a tiny model in place by a plan and write the checkpoint."""
     from pruning.console import Reporter
 
     family, evaluator = FAMILIES[model_type], Evaluator(model, FAMILIES[model_type], tokens())
     if fused:
-        fusion = fuse(evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config))
-        apply_weights(model, fusion.weights)
-        apply_fusion(model, family, fusion)
-        apply_plan(model, family, fusion.plan(plan), {})
+        recovery: Recovery | Fusion = fuse(
+            evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config)
+        )
     else:
         emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources)
-        apply_plan(model, family, plan, emulations)
+        recovery = Recovery(emulations, {})
+    apply_recovery(model, family, plan, recovery)
     directory.mkdir(parents=True, exist_ok=True)
     pico_tokenizer().save_pretrained(directory)
     write_weights(state_dict(model), directory)

@@ -7,10 +7,11 @@ from torch import nn
 from pruning.compensation import apply_weights
 from pruning.console import Reporter
 from pruning.emulation import recover
-from pruning.export import apply_plan
+from pruning.export import apply_plan, apply_recovery
 from pruning.families import FAMILIES
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.subnetwork import Evaluator
+from tests.conftest import divergence, plain_logits
 
 PLAN = Plan(6, {Sublayer(1, "attention"): "low_rank", Sublayer(3, "ffn"): "none"}, rank=4)
 
@@ -29,11 +30,9 @@ def final_states(model, tokens):
         return model.model(input_ids=tokens).last_hidden_state
 
 
-def divergence(model, dense, tokens):
+def apart(model, dense, tokens):
     """Mean KL(dense || model), nats/token."""
-    with torch.inference_mode():
-        p, q = (m(input_ids=tokens).logits.float().log_softmax(-1) for m in (dense, model))
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    return float(divergence(plain_logits(dense, tokens), plain_logits(model, tokens)))
 
 
 def recovered(pico, model_type, compensated, tokens):
@@ -41,8 +40,7 @@ def recovered(pico, model_type, compensated, tokens):
     recovery = recover(
         evaluator_of(model, model_type, tokens), PLAN.removed, PLAN.rank, Reporter(), compensated=compensated
     )
-    apply_weights(model, recovery.weights)
-    apply_plan(model, FAMILIES[model_type], PLAN, recovery.emulations)
+    apply_recovery(model, FAMILIES[model_type], PLAN, recovery)
     return model, recovery
 
 
@@ -53,8 +51,8 @@ def test_compensation_brings_the_pruned_model_nearer_to_the_dense_one(pico, mode
     without, _ = recovered(pico, model_type, False, tokens)
     with_it, recovery = recovered(pico, model_type, True, tokens)
     assert recovery.weights
-    assert divergence(with_it, dense, tokens) < 0.95 * divergence(without, dense, tokens)
-    assert divergence(with_it, dense, unseen) < divergence(without, dense, unseen)
+    assert apart(with_it, dense, tokens) < 0.95 * apart(without, dense, tokens)
+    assert apart(with_it, dense, unseen) < apart(without, dense, unseen)
 
 
 def test_the_loss_on_text_the_model_wrote_falls(pico):
@@ -96,11 +94,10 @@ def test_fits_of_bfloat16_passes_keep_float32_weights_and_nearly_the_same_model(
     with torch.autocast("cpu", torch.bfloat16):
         recovery = recover(evaluator_of(pico("llama"), "llama", tokens), PLAN.removed, PLAN.rank, Reporter())
     fast = pico("llama")
-    apply_weights(fast, recovery.weights)
-    apply_plan(fast, FAMILIES["llama"], PLAN, recovery.emulations)
+    apply_recovery(fast, FAMILIES["llama"], PLAN, recovery)
     assert recovery.weights
     assert {parameter.dtype for parameter in fast.parameters()} == {torch.float32}
-    assert divergence(fast, dense, unseen) < 1.05 * divergence(exact, dense, unseen)
+    assert apart(fast, dense, unseen) < 1.05 * apart(exact, dense, unseen)
 
 
 def test_only_kept_sublayers_after_the_first_removal_change(pico):
@@ -131,7 +128,7 @@ def test_the_ffn_before_a_run_of_removed_blocks_takes_over_from_it(pico, model_t
             apply_weights(model, patch)
         apply_plan(model, FAMILIES[model_type], plan, recovery.emulations)
         models.append(model)
-    without, patched = (divergence(model, pico(model_type), unseen) for model in models)
+    without, patched = (apart(model, pico(model_type), unseen) for model in models)
     assert patched < 0.95 * without
 
 

@@ -5,14 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from pruning.compensation import apply_weights
 from pruning.console import Reporter
 from pruning.emulation import fit_plan
 from pruning.errors import RecipeError
-from pruning.export import apply_plan
+from pruning.export import apply_plan, apply_recovery
 from pruning.families import FAMILIES
 from pruning.formats import FORMATS, PrunedModel
-from pruning.fuse import apply_fusion, check_fusable, fusable, fuse, has_biases, places
+from pruning.fuse import check_fusable, fusable, fuse, has_biases, places
 from pruning.plan import Plan, Sublayer
 from pruning.regression import Affine
 from pruning.subnetwork import Evaluator
@@ -30,9 +29,7 @@ def fused(model, model_type: str, plan: Plan):
     family = FAMILIES[model_type]
     evaluator = Evaluator(model, family, windows(), batch_size=2)
     fusion = fuse(evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config))
-    apply_weights(model, fusion.weights)
-    apply_fusion(model, family, fusion)
-    apply_plan(model, family, fusion.plan(plan), {})
+    apply_recovery(model, family, plan, fusion)
     return fusion, model
 
 

@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from pruning.checkpoint import verify
-from pruning.compensation import apply_weights
 from pruning.console import Reporter
 from pruning.distillation import Student, Teacher, cut_copy, head_gradient
 from pruning.emulation import recover
-from pruning.export import apply_plan
+from pruning.export import apply_recovery
 from pruning.families import FAMILIES
 from pruning.healing import Judge, batch_of, first_block, heal, schedule
 from pruning.lora import add_lora
@@ -129,8 +128,7 @@ def test_healing_improves_and_leaves_the_dense_model_alone(own_text, trained, lo
     assert record["improved"]
     assert record["end"]["loss"] < record["start"]["loss"]
     assert bool(healed.weights) == (trained == "lora")
-    apply_weights(model, healed.weights)
-    apply_plan(model, family, plan, healed.emulations)
+    apply_recovery(model, family, plan, healed)
     with torch.no_grad():
         scores = model(validation).logits[:, :-1].flatten(0, 1)
     assert float(functional.cross_entropy(scores, validation[:, 1:].flatten())) == pytest.approx(

@@ -3,31 +3,20 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional
 
-from pruning.compensation import apply_weights
 from pruning.console import Reporter
 from pruning.emulation import recover
-from pruning.export import apply_plan
+from pruning.export import apply_recovery
 from pruning.families import FAMILIES
 from pruning.fuse import fuse
 from pruning.objective import Head
 from pruning.plan import Plan, Sublayer
 from pruning.recalibration import _Divergence, _scaled, recalibrate
 from pruning.subnetwork import Evaluator
-from tests.conftest import pico_model, run_prune_export, tokens
+from tests.conftest import divergence, pico_model, run_prune_export, tokens
 
 PLAN = Plan(6, {Sublayer(block, "attention"): "low_rank" for block in (1, 2, 4)}, rank=4)
 CAPPED = [name for name in FAMILIES if getattr(pico_model(name).config, "final_logit_softcapping", None)]
-
-
-def divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
-    """Mean KL(dense || pruned) of logits, by PyTorch."""
-    return (
-        functional.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True)
-        .sum(-1)
-        .mean()
-    )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -68,8 +57,7 @@ def _exported_divergence(model_type: str, *, recalibrated: bool) -> tuple[float,
         dense = model(others).logits
     evaluator = Evaluator(model, family, tokens(30))
     recovery = recover(evaluator, PLAN.removed, 4, Reporter(), compensated=False, recalibrated=recalibrated)
-    apply_weights(model, recovery.weights)
-    apply_plan(model, family, PLAN, recovery.emulations)
+    apply_recovery(model, family, PLAN, recovery)
     with torch.inference_mode():
         return float(divergence(dense, model(others).logits)), set(recovery.weights)
 

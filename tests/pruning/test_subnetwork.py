@@ -15,6 +15,7 @@ from pruning.families import FAMILIES
 from pruning.modeling import BiasEmulation, LowRankEmulation
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.subnetwork import Evaluator, describe
+from tests.conftest import plain_logits
 
 EVERY = [Sublayer(block, kind) for block in range(6) for kind in KINDS]
 PLANS = [
@@ -28,11 +29,6 @@ PLANS = [
 
 def tokens(rows: int = 6, length: int = 24) -> torch.Tensor:
     return torch.randint(3, 320, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def plain_logits(model, ids):
-    with torch.inference_mode():
-        return model(input_ids=ids).logits.float()[:, :-1]
 
 
 def plain_loss(logits, ids):
@@ -151,6 +147,7 @@ from pruning.families import FAMILIES
 from pruning.importance import Sampling, metric
 from pruning.plan import Sublayer, Unit
 from pruning.subnetwork import Evaluator, describe
+from tests.conftest import plain_logits
 
 torch.set_num_threads(1)
 parallel.start()
