@@ -19,7 +19,7 @@ SEVERAL = Parameter(consume_multiple=True)
 
 Amount = str | int | None
 Share = str | None
-Search = Literal["rank", "greedy", "evolutionary", "policy-gradient", "consecutive"]
+Search = Literal["rank", "greedy", "exchange", "evolutionary", "policy-gradient", "consecutive"]
 Emulation = Literal[
     "none", "bias", "self-only", "low-rank", "linear", "context", "kv-share", "kv-share-low-rank", "shared"
 ]

@@ -50,6 +50,43 @@ def greedy(rescore: Rescore, count: int, among: Sequence[Unit], shortlist: int |
     return gone
 
 
+def exchange(
+    rescore: Rescore, start: Sequence[Unit], among: Sequence[Unit], rounds: int, shortlist: int | None = None
+) -> list[Unit]:
+    """Put the unit longest gone back and remove the least important one, again and again, until none is exchanged.
+
+    Args:
+        rescore: Importance of candidates when some units are gone.
+        start: Units removed at first, such as greedy's.
+        among: All units.
+        rounds: Times that each of them is put back, at most.
+        shortlist: Score this many units beside the one put back, those last found least important. None scores all.
+
+    Returns:
+        As many units as `start`, by position. No single exchange makes them cheaper, among those scored, unless the
+        rounds ran out.
+
+    Source: the exchange algorithm for subsets, Fedorov 1972, and the steps backward and forward of floating search,
+        Pudil, Novovicova and Kittler 1994. Inferred: the shortlist.
+    """
+    gone, settled = list(start), 0
+    known: dict[Unit, float] = {}
+    for _ in range(rounds * len(gone)):
+        unit = gone.pop(0)
+        others = [other for other in among if other not in gone and other != unit]
+        if known and shortlist is not None:
+            others = lowest(known, shortlist, others)
+        asked = sorted([unit, *others])
+        scores = rescore(gone, asked)
+        known |= {other: scores[other] for other in asked}
+        best = min(asked, key=lambda other: (scores[other], other != unit, other))
+        gone.append(best)
+        settled = settled + 1 if best == unit else 1
+        if settled == len(gone):
+            break
+    return sorted(gone)
+
+
 def consecutive(distances: Sequence[float], count: int) -> list[Unit]:
     """The run of `count` blocks over which the stream turns least; `distances` by the run's first block.
 

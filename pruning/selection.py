@@ -15,8 +15,9 @@ from pruning.objective import Objective
 from pruning.plan import Sublayer, Unit, sublayers_of
 from pruning.subnetwork import Evaluator
 
-SEARCHES = ("rank", "greedy", "evolutionary", "policy-gradient", "consecutive")
-SHORTLIST = 8  # units that greedy scores at a time, where a metric scores each apart from the others
+SEARCHES = ("rank", "greedy", "exchange", "evolutionary", "policy-gradient", "consecutive")
+SHORTLIST = 8  # units that greedy and exchange score at a time, where a metric scores each apart from the others
+ROUNDS = 3  # times that exchange puts each removed unit back, at most
 
 REFIT_EVERY = 3  # removals after which greedy fits all emulations anew
 
@@ -142,7 +143,7 @@ def select(
     Args:
         judges: Texts and tasks.
         groups: Candidates and how many of them go.
-        importance: Metric of `rank` and `greedy`; where `evolutionary` starts.
+        importance: Metric of `rank`, `greedy` and `exchange`; where `evolutionary` starts.
         how: One of SEARCHES.
         sampling: For metrics and searches that draw.
         reporter: For progress.
@@ -163,9 +164,11 @@ def select(
         fixed = tuple(order)
         if how == "rank":
             order += search.rank(whole, count, among)
-        elif how == "greedy":
+        elif how in ("greedy", "exchange"):
             rescore = _rescorer(judges, importance, sampling, reporter, fixed, whole)
-            order += search.greedy(rescore, count, among, SHORTLIST if metric(importance).apart else None)
+            shortlist = SHORTLIST if metric(importance).apart else None
+            found = search.greedy(rescore, count, among, shortlist)
+            order += found if how == "greedy" else search.exchange(rescore, found, among, ROUNDS, shortlist)
         elif how == "consecutive":
             order += _run(judges[0].evaluator, among, count, reporter)
         elif how == "evolutionary":
@@ -186,7 +189,7 @@ def _rescorer(
         if not fixed and not gone:
             return first
         if gone:
-            reporter.say(f"greedy: {gone[-1]} goes, {len(gone)} gone")
+            reporter.say(f"search: {gone[-1]} goes, {len(gone)} gone")
         return score(judges, rest, importance, sampling, reporter, [*fixed, *gone])[""].values
 
     return rescore

@@ -194,6 +194,7 @@ def test_scores_are_printed_and_saved_and_nothing_else_is_written(monkeypatch, p
         (["--sublayers", "3", "--search", "evolutionary", "--generations", "1", "--offspring", "4"], None, 3),
         (["--attention", "2", "--search", "policy-gradient", "--generations", "1", "--offspring", "4"], 2, 2),
         (["--attention", "2", "--search", "greedy", "--recovery-aware", "--rank", "4"], 2, 2),
+        (["--attention", "2", "--search", "exchange", "--recovery-aware", "--rank", "4"], 2, 2),
         (["--blocks", "2", "--search", "consecutive"], 2, 4),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.plan import Unit
-from pruning.search import _project, consecutive, evolutionary, greedy, policy_gradient, rank
+from pruning.search import _project, consecutive, evolutionary, exchange, greedy, policy_gradient, rank
 
 UNITS = [Unit(block, "attention") for block in range(8)]
 
@@ -74,6 +74,38 @@ def test_greedy_takes_only_what_it_asked_about():
         return {Unit(0, "ffn"): -1.0, **{unit: float(unit.block) for unit in UNITS}}
 
     assert [str(unit) for unit in greedy(rescore, 2, UNITS[3:])] == ["attention.3", "attention.4"]
+
+
+@given(st.lists(st.integers(0, 5), min_size=8, max_size=8), st.integers(1, 7), st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_exchange_ends_where_no_single_exchange_is_cheaper(weights, count, seed):
+    def rescore(gone, rest):
+        return {unit: cost_of([*gone, unit], weights) - cost_of(gone, weights) for unit in rest}
+
+    start = random.Random(seed).sample(UNITS, count)
+    found = exchange(rescore, start, UNITS, rounds=8)
+    assert len(set(found)) == count
+    assert cost_of(found, weights) <= cost_of(start, weights)
+    for unit, other in itertools.product(found, set(UNITS) - set(found)):
+        assert cost_of(found, weights) <= cost_of([other, *(set(found) - {unit})], weights)
+
+
+def test_exchange_leaves_what_greedy_is_stuck_with_and_scores_few():
+    """Unit 0 is cheapest alone, and dear beside any other; greedy never lets it go."""
+    asked = []
+
+    def rescore(gone, rest):
+        asked.append(len(rest))
+        return {unit: sum(u.block for u in [*gone, unit]) + 9.0 * (Unit(0, "attention") in [*gone, unit]) * bool(gone)
+                for unit in rest}  # fmt: skip
+
+    stuck = greedy(rescore, 3, UNITS)
+    assert [unit.block for unit in stuck] == [0, 1, 2]
+    asked.clear()
+    assert [unit.block for unit in exchange(rescore, stuck, UNITS, rounds=3, shortlist=2)] == [1, 2, 3]
+    assert asked == [6, 3, 3]
+    asked.clear()
+    assert exchange(rescore, UNITS, UNITS, rounds=3) == UNITS
 
 
 def test_evolution_finds_the_best_plan_and_measures_few_closely():
