@@ -84,7 +84,7 @@ def from_files(
 def other_windows(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, used: Tensor
 ) -> Tensor:
-    """Windows of files (of the standard library's text, where there are none) that are not among those in use.
+    """Windows of files that are not among those in use.
 
     Args:
         files: Text or JSONL.
@@ -96,7 +96,7 @@ def other_windows(
     Returns:
         int64 [n, T], the files' windows interleaved; n may be 0.
     """
-    texts = [read_text(path) for path in files] if files else [standard_library_text()]
+    texts = [read_text(path) for path in files]
     known = {row.numpy().tobytes() for row in used}
     share = tokens // len(texts)
     parts = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruning import parallel, selection
 from pruning.block_sharing import check_sharing
-from pruning.calibration import from_files, interleave, other_windows, read_text, self_generated, standard_library
+from pruning.calibration import from_files, other_windows, read_text, self_generated, standard_library
 from pruning.console import Reporter
 from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.errors import CalibrationError, RecipeError
@@ -299,13 +299,17 @@ def healed(
     """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
 
     Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
-    there are no more windows of the standard library's text than were fitted on.
+    the model writes as many others again.
     """
-    budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
-    budget += HEALING_VALIDATION_WINDOWS * recipe.sequence_length
-    used = torch.cat([held_out, tokens])
-    others = other_windows(recipe.calibration, dense.tokenizer, budget, recipe.sequence_length, used)
-    rows = torch.cat([others, tokens]) if recipe.calibration else interleave([others[: len(tokens)], tokens])
+    length = recipe.sequence_length
+    if recipe.calibration:
+        budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
+        budget += HEALING_VALIDATION_WINDOWS * length
+        used = torch.cat([held_out, tokens])
+        others = other_windows(recipe.calibration, dense.tokenizer, budget, length, used)
+    else:
+        others = self_generated(dense.model, dense.tokenizer, len(tokens), length, recipe.seed + 1, reporter)
+    rows = torch.cat([others, tokens])
     count = max(1, min(HEALING_VALIDATION_WINDOWS, len(rows) // 8))
     if len(rows) < 2:
         raise CalibrationError("--heal needs two calibration windows at least; give more text")

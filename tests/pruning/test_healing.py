@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from pruning import stages
 from pruning.checkpoint import verify
 from pruning.console import Reporter
 from pruning.distillation import Student, Teacher, cut_copy, head_gradient
@@ -297,6 +298,28 @@ def test_a_healed_export_is_whole_and_records_how(monkeypatch, pico_directory, t
     assert losses["healed"]["pruned_loss"] < losses["plain"]["pruned_loss"]
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert "heal" in verify(tmp_path / "healed").stages
+
+
+def test_without_files_healing_is_judged_by_windows_of_neither_fit_nor_training(monkeypatch, pico_directory, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given, fit, train = {}, stages.recovered, stages.heal
+
+    def recovered(dense, plan, recipe, tokens, reporter):
+        given["fitted"] = tokens
+        return fit(dense, plan, recipe, tokens, reporter)
+
+    def heal(model, family, plan, recovery, rows, validation, *rest, **options):
+        given.update(rows=rows, validation=validation)
+        return train(model, family, plan, recovery, rows, validation, *rest, **options)
+
+    monkeypatch.setattr("pruning.pipeline.recovered", recovered)
+    monkeypatch.setattr(stages, "heal", heal)
+    flags = ["--attention", 2, *QUICK, "--heal", "adapters", "--heal-steps", 1]
+    assert run_cli(monkeypatch, pico_directory(), "--output", tmp_path / "out", *flags) == 0
+    windows = {name: {tuple(row) for row in rows.tolist()} for name, rows in given.items()}
+    assert windows["validation"]
+    assert not windows["validation"] & (windows["fitted"] | windows["rows"])
+    assert windows["fitted"] < windows["rows"]
 
 
 @pytest.mark.parametrize(
