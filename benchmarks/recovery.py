@@ -19,12 +19,13 @@ from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
 from pruning.emulation import Recovery, recover
 from pruning.evaluate import loss, perplexity_ratio
 from pruning.export import apply_recovery
-from pruning.fuse import fuse, has_biases
+from pruning.fuse import fuse
 from pruning.healing import Optimizer, Settings, Trained, heal
 from pruning.model import DenseModel, load_dense
 from pruning.plan import EmulationKind, Plan, Sublayer
 from pruning.search import greedy, rank
 from pruning.subnetwork import Evaluator
+from pruning.units import has_biases
 
 
 @dataclass(frozen=True)

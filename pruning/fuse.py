@@ -13,7 +13,6 @@ Source: the last map is ReplaceMe's (arXiv 2505.02819); bias as in arXiv 2407.16
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +108,6 @@ class Fusion:
         """The plan as the fused model shows it: fused attention is simply gone, an FFN of units is an FFN."""
         gone = [s for s in plan.removed if not (s.kind == "ffn" and s.block in self.replaced)]
         return Plan(plan.num_blocks, dict.fromkeys(gone, "none"))
-
-
-def has_biases(config: Any) -> bool:
-    """Whether a family's FFNs can have biases (its configuration says so by `mlp_bias`)."""
-    return hasattr(config, "mlp_bias")
 
 
 def _refusal(family: Family) -> str | None:

@@ -71,7 +71,7 @@ def run(
         healing_precision(dense, recipe)
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
-        check_free_space(output, int(predicted_bytes(dense, dearest)["weights"] * 1.05) + 2**24)
+        check_free_space(output, int(predicted_bytes(dense, dearest, fused=recipe.fuse)["weights"] * 1.05) + 2**24)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
     journal = journal_of(None if dry_run else output, dense)
@@ -82,7 +82,7 @@ def run(
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
-    sizes = predicted_bytes(dense, plan)
+    sizes = predicted_bytes(dense, plan, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
         return None

@@ -7,6 +7,7 @@ from pruning.model import DenseModel
 from pruning.modeling import blocks_of, output_projection, places
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, kv_bytes_per_token
 from pruning.shared_blocks import SHARED, SharedEmulation, linear_maps
+from pruning.units import UNITS_MULTIPLE, has_biases
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -43,6 +44,30 @@ def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int, sources: in
     return numbers[kind] * dense.model.dtype.itemsize
 
 
+def fused_bytes(dense: DenseModel, sublayer: Sublayer, kind: EmulationKind, rank: int) -> int:
+    """Weight bytes of the FFN units that emulate one sublayer, and of the norm before them where its FFN is gone.
+
+    An upper bound: units are padded to a multiple for each FFN, not for each sublayer. `biases_bytes` come on top.
+    """
+    size, biased = dense.model.config.hidden_size, has_biases(dense.model.config)
+    ranks = {"none": 0, "bias": 0 if biased else 1, "low_rank": rank, "linear": size}
+    units = -(-ranks[kind] // UNITS_MULTIPLE) * UNITS_MULTIPLE
+    if sublayer.kind == "attention" or kind == "none":
+        norms = 0
+    else:
+        block, units = blocks_of(dense.model, dense.family)[sublayer.block], max(units, UNITS_MULTIPLE)
+        norms = sum(weight_bytes(getattr(block, name)) for name in places(dense.family, "ffn")[1:])
+    return units * (3 * size + 2 * biased) * dense.model.dtype.itemsize + norms
+
+
+def biases_bytes(dense: DenseModel) -> int:
+    """Weight bytes of the biases that fusing gives to all FFNs of a model where it gives them to one."""
+    config = dense.model.config
+    if not has_biases(config) or config.mlp_bias:
+        return 0
+    return config.num_hidden_layers * (2 * config.intermediate_size + config.hidden_size) * dense.model.dtype.itemsize
+
+
 def saved_by_sharing(dense: DenseModel, sublayer: Sublayer, rank: int) -> int:
     """Weight bytes of a sublayer's linear maps less those of its differences from another's; all else of it stays."""
     block = blocks_of(dense.model, dense.family)[sublayer.block]
@@ -52,15 +77,20 @@ def saved_by_sharing(dense: DenseModel, sublayer: Sublayer, rank: int) -> int:
     return sum(weight_bytes(linear) for linear in linear_maps(own).values()) - weight_bytes(shared)
 
 
-def predicted_bytes(dense: DenseModel, plan: Plan) -> dict[str, int]:
-    """Weight and KV bytes of the pruned model, and of the dense one."""
+def predicted_bytes(dense: DenseModel, plan: Plan, *, fused: bool = False) -> dict[str, int]:
+    """Weight and KV bytes of the pruned model (at most, where its emulations are fused), and of the dense one."""
     whole, each = weight_bytes(dense.model), sublayer_bytes(dense)
-    saved = sum(
-        saved_by_sharing(dense, s, plan.rank)
-        if emulation == SHARED
-        else each[s] - adapter_bytes(dense, emulation, plan.rank, plan.sources)
-        for s, emulation in plan.removed.items()
-    )
+
+    def saving(sublayer: Sublayer, emulation: EmulationKind) -> int:
+        if emulation == SHARED:
+            return saved_by_sharing(dense, sublayer, plan.rank)
+        if fused:
+            return each[sublayer] - fused_bytes(dense, sublayer, emulation, plan.rank)
+        return each[sublayer] - adapter_bytes(dense, emulation, plan.rank, plan.sources)
+
+    saved = sum(saving(sublayer, emulation) for sublayer, emulation in plan.removed.items())
+    if fused and any(emulation != "none" for emulation in plan.removed.values()):
+        saved -= biases_bytes(dense)
     return {
         "weights_dense": whole,
         "weights": whole - saved,

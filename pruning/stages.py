@@ -16,7 +16,7 @@ from pruning.console import Reporter
 from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.choice import read_questions
-from pruning.fuse import Fusion, check_fusable, fuse, has_biases
+from pruning.fuse import Fusion, check_fusable, fuse
 from pruning.healing import Precision, Settings, heal
 from pruning.importance import Sampling, Scores, metric
 from pruning.kv_sharing import check_shareable
@@ -24,9 +24,10 @@ from pruning.model import DenseModel, Source, cache_directory, find_model
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Counts, Recipe, counts
 from pruning.selection import Judge, Selection
-from pruning.sizes import adapter_bytes, predicted_bytes, sublayer_bytes
+from pruning.sizes import adapter_bytes, biases_bytes, fused_bytes, predicted_bytes, sublayer_bytes
 from pruning.subnetwork import Evaluator, Residency
 from pruning.tasks import TaskEvaluator, holds_questions, parse_task, read_task
+from pruning.units import has_biases
 from pruning.workdir import Journal
 
 HELD_OUT_WINDOWS = 8
@@ -175,10 +176,13 @@ def within_budget(
     """
     if recipe.weight_budget is not None:
         each = sublayer_bytes(dense)
-        adapter = adapter_bytes(dense, emulation_kind(recipe), recipe.rank, recipe.sources)
-        savings = [sum(each[s] - adapter for s in unit.sublayers) for unit in order]
+        kind, rank = emulation_kind(recipe), recipe.rank
+        adapter = adapter_bytes(dense, kind, rank, recipe.sources)
+        stays = {s: fused_bytes(dense, s, kind, rank) if recipe.fuse else adapter for s in each}
+        savings = [sum(each[s] - stays[s] for s in unit.sublayers) for unit in order]
         whole = predicted_bytes(dense, Plan(len(dense.model.get_submodule(dense.family.blocks)), {}))["weights"]
         excess = math.ceil(whole * (1 - parse_share(recipe.weight_budget, "weight-budget")))
+        excess += biases_bytes(dense) if recipe.fuse and kind != "none" else 0
         count = shortest(savings, excess)
         if count is None:
             raise RecipeError(f"--weight-budget {recipe.weight_budget} is out of reach: not even all sublayers save it")

@@ -23,6 +23,11 @@ GATE_RIDGE = 1e-6
 UNITS_MULTIPLE = 8
 
 
+def has_biases(config: Any) -> bool:
+    """Whether a family's FFNs can have biases (its configuration says so by `mlp_bias`)."""
+    return hasattr(config, "mlp_bias")
+
+
 @dataclass(frozen=True, slots=True)
 class Units:
     """What is added to one FFN: n units and, where the family has biases, a constant.

@@ -27,10 +27,11 @@ from pruning.configuration import base_config_class
 from pruning.emulation import Recovery, fit_plan
 from pruning.export import apply_recovery, pruned_config, state_dict, write_weights
 from pruning.families import FAMILIES
-from pruning.fuse import Fusion, fuse, has_biases
+from pruning.fuse import Fusion, fuse
 from pruning.modeling import base_model_class
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.subnetwork import Evaluator
+from pruning.units import has_biases
 
 VOCABULARY = 320
 BLOCKS = 6

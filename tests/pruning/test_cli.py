@@ -210,16 +210,20 @@ def test_searches_and_budgets(monkeypatch, pico_directory, text, tmp_path, flags
 
 
 def test_budgets_in_weights_and_in_loss_hold(monkeypatch, pico_directory, text, tmp_path):
-    arguments = ["--calibration", text, "--calibration-tokens", "256", "--sequence-length", "32", "--rank", "2"]
+    arguments = ["--calibration", text, "--calibration-tokens", "256", "--sequence-length", "32"]
     model = str(pico_directory("llama"))
-    for flag, value in (("--weight-budget", "80%"), ("--max-loss-increase", "0.5")):
-        out = tmp_path / flag
-        assert run(monkeypatch, model, "--output", str(out), *arguments, flag, value) == 0
+    for name, flags in {
+        "0.8": ["--weight-budget", "80%", "--rank", "2"],
+        "0.86": ["--weight-budget", "86%", "--rank", "32", "--fuse"],
+        "loss": ["--max-loss-increase", "0.5", "--rank", "2"],
+    }.items():
+        out = tmp_path / name
+        assert run(monkeypatch, model, "--output", str(out), *arguments, *flags) == 0
         manifest = json.loads((out / "pruning.json").read_text())
         sizes, quality = manifest["sizes"], manifest["quality"]
         assert manifest["removed"]
-        if flag == "--weight-budget":
-            assert 0.7 < sizes["weights"] / sizes["weights_dense"] <= 0.8
+        if name != "loss":
+            assert 0.7 < sizes["weights"] / sizes["weights_dense"] <= float(name)
         else:
             assert quality["pruned_loss"] - quality["dense_loss"] <= 0.5 + 1e-6
 

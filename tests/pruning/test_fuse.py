@@ -11,11 +11,11 @@ from pruning.errors import RecipeError
 from pruning.export import apply_plan, apply_recovery
 from pruning.families import FAMILIES
 from pruning.formats import FORMATS, PrunedModel
-from pruning.fuse import check_fusable, fusable, fuse, has_biases, places
+from pruning.fuse import check_fusable, fusable, fuse, places
 from pruning.plan import Plan, Sublayer
 from pruning.regression import Affine
 from pruning.subnetwork import Evaluator
-from pruning.units import GATE, linear_units, widened
+from pruning.units import GATE, has_biases, linear_units, widened
 
 FUSABLE = [name for name, family in FAMILIES.items() if fusable(family)]
 

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from pruning.export import apply_plan
+from pruning.console import Reporter
+from pruning.export import apply_plan, apply_recovery
 from pruning.families import FAMILIES
+from pruning.fuse import fuse
 from pruning.model import DenseModel
 from pruning.plan import Plan, Sublayer
 from pruning.sizes import predicted_bytes, sublayer_bytes, weight_bytes
-from tests.conftest import BLOCKS, pico_tokenizer
+from pruning.subnetwork import Evaluator
+from pruning.units import has_biases
+from tests.conftest import BLOCKS, pico_tokenizer, tokens
 
 
 def dense_model(model, model_type: str) -> DenseModel:
@@ -30,3 +34,15 @@ def test_a_removed_ffn_saves_its_own_bytes(model_type, block, pico):
 def test_experts_weigh_more_than_the_dense_ffn_between_them(pico):
     each = sublayer_bytes(dense_model(pico("qwen3_moe"), "qwen3_moe"))
     assert each[Sublayer(1, "ffn")] > each[Sublayer(5, "ffn")] > 0
+
+
+@pytest.mark.parametrize("emulation", ["bias", "low_rank", "linear"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])  # with biases, without
+def test_a_fused_model_weighs_at_most_what_is_predicted(model_type, emulation, pico):
+    model, family = pico(model_type), FAMILIES[model_type]
+    plan = Plan(BLOCKS, {Sublayer(2, "attention"): emulation, Sublayer(4, "ffn"): emulation}, rank=8)
+    predicted = predicted_bytes(dense_model(model, model_type), plan, fused=True)
+    evaluator = Evaluator(model, family, tokens())
+    fusion = fuse(evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config))
+    apply_recovery(model, family, plan, fusion)
+    assert 0.99 * predicted["weights"] < weight_bytes(model) <= predicted["weights"]
