@@ -29,6 +29,7 @@ from pruning.stages import (
     calibrate,
     checked,
     choose,
+    forwards,
     healed,
     healing_precision,
     healing_state,
@@ -74,8 +75,8 @@ def run(
         check_free_space(output, int(predicted_bytes(dense, dearest, fused=recipe.fuse)["weights"] * 1.05) + 2**24)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
-    journal = journal_of(None if dry_run else output, dense)
-    with reporter.stage("score"):
+    with reporter.stage("score"), forwards(dense, recipe):
+        journal = journal_of(None if dry_run else output, dense)
         judges = judges_of(dense, recipe, tokens, journal, reporter)
         chosen = choose(judges, recipe, wanted, reporter)
         gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter)
@@ -166,9 +167,9 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     with reporter.stage("calibrate"):
         tokens, _ = calibrate(dense, recipe, reporter)
     every = [Unit(b, kind) for kind in units for b in range(source.config.num_hidden_layers) if b not in recipe.keep]
-    journal = journal_of(output, dense)
     sampling = Sampling(recipe.seed, recipe.samples, max(1, len(every) // 3))
-    with reporter.stage("score"):
+    with reporter.stage("score"), forwards(dense, recipe):
+        journal = journal_of(output, dense)
         judges = judges_of(dense, recipe, tokens, journal, reporter, residency)
         scores = selection.score(judges, every, recipe.importance, sampling, reporter)
     if parallel.process()[0] == 0:

@@ -125,8 +125,8 @@ class Recipe(BaseModel):
         Literal["auto", "bfloat16"],
         RECOVERY,
         Field(
-            description="Arithmetic of the forward passes while fitting; auto: the dtype of the model. bfloat16 keeps "
-            "the residual stream as it is, and is several times faster on CPUs that multiply it."
+            description="Arithmetic of the forward passes of choice and fit; auto: the dtype of the model. bfloat16 "
+            "keeps the residual stream as it is, and is several times faster on CPUs that multiply it."
         ),
     ] = "auto"
     fuse: Annotated[

@@ -34,6 +34,7 @@ HELD_OUT_WINDOWS = 8
 HEALING_VALIDATION_WINDOWS = 16
 HEALING_TOKENS = 10_000_000  # text read where the number of updates is not known
 HEALING_MINUTES = 30.0
+SEARCH_FIT_TOKENS = 16384  # that a search fits its emulations on, in each half; every base that it tries costs a fit
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
@@ -66,10 +67,12 @@ def judges_of(
         )
 
     windows = max(1, recipe.score_tokens // recipe.sequence_length)
+    fitted = max(1, SEARCH_FIT_TOKENS // recipe.sequence_length)
     if recipe.task:
-        adapters = _adapters(dense, recipe, tokens, reporter) if recipe.recovery_aware else None
+        fit = tokens[:fitted]
+        adapters = _adapters(dense, recipe, fit, reporter) if recipe.recovery_aware else None
         settings = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
-        return [_task_judge(dense, recipe, text, adapters, settings, _identity(recipe, tokens)) for text in recipe.task]
+        return [_task_judge(dense, recipe, text, adapters, settings, _identity(recipe, fit)) for text in recipe.task]
     if not recipe.recovery_aware:
         return [Judge("calibration text", evaluator(tokens[:windows]))]
     sources = len(recipe.calibration) or 2
@@ -79,8 +82,8 @@ def judges_of(
     halves = [tokens[[row for row, source in enumerate(row_source) if source % 2 == half]] for half in (0, 1)]
     return [
         Judge(f"half {half + 1}", evaluator(halves[half][: max(1, windows // 2)]),
-              adapters=_adapters(dense, recipe, halves[1 - half], reporter),
-              fitted_on=_identity(recipe, halves[1 - half]))
+              adapters=_adapters(dense, recipe, halves[1 - half][:fitted], reporter),
+              fitted_on=_identity(recipe, halves[1 - half][:fitted]))
         for half in (0, 1)
     ]  # fmt: skip
 
@@ -273,9 +276,18 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
     return source, wanted
 
 
+def forwards(dense: DenseModel, recipe: Recipe) -> torch.autocast:
+    """The arithmetic of forward passes that the recipe asks for."""
+    return torch.autocast(dense.model.device.type, torch.bfloat16, enabled=recipe.fit_precision == "bfloat16")
+
+
 def journal_of(output: Path | None, dense: DenseModel) -> Journal:
-    """The journal of the values that one output needs, in the user's cache; a file for each process."""
-    scope = f"{dense.weight_hash} {dense.model.dtype} {torch.get_num_threads()}"
+    """The journal of the values that one output needs, in the user's cache; a file for each process.
+
+    For the arithmetic in force where it is called.
+    """
+    half = torch.is_autocast_enabled(dense.model.device.type)
+    scope = f"{dense.weight_hash} {dense.model.dtype} {half} {torch.get_num_threads()}"
     if output is None:
         return Journal(None, scope)
     rank, processes = parallel.process()
@@ -288,7 +300,7 @@ def recovered(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, rep
     evaluator = Evaluator(dense.model, dense.family, tokens)
     recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
     how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
-    with torch.autocast(dense.model.device.type, torch.bfloat16, enabled=recipe.fit_precision == "bfloat16"):
+    with forwards(dense, recipe):
         if not recipe.fuse:
             return recover(evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, **how)
         check_fusable(dense.family, plan.removed)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pruning import stages
 from pruning.checkpoint import verify
 from tests.conftest import run_prune_export as run
 
@@ -207,6 +208,23 @@ def test_searches_and_budgets(monkeypatch, pico_directory, text, tmp_path, flags
     assert len(removed) == sublayers
     assert attention is None or sum(name.startswith("attention") for name in removed) == attention
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_search_fits_on_a_part_of_the_text_and_in_the_arithmetic_asked_for(
+    monkeypatch, pico_directory, text, tmp_path
+):
+    asked, fit = [], stages.fit_candidates
+
+    def spied(evaluator, *rest):
+        asked.append((sum(map(len, evaluator.batches)), torch.is_autocast_enabled("cpu")))
+        return fit(evaluator, *rest)
+
+    monkeypatch.setattr(stages, "fit_candidates", spied)
+    monkeypatch.setattr(stages, "SEARCH_FIT_TOKENS", 96)
+    flags = ["--attention", "2", "--search", "greedy", "--recovery-aware", "--fit-precision", "bfloat16", "--rank", "4"]
+    arguments = ["--calibration", text, "--calibration-tokens", "512", "--sequence-length", "32", *flags]
+    assert run(monkeypatch, str(pico_directory("llama")), "--output", str(tmp_path / "out"), *arguments) == 0
+    assert set(asked) == {(3, True)}
 
 
 def test_budgets_in_weights_and_in_loss_hold(monkeypatch, pico_directory, text, tmp_path):
