@@ -116,6 +116,21 @@ def interleave(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
+def repeated(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows whose second half repeats their first.
+
+    Args:
+        rows: int64 [n, T].
+
+    Returns:
+        int64 [n, T'], T' = T or T - 1, even; and which of their next tokens are copies, bool [n, T' - 1]: all of the
+        second half but its first, which nothing tells.
+    """
+    half = rows.shape[1] // 2
+    copies = torch.arange(2 * half - 1) >= half
+    return rows[:, :half].repeat(1, 2), copies.repeat(len(rows), 1)
+
+
 def standard_library_text() -> str:
     """English prose and code that every Python carries: the topics of `help()`."""
     from pydoc_data.topics import topics

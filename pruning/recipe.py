@@ -80,6 +80,15 @@ class Recipe(BaseModel):
         SEVERAL,
         Field(description="FILE or FILE:weight to judge on instead of calibration text: text or questions (JSONL)."),
     ] = []
+    copying: Annotated[
+        float,
+        SELECTION,
+        Field(
+            ge=0,
+            description="Weight of windows whose second half repeats the first, beside 1 for the text: spares the "
+            "layers that copy from the context.",
+        ),
+    ] = 0.0
     judged_by: Annotated[
         Literal["loss", "error"], SELECTION, Field(description="What counts in multiple-choice questions.")
     ] = "loss"

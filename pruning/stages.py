@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pruning import parallel, selection
 from pruning.block_sharing import check_sharing
-from pruning.calibration import from_files, other_windows, read_text, self_generated, standard_library
+from pruning.calibration import from_files, other_windows, read_text, repeated, self_generated, standard_library
 from pruning.console import Reporter
 from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.errors import CalibrationError, RecipeError
@@ -56,44 +57,53 @@ def judges_of(
     dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
     residency: Residency | None = None,
 ) -> list[Judge]:  # fmt: skip
-    """What plans are judged on: calibration text, or two halves of it of different domains, crosswise.
+    """What plans are judged on: tasks, calibration text, or two halves of it of different domains, crosswise.
 
-    In the second case each half is judged with emulations that were fitted on the other.
+    In the last case each half is judged with emulations that were fitted on the other. With `--copying`, repeated
+    windows of the same text judge as well: layers that copy from the context cost little on text, and their work is
+    what no map of a single token brings back.
     """
-
-    def evaluator(rows: Tensor) -> Evaluator:
-        return Evaluator(
-            dense.model, dense.family, rows, state_bytes=SCORING_STATE_BYTES, journal=journal, residency=residency
-        )
-
+    settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
     windows = max(1, recipe.score_tokens // recipe.sequence_length)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.sequence_length)
-    if recipe.task:
-        fit = tokens[:fitted]
-        adapters = _adapters(dense, recipe, fit, reporter) if recipe.recovery_aware else None
-        settings = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
-        return [_task_judge(dense, recipe, text, adapters, settings, _identity(recipe, fit)) for text in recipe.task]
-    if not recipe.recovery_aware:
-        return [Judge("calibration text", evaluator(tokens[:windows]))]
+
+    def judge(name: str, rows: Tensor, fit: Tensor | None) -> Judge:
+        evaluator = Evaluator(dense.model, dense.family, rows, **settings)
+        if fit is None:
+            return Judge(name, evaluator)
+        adapters = _adapters(dense, recipe, fit[:fitted], reporter)
+        return Judge(name, evaluator, 1.0, adapters, _identity(recipe, fit[:fitted]))
+
+    if recipe.task or not recipe.recovery_aware:
+        texts = [judge("calibration text", tokens[:windows], tokens if recipe.recovery_aware else None)]
+    else:
+        texts = [
+            judge(f"half {number}", rows[: max(1, windows // 2)], others)
+            for number, (rows, others) in enumerate(_halves(recipe, tokens, reporter), 1)
+        ]
+    judges = [_task_judge(dense, recipe, path, texts[0], settings) for path in recipe.task] or list(texts)
+    if recipe.copying:
+        for text in texts:
+            rows, copies = repeated(torch.cat(text.evaluator.batches))
+            evaluator = Evaluator(dense.model, dense.family, rows, counted=copies, **settings)
+            name = f"{text.name}, repeated"
+            judges.append(replace(text, name=name, evaluator=evaluator, weight=recipe.copying))
+    return judges
+
+
+def _halves(recipe: Recipe, tokens: Tensor, reporter: Reporter) -> list[tuple[Tensor, Tensor]]:
+    """Windows of every second source and of the others, and the same two the other way round."""
     sources = len(recipe.calibration) or 2
     if sources == 1:
         reporter.say("note: all text is of one file; --recovery-aware is best with --calibration files of two domains")
     row_source = [(HELD_OUT_WINDOWS + row) % max(2, sources) for row in range(len(tokens))]
-    halves = [tokens[[row for row, source in enumerate(row_source) if source % 2 == half]] for half in (0, 1)]
-    return [
-        Judge(f"half {half + 1}", evaluator(halves[half][: max(1, windows // 2)]),
-              adapters=_adapters(dense, recipe, halves[1 - half][:fitted], reporter),
-              fitted_on=_identity(recipe, halves[1 - half][:fitted]))
-        for half in (0, 1)
-    ]  # fmt: skip
+    one, other = (tokens[[row for row, source in enumerate(row_source) if source % 2 == half]] for half in (0, 1))
+    return [(one, other), (other, one)]
 
 
-def _task_judge(
-    dense: DenseModel, recipe: Recipe, text: str, adapters: selection.Adapters | None, settings: Mapping[str, Any],
-    fitted_on: str,
-) -> Judge:  # fmt: skip
-    """What one `--task` asks for."""
-    path, weight = parse_task(text)
+def _task_judge(dense: DenseModel, recipe: Recipe, task: str, text: Judge, settings: Mapping[str, Any]) -> Judge:
+    """What one `--task` asks for, with the emulations that calibration text is judged with."""
+    path, weight = parse_task(task)
     evaluator: Evaluator
     if holds_questions(path):
         questions = read_task(path, dense.tokenizer, recipe.score_tokens)
@@ -101,7 +111,7 @@ def _task_judge(
     else:
         rows = from_files([path], dense.tokenizer, recipe.score_tokens, recipe.sequence_length, recipe.seed)
         evaluator = Evaluator(dense.model, dense.family, rows, **settings)
-    return Judge(path.name, evaluator, weight, adapters, fitted_on)
+    return replace(text, name=path.name, evaluator=evaluator, weight=weight)
 
 
 def _identity(recipe: Recipe, tokens: Tensor) -> str:
@@ -249,9 +259,10 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
         UserError: What is wrong with the request.
     """
     row = metric(recipe.importance)
-    if recipe.task and not row.target.startswith("pruning.importance.ablation"):
-        raise RecipeError(f"--importance {recipe.importance} does not see answers; with --task use leave-one-out, kl, "
-                          "a Shapley value, or leave --task out")  # fmt: skip
+    flag = "--task" if recipe.task else "--copying"
+    if (recipe.task or recipe.copying) and not row.target.startswith("pruning.importance.ablation"):
+        raise RecipeError(f"--importance {recipe.importance} sees all tokens alike; with {flag} use leave-one-out, kl, "
+                          f"a Shapley value, or leave {flag} out")  # fmt: skip
     if recipe.importance == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
         raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
     source = find_model(model, reporter)

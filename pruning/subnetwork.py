@@ -126,15 +126,19 @@ class Evaluator:
         tokens: Tensor | Sequence[Tensor],
         batch_size: int = 4,
         *,
-        counted: Sequence[Tensor] | None = None,
+        counted: Tensor | Sequence[Tensor] | None = None,
         state_bytes: int = STATE_BYTES,
         residency: Residency | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.model, self.family = model, family
         self.blocks = list(blocks_of(model, family))
-        self.batches = list(tokens.split(batch_size)) if isinstance(tokens, Tensor) else list(tokens)
-        self.counted = list(counted) if counted is not None else None
+
+        def batched(each: Tensor | Sequence[Tensor]) -> list[Tensor]:
+            return list(each.split(batch_size)) if isinstance(each, Tensor) else list(each)
+
+        self.batches = batched(tokens)
+        self.counted = None if counted is None else batched(counted)
         self.state_bytes = state_bytes
         self.residency = residency or Residency()
         self.journal = Journal() if journal is None else journal

@@ -1,11 +1,14 @@
-"""The text a model writes for its own calibration."""
+"""The text a model writes for its own calibration, and windows that repeat themselves."""
 
 import pytest
 import torch
 
-from pruning.calibration import self_generated
+from pruning.calibration import repeated, self_generated, standard_library
 from pruning.console import Reporter
+from pruning.model import load_dense
 from pruning.openings import OPENINGS
+from pruning.plan import Sublayer
+from pruning.subnetwork import Evaluator
 from tests.conftest import pico_tokenizer
 
 LENGTH = 64
@@ -49,3 +52,20 @@ def test_rows_are_samples_of_the_model_that_sees_no_padding(pico):
     openings = [len(tokenizer(opening)["input_ids"]) for opening in OPENINGS]
     sampled = torch.cat([row[first:] for row, first in zip(excess, openings, strict=True)])
     assert float(sampled.mean().abs()) < 0.06
+
+
+def test_repeated_windows_count_what_is_copied():
+    rows, copies = repeated(torch.arange(14).view(2, 7))
+    assert rows.tolist() == [[0, 1, 2, 0, 1, 2], [7, 8, 9, 7, 8, 9]]
+    assert copies.tolist() == [[False, False, False, True, True]] * 2
+
+
+def test_a_model_copies_from_the_first_half_of_repeated_windows_until_it_loses_what_copies():
+    """SmolLM2: 0.49 nats a token; without the attention of 14 and 17, which cost text 0.1, 0.69."""
+    dense = load_dense("smollm2-135m", "float32", "cpu", Reporter())
+    rows, copies = repeated(standard_library(dense.tokenizer, 512, 128, 0))
+    plans = [{}, {Sublayer(14, "attention"): None, Sublayer(17, "attention"): None}]
+    text = Evaluator(dense.model, dense.family, rows[:, :64]).values(plans).mean(1)
+    copied = Evaluator(dense.model, dense.family, rows, counted=copies).values(plans).mean(1)
+    assert copied[0] < 0.2 * text[0]
+    assert copied[1] - copied[0] > 1.5 * (text[1] - text[0])

@@ -195,7 +195,7 @@ def test_scores_are_printed_and_saved_and_nothing_else_is_written(monkeypatch, p
         (["--sublayers", "3", "--search", "evolutionary", "--generations", "1", "--offspring", "4"], None, 3),
         (["--attention", "2", "--search", "policy-gradient", "--generations", "1", "--offspring", "4"], 2, 2),
         (["--attention", "2", "--search", "greedy", "--recovery-aware", "--rank", "4"], 2, 2),
-        (["--attention", "2", "--search", "exchange", "--recovery-aware", "--rank", "4"], 2, 2),
+        (["--attention", "2", "--search", "exchange", "--recovery-aware", "--rank", "4", "--copying", "0.5"], 2, 2),
         (["--blocks", "2", "--search", "consecutive"], 2, 4),
     ],
 )
@@ -221,10 +221,17 @@ def test_a_search_fits_on_a_part_of_the_text_and_in_the_arithmetic_asked_for(
 
     monkeypatch.setattr(stages, "fit_candidates", spied)
     monkeypatch.setattr(stages, "SEARCH_FIT_TOKENS", 96)
-    flags = ["--attention", "2", "--search", "greedy", "--recovery-aware", "--fit-precision", "bfloat16", "--rank", "4"]
+    flags = ["--attention", "2", "--search", "greedy", "--recovery-aware", "--copying", "0.5", "--rank", "4"]
     arguments = ["--calibration", text, "--calibration-tokens", "512", "--sequence-length", "32", *flags]
+    arguments += ["--fit-precision", "bfloat16"]
     assert run(monkeypatch, str(pico_directory("llama")), "--output", str(tmp_path / "out"), *arguments) == 0
     assert set(asked) == {(3, True)}
+    scores = verify(tmp_path / "out").importance
+    one, two, copied, copied_too = (
+        scores[f"leave-one-out ({name})"] for name in ("half 1", "half 2", "half 1, repeated", "half 2, repeated")
+    )
+    for unit, value in scores["leave-one-out"].items():
+        assert value == pytest.approx((one[unit] + two[unit] + 0.5 * (copied[unit] + copied_too[unit])) / 3)
 
 
 def test_budgets_in_weights_and_in_loss_hold(monkeypatch, pico_directory, text, tmp_path):
@@ -256,6 +263,8 @@ def test_budgets_in_weights_and_in_loss_hold(monkeypatch, pico_directory, text, 
         (["--search", "consecutive"], "--blocks N"),
         (["--sublayers", "3", "--ffn", "1"], "--sublayers ranks both kinds"),
         (["--recovery-aware", "--emulation", "none"], "choose an --emulation"),
+        (["--copying", "0.5", "--importance", "cosine"], "leave --copying out"),
+        (["--copying", "-1"], "greater than or equal to 0"),
         (["--stream"], "prune-export score"),
     ],
 )
