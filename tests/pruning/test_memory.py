@@ -16,7 +16,7 @@ from tests.conftest import tokens
 
 LENGTH = 32
 BATCH = 4
-ROWS = 64
+ROWS = 24
 STREAM = 128 * 4  # bytes of a token in one residual stream
 
 
