@@ -76,7 +76,7 @@ def run(
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
-        journal = journal_of(None if dry_run else output, dense)
+        journal = journal_of(None if dry_run else output, dense, recipe)
         judges = judges_of(dense, recipe, tokens, journal, reporter)
         chosen = choose(judges, recipe, wanted, reporter)
         gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter)
@@ -161,6 +161,8 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
         if recipe.stream:
             if metric(recipe.importance).target.startswith("pruning.importance.gradient"):
                 raise RecipeError(f"--importance {recipe.importance} needs the whole model; leave --stream out")
+            if recipe.fit_precision != "auto":
+                raise RecipeError("--stream computes in --dtype; leave --fit-precision out")
             dense, residency = open_streamed(source, recipe.dtype, recipe.device)
         else:
             dense = load_model(source, recipe.dtype, recipe.device)
@@ -169,7 +171,7 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     every = [Unit(b, kind) for kind in units for b in range(source.config.num_hidden_layers) if b not in recipe.keep]
     sampling = Sampling(recipe.seed, recipe.samples, max(1, len(every) // 3))
     with reporter.stage("score"), forwards(dense, recipe):
-        journal = journal_of(output, dense)
+        journal = journal_of(output, dense, recipe)
         judges = judges_of(dense, recipe, tokens, journal, reporter, residency)
         scores = selection.score(judges, every, recipe.importance, sampling, reporter)
     if parallel.process()[0] == 0:

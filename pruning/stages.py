@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,18 +288,15 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
     return source, wanted
 
 
-def forwards(dense: DenseModel, recipe: Recipe) -> torch.autocast:
+def forwards(dense: DenseModel, recipe: Recipe) -> AbstractContextManager[Any]:
     """The arithmetic of forward passes that the recipe asks for."""
-    return torch.autocast(dense.model.device.type, torch.bfloat16, enabled=recipe.fit_precision == "bfloat16")
+    half = recipe.fit_precision == "bfloat16"
+    return torch.autocast(dense.model.device.type, torch.bfloat16) if half else nullcontext()
 
 
-def journal_of(output: Path | None, dense: DenseModel) -> Journal:
-    """The journal of the values that one output needs, in the user's cache; a file for each process.
-
-    For the arithmetic in force where it is called.
-    """
-    half = torch.is_autocast_enabled(dense.model.device.type)
-    scope = f"{dense.weight_hash} {dense.model.dtype} {half} {torch.get_num_threads()}"
+def journal_of(output: Path | None, dense: DenseModel, recipe: Recipe) -> Journal:
+    """The journal of the values that one output needs, in the user's cache; a file for each process."""
+    scope = f"{dense.weight_hash} {dense.model.dtype} {recipe.fit_precision} {torch.get_num_threads()}"
     if output is None:
         return Journal(None, scope)
     rank, processes = parallel.process()

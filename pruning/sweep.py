@@ -100,7 +100,7 @@ def sweep(
     budgets = parse_budgets(attention, num_blocks - len(set(recipe.keep)))
     with reporter.stage("load"):
         dense = load_model(source, recipe.dtype, recipe.device)
-    journal = journal_of(output, dense)
+    journal = journal_of(output, dense, recipe)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
         if curves.judge is not None:
@@ -142,7 +142,7 @@ def _order(
 ) -> tuple[list[Unit], float, dict[str, Any]]:
     """Units in order of removal, seconds it took (journalled with them), and the scores."""
     how, name = ("greedy", recipe.importance) if chooser == "greedy" else ("rank", chooser)
-    key = ["order", how, name, count, recipe.keep, recipe.seed, recipe.samples, recipe.score_tokens, _digest(tokens)]
+    key = ["order", how, name, count, recipe.model_dump_json(), _digest(tokens)]
     if (known := journal.recall(key)) is None:
         start = time.perf_counter()
         judges = judges_of(dense, recipe, tokens, journal, reporter)
