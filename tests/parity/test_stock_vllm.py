@@ -17,7 +17,7 @@ def answered(tmp_path_factory) -> dict:
     directory = tmp_path_factory.mktemp("stock") / "smollm2"
     keep = [str(block) for block in range(30) if block not in REMOVED]
     flags = ["--attention", "10", "--keep", *keep, "--importance", "random", "--fuse", "--format", "nemotron-nas"]
-    tokens = ["--calibration-tokens", "8192", "--score-tokens", "256"]
+    tokens = ["--calibration-tokens", "4096", "--score-tokens", "256"]
     command = [Path(sys.executable).with_name("prune-export"), "smollm2-135m", "--output", directory, *flags, *tokens]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -39,17 +39,17 @@ def run_engine(models: list[Path], variables: dict[str, str] | None = None, **op
 
 @pytest.fixture(scope="module")
 def served(pico_checkpoint) -> dict[str, dict]:
-    return serve_all(MODELS, pico_checkpoint)
+    return serve_all([*MODELS, *SHARED], pico_checkpoint, distributed_executor_backend="uni")
 
 
 @pytest.fixture(scope="module")
-def served_shared(pico_checkpoint) -> dict[str, dict]:
-    return serve_all(SHARED, pico_checkpoint)
+def served_by_two(pico_checkpoint) -> dict[str, dict]:
+    return serve_all(["llama", "qwen2 shared"], pico_checkpoint, tensor_parallel_size=2)
 
 
-def serve_all(models: list[str], pico_checkpoint) -> dict[str, dict]:
+def serve_all(models: list[str], pico_checkpoint, **options) -> dict[str, dict]:
     directories = {family: pico_checkpoint(family)[0] for family in models}
-    results = run_engine(list(directories.values()), distributed_executor_backend="uni")
+    results = run_engine(list(directories.values()), **options)
     return {family: results[str(directory)] for family, directory in directories.items()}
 
 
@@ -97,26 +97,23 @@ def test_a_layer_that_reads_anothers_cache_has_none_of_its_own(served):
 
 @pytest.mark.engine
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_blocks_agree_with_transformers_as_ordinary_ones(name, served_shared, pico_checkpoint):
+def test_shared_blocks_agree_with_transformers_as_ordinary_ones(name, served, pico_checkpoint):
     directory, pruned = pico_checkpoint(name)
-    served = served_shared[name]
-    assert_agreement(served, directory)
-    assert len([one for one in served["projections"] if one.endswith(".o_proj")]) == BLOCKS
+    assert_agreement(served[name], directory)
+    assert len([one for one in served[name]["projections"] if one.endswith(".o_proj")]) == BLOCKS
     dense = sum(parameter.nbytes for parameter in pico_model(name.partition(" ")[0]).parameters())
-    assert abs(served["weight_bytes"] - dense) <= 0.02 * dense
+    assert abs(served[name]["weight_bytes"] - dense) <= 0.02 * dense
     assert dense > sum(parameter.nbytes for parameter in pruned.parameters())
 
 
 @pytest.mark.engine
-def test_two_tensor_parallel_workers_agree_on_shared_blocks(pico_checkpoint):
-    directory = pico_checkpoint("qwen2 shared")[0]
-    assert_agreement(run_engine([directory], tensor_parallel_size=2)[str(directory)], directory)
+def test_two_tensor_parallel_workers_agree_on_shared_blocks(served_by_two, pico_checkpoint):
+    assert_agreement(served_by_two["qwen2 shared"], pico_checkpoint("qwen2 shared")[0])
 
 
 @pytest.mark.engine
-def test_two_tensor_parallel_workers_agree_with_one(served, pico_checkpoint):
-    directory = pico_checkpoint("llama")[0]
-    two = run_engine([directory], tensor_parallel_size=2)[str(directory)]
+def test_two_tensor_parallel_workers_agree_with_one(served, served_by_two):
+    two = served_by_two["llama"]
     assert two["tokens"] == served["llama"]["tokens"]
     for mine, theirs in zip(two["prompt_logprobs"], served["llama"]["prompt_logprobs"], strict=True):
         assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-4)
