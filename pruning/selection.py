@@ -15,7 +15,6 @@ from pruning.objective import Objective
 from pruning.plan import Sublayer, Unit, sublayers_of
 from pruning.subnetwork import Evaluator
 
-SEARCHES = ("rank", "greedy", "exchange", "evolutionary", "policy-gradient", "consecutive")
 SHORTLIST = 8  # units that greedy and exchange score at a time, where a metric scores each apart from the others
 ROUNDS = 3  # times that exchange puts each removed unit back, at most
 
@@ -144,7 +143,7 @@ def select(
         judges: Texts and tasks.
         groups: Candidates and how many of them go.
         importance: Metric of `rank`, `greedy` and `exchange`; where `evolutionary` starts.
-        how: One of SEARCHES.
+        how: `rank`, `greedy`, `exchange`, `evolutionary`, `policy-gradient` or `consecutive`.
         sampling: For metrics and searches that draw.
         reporter: For progress.
         objective: What `evolutionary` and `policy-gradient` minimise.

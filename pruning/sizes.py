@@ -1,5 +1,7 @@
 """Bytes of weights and KV cache, before and after."""
 
+from collections.abc import Mapping
+
 import torch
 
 from pruning.families import head_dim
@@ -7,7 +9,7 @@ from pruning.model import DenseModel
 from pruning.modeling import blocks_of, output_projection, places
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, kv_bytes_per_token
 from pruning.shared_blocks import SHARED, SharedEmulation, linear_maps
-from pruning.units import UNITS_MULTIPLE, has_biases
+from pruning.units import has_biases, padded_size
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -50,13 +52,11 @@ def fused_bytes(dense: DenseModel, sublayer: Sublayer, kind: EmulationKind, rank
     An upper bound: units are padded to a multiple for each FFN, not for each sublayer. `biases_bytes` come on top.
     """
     size, biased = dense.model.config.hidden_size, has_biases(dense.model.config)
-    ranks = {"none": 0, "bias": 0 if biased else 1, "low_rank": rank, "linear": size}
-    units = -(-ranks[kind] // UNITS_MULTIPLE) * UNITS_MULTIPLE
-    if sublayer.kind == "attention" or kind == "none":
-        norms = 0
-    else:
-        block, units = blocks_of(dense.model, dense.family)[sublayer.block], max(units, UNITS_MULTIPLE)
-        norms = sum(weight_bytes(getattr(block, name)) for name in places(dense.family, "ffn")[1:])
+    needed = {"none": 0, "bias": 0 if biased else 1, "low_rank": rank, "linear": size}[kind]
+    own = sublayer.kind == "ffn" and kind != "none"
+    units = padded_size(needed) if needed or own else 0
+    block = blocks_of(dense.model, dense.family)[sublayer.block]
+    norms = sum(weight_bytes(getattr(block, name)) for name in places(dense.family, "ffn")[1:]) if own else 0
     return units * (3 * size + 2 * biased) * dense.model.dtype.itemsize + norms
 
 
@@ -77,18 +77,26 @@ def saved_by_sharing(dense: DenseModel, sublayer: Sublayer, rank: int) -> int:
     return sum(weight_bytes(linear) for linear in linear_maps(own).values()) - weight_bytes(shared)
 
 
+def saved_bytes(
+    dense: DenseModel, removed: Mapping[Sublayer, EmulationKind], rank: int, sources: int, *, fused: bool
+) -> dict[Sublayer, int]:
+    """Weight bytes that each removed sublayer saves, less those of what emulates it; `biases_bytes` are not in it."""
+    each = sublayer_bytes(dense)
+
+    def saved(sublayer: Sublayer, kind: EmulationKind) -> int:
+        if kind == SHARED:
+            return saved_by_sharing(dense, sublayer, rank)
+        if fused:
+            return each[sublayer] - fused_bytes(dense, sublayer, kind, rank)
+        return each[sublayer] - adapter_bytes(dense, kind, rank, sources)
+
+    return {sublayer: saved(sublayer, kind) for sublayer, kind in removed.items()}
+
+
 def predicted_bytes(dense: DenseModel, plan: Plan, *, fused: bool = False) -> dict[str, int]:
     """Weight and KV bytes of the pruned model (at most, where its emulations are fused), and of the dense one."""
-    whole, each = weight_bytes(dense.model), sublayer_bytes(dense)
-
-    def saving(sublayer: Sublayer, emulation: EmulationKind) -> int:
-        if emulation == SHARED:
-            return saved_by_sharing(dense, sublayer, plan.rank)
-        if fused:
-            return each[sublayer] - fused_bytes(dense, sublayer, emulation, plan.rank)
-        return each[sublayer] - adapter_bytes(dense, emulation, plan.rank, plan.sources)
-
-    saved = sum(saving(sublayer, emulation) for sublayer, emulation in plan.removed.items())
+    whole = weight_bytes(dense.model)
+    saved = sum(saved_bytes(dense, plan.removed, plan.rank, plan.sources, fused=fused).values())
     if fused and any(emulation != "none" for emulation in plan.removed.values()):
         saved -= biases_bytes(dense)
     return {

@@ -26,7 +26,7 @@ from pruning.model import DenseModel, Source, cache_directory, find_model
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Counts, Recipe, counts
 from pruning.selection import Judge, Selection
-from pruning.sizes import adapter_bytes, biases_bytes, fused_bytes, predicted_bytes, sublayer_bytes
+from pruning.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.subnetwork import Evaluator, Residency
 from pruning.tasks import TaskEvaluator, holds_questions, parse_task, read_task
 from pruning.units import has_biases
@@ -189,13 +189,11 @@ def within_budget(
         RecipeError: The budget cannot be met.
     """
     if recipe.weight_budget is not None:
-        each = sublayer_bytes(dense)
-        kind, rank = emulation_kind(recipe), recipe.rank
-        adapter = adapter_bytes(dense, kind, rank, recipe.sources)
-        stays = {s: fused_bytes(dense, s, kind, rank) if recipe.fuse else adapter for s in each}
-        savings = [sum(each[s] - stays[s] for s in unit.sublayers) for unit in order]
-        whole = predicted_bytes(dense, Plan(len(dense.model.get_submodule(dense.family.blocks)), {}))["weights"]
-        excess = math.ceil(whole * (1 - parse_share(recipe.weight_budget, "weight-budget")))
+        kind = emulation_kind(recipe)
+        removed = dict.fromkeys(sublayers_of(order), kind)
+        each = saved_bytes(dense, removed, recipe.rank, recipe.sources, fused=recipe.fuse)
+        savings = [sum(each[s] for s in unit.sublayers) for unit in order]
+        excess = math.ceil(weight_bytes(dense.model) * (1 - parse_share(recipe.weight_budget, "weight-budget")))
         excess += biases_bytes(dense) if recipe.fuse and kind != "none" else 0
         count = shortest(savings, excess)
         if count is None:

@@ -28,6 +28,11 @@ def has_biases(config: Any) -> bool:
     return hasattr(config, "mlp_bias")
 
 
+def padded_size(units: int) -> int:
+    """Units of an FFN that tensor parallelism can split: a multiple of 8, at least 8."""
+    return max(UNITS_MULTIPLE, -(-units // UNITS_MULTIPLE) * UNITS_MULTIPLE)
+
+
 @dataclass(frozen=True, slots=True)
 class Units:
     """What is added to one FFN: n units and, where the family has biases, a constant.
@@ -76,8 +81,7 @@ class Units:
         An FFN that has no units at all (`size` 0) gets at least 8.
         """
         total = size + len(self.up)
-        wanted = max(UNITS_MULTIPLE, -(-total // UNITS_MULTIPLE) * UNITS_MULTIPLE)
-        return self.plus(Units.zeros(wanted - total, self.up, self.bias is not None))
+        return self.plus(Units.zeros(padded_size(total) - total, self.up, self.bias is not None))
 
 
 @dataclass(frozen=True, slots=True)
