@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from machine import machine
-from recovery import attention_of, windows_to_judge
+from recovery import attention_of, windows_to_heal_on, windows_to_judge
 
-from pruning.calibration import from_files, other_windows
+from pruning.calibration import from_files
 from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
 from pruning.distillation import cut_copy
 from pruning.emulation import recover
@@ -61,8 +60,7 @@ def main() -> None:
     reporter = Reporter()
     dense = load_dense(options.model, "float32", "cpu", reporter)
     fitted = from_files(options.calibration, dense.tokenizer, options.tokens, options.length, 0)
-    pool = other_windows(options.calibration, dense.tokenizer, 10_000_000, options.length, fitted)
-    validation, rows = pool[: options.validation], torch.cat([fitted, pool[options.validation :]])
+    rows, validation = windows_to_heal_on(dense, options.calibration, 10_000_000, fitted, options.validation)
     gone = attention_of(options.attention)
     plan = Plan(dense.model.config.num_hidden_layers, dict.fromkeys(gone, options.emulation), options.rank)
     start, cpu = time.perf_counter(), time.process_time()

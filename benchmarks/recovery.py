@@ -139,13 +139,20 @@ def forwards(options) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16")
 
 
+def windows_to_heal_on(
+    dense: DenseModel, files: list[Path], tokens: int, fitted: torch.Tensor, validation: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows that were fitted on and, of `tokens` tokens of the same files, the others; and some to judge by."""
+    pool = other_windows(files, dense.tokenizer, tokens, fitted.shape[1], fitted)
+    return torch.cat([fitted, pool[validation:]]), pool[:validation]
+
+
 def healed(
     dense: DenseModel, options, how: Technique, plan: Plan, recovery: Recovery, fitted: torch.Tensor
 ) -> Recovery:
     """Train, on the windows that were fitted on and others of the same texts."""
     tokens = HEALING_STEPS * HEALING_TOKENS + VALIDATION_WINDOWS * options.length
-    pool = other_windows(options.calibration, dense.tokenizer, tokens, options.length, fitted)
-    rows, validation = torch.cat([fitted, pool[VALIDATION_WINDOWS:]]), pool[:VALIDATION_WINDOWS]
+    rows, validation = windows_to_heal_on(dense, options.calibration, tokens, fitted, VALIDATION_WINDOWS)
     settings = Settings(
         how.healed, "kl", how.optimizer, 1e-3, 32, HEALING_STEPS, None, HEALING_TOKENS,
         "bf16" if options.precision == "bfloat16" else "no", 0,

@@ -13,10 +13,10 @@ from unittest.mock import patch
 
 import torch
 from machine import machine
-from recovery import windows_to_judge
+from recovery import windows_to_heal_on, windows_to_judge
 
 from pruning import block_sharing
-from pruning.calibration import from_files, other_windows
+from pruning.calibration import from_files
 from pruning.console import Reporter, quiet_libraries
 from pruning.distillation import cut_copy
 from pruning.emulation import Recovery, recover
@@ -100,8 +100,7 @@ def measured(dense: DenseModel, options, row: Row, fitted: torch.Tensor, judged:
                 torch.nn.init.ones_(shared.scale)
     if row.heal:
         found["ratio_start"] = judge(dense, plan, recovery, judged, base)
-        pool = other_windows(options.calibration, dense.tokenizer, 200_000, options.length, fitted)
-        rows, validation = torch.cat([fitted, pool[16:]]), pool[:16]
+        rows, validation = windows_to_heal_on(dense, options.calibration, 200_000, fitted)
         settings = Settings(row.heal, "kl", "adamw", 1e-3, 32, options.steps, None, 1024, "bf16", 0)
         start = time.process_time()
         recovery, record = heal(dense.model, dense.family, plan, recovery, rows, validation, settings, Reporter())
