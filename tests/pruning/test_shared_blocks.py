@@ -206,9 +206,8 @@ def own_text(model):
     return rows[:32], rows[32:]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "trained"), [("llama", "lora"), ("qwen2", "adapters"), ("gemma2", "adapters"), ("cohere", "lora")]
-)
+@pytest.mark.parametrize("trained", ["adapters", "lora"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "cohere"])
 def test_healing_trains_differences_scales_and_norms(model_type, trained):
     model, family = pico_model(model_type), FAMILIES[model_type]
     recovery = recover(Evaluator(model, family, tokens()), SHARED_PLAN.removed, 4, Reporter(), compensated=False)

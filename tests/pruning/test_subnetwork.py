@@ -147,7 +147,6 @@ from pruning.families import FAMILIES
 from pruning.importance import Sampling, metric
 from pruning.plan import Sublayer, Unit
 from pruning.subnetwork import Evaluator, describe
-from tests.conftest import plain_logits
 
 torch.set_num_threads(1)
 parallel.start()
