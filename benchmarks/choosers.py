@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from recovery import windows_to_judge
 
-from pruning.calibration import from_files
 from pruning.console import Reporter, quiet_libraries
-from pruning.emulation import fit_candidates, fit_plan
+from pruning.evaluation.tasks import TaskEvaluator, read_task
+from pruning.forward.evaluator import Evaluator
 from pruning.importance import METRICS, Sampling
-from pruning.model import load_dense
+from pruning.models.loading import load_dense
 from pruning.plan import Unit, lowest, sublayers_of
-from pruning.selection import Judge, score, select
-from pruning.subnetwork import Evaluator
-from pruning.tasks import TaskEvaluator, read_task
+from pruning.recovery.emulation import fit_candidates, fit_plan
+from pruning.search.selection import Judge, score, select
+from pruning.texts.calibration import from_files
 from pruning.workdir import Journal
 
 SEARCHES = {

@@ -13,16 +13,16 @@ from pathlib import Path
 from machine import machine
 from recovery import attention_of, windows_to_heal_on, windows_to_judge
 
-from pruning.calibration import from_files
 from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
-from pruning.distillation import cut_copy
-from pruning.emulation import recover
-from pruning.evaluate import loss, perplexity_ratio
-from pruning.export import apply_recovery
-from pruning.healing import Settings, heal
-from pruning.model import load_dense
+from pruning.evaluation.evaluate import loss, perplexity_ratio
+from pruning.forward.evaluator import Evaluator
+from pruning.models.loading import load_dense
 from pruning.plan import Plan
-from pruning.subnetwork import Evaluator
+from pruning.recovery.apply import apply_recovery
+from pruning.recovery.distillation import cut_copy
+from pruning.recovery.emulation import recover
+from pruning.recovery.healing import Settings, heal
+from pruning.texts.calibration import from_files
 
 
 def arguments() -> argparse.Namespace:

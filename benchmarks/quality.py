@@ -20,10 +20,7 @@ from pathlib import Path
 import torch
 from machine import machine
 
-from pruning.calibration import read_text
-from pruning.checkpoint import MANIFEST
 from pruning.console import Reporter, quiet_libraries
-from pruning.evaluate import load
 from pruning.evaluation.choice import (
     Answer,
     Question,
@@ -34,9 +31,12 @@ from pruning.evaluation.choice import (
     read_letter_questions,
     read_questions,
 )
+from pruning.evaluation.evaluate import load
 from pruning.evaluation.generation import Recall, copy_prompts, recalled
 from pruning.evaluation.paired import bootstrap, standard_error
 from pruning.evaluation.text import text_windows, token_losses
+from pruning.models.checkpoint import MANIFEST
+from pruning.texts.calibration import read_text
 from pruning.workdir import Journal
 
 TASKS = ("arc_easy", "piqa", "hellaswag")

@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from machine import machine
 
-from pruning.calibration import from_files, other_windows, read_text
 from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
-from pruning.emulation import Recovery, recover
-from pruning.evaluate import loss, perplexity_ratio
-from pruning.export import apply_recovery
-from pruning.fuse import fuse
-from pruning.healing import Optimizer, Settings, Trained, heal
-from pruning.model import DenseModel, load_dense
+from pruning.evaluation.evaluate import loss, perplexity_ratio
+from pruning.forward.evaluator import Evaluator
+from pruning.models.loading import DenseModel, load_dense
 from pruning.plan import EmulationKind, Plan, Sublayer
-from pruning.search import greedy, rank
-from pruning.subnetwork import Evaluator
-from pruning.units import has_biases
+from pruning.recovery.apply import apply_recovery
+from pruning.recovery.emulation import Recovery, recover
+from pruning.recovery.fuse import fuse
+from pruning.recovery.healing import Optimizer, Settings, Trained, heal
+from pruning.recovery.units import has_biases
+from pruning.search.algorithms import greedy, rank
+from pruning.texts.calibration import from_files, other_windows, read_text
 
 
 @dataclass(frozen=True)

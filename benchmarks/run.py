@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pruning.calibration import standard_library_text
+from pruning.texts.calibration import standard_library_text
 
 HERE = Path(__file__).parent
 

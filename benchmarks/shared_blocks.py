@@ -15,18 +15,18 @@ import torch
 from machine import machine
 from recovery import windows_to_heal_on, windows_to_judge
 
-from pruning import block_sharing
-from pruning.calibration import from_files
 from pruning.console import Reporter, quiet_libraries
-from pruning.distillation import cut_copy
-from pruning.emulation import Recovery, recover
-from pruning.evaluate import loss, perplexity_ratio
-from pruning.healing import Settings, heal
-from pruning.model import DenseModel, load_dense
+from pruning.evaluation.evaluate import loss, perplexity_ratio
+from pruning.forward.evaluator import Evaluator
+from pruning.models.loading import DenseModel, load_dense
+from pruning.models.sizes import predicted_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer
-from pruning.shared_blocks import SharedLinear
-from pruning.sizes import predicted_bytes, weight_bytes
-from pruning.subnetwork import Evaluator
+from pruning.recovery.distillation import cut_copy
+from pruning.recovery.emulation import Recovery, recover
+from pruning.recovery.healing import Settings, heal
+from pruning.texts.calibration import from_files
+from pruning.variants import shared_fit as block_sharing
+from pruning.variants.shared import SharedLinear
 
 
 @dataclass(frozen=True)

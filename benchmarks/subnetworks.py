@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from pruning.calibration import standard_library_text
 from pruning.console import Reporter, quiet_libraries
-from pruning.model import load_dense
+from pruning.forward.evaluator import Evaluator, removed
+from pruning.models.loading import load_dense
 from pruning.plan import KINDS, Sublayer, Unit
-from pruning.search import greedy
-from pruning.selection import SHORTLIST
-from pruning.subnetwork import Evaluator, removed
+from pruning.search.algorithms import greedy
+from pruning.search.selection import SHORTLIST
+from pruning.texts.calibration import standard_library_text
 
 
 def whole(dense, batches, gone):

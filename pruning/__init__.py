@@ -19,7 +19,7 @@ _TABLE = "transformers.models.auto.configuration_auto"
 
 def register() -> None:
     """Register with transformers' auto classes now (idempotent)."""
-    importlib.import_module("pruning.modeling").register_models()
+    importlib.import_module("pruning.models.modeling").register_models()
 
 
 class _Annex(dict[Any, Any]):

@@ -97,7 +97,7 @@ def convert_checkpoint(directory: Path, *, to: str, output: Path, overwrite: boo
         output: Directory to write.
         overwrite: Replace a directory that is not empty.
     """
-    from pruning.convert import convert
+    from pruning.export.convert import convert
 
     convert(directory, to, output, overwrite=overwrite, reporter=Reporter())
 
@@ -153,7 +153,7 @@ def evaluate_model(
         output: JSON file to save the result in.
     """
     from pruning.errors import EvaluationError
-    from pruning.evaluate import Wanted, evaluate
+    from pruning.evaluation.evaluate import Wanted, evaluate
 
     if (letter is None) != (letter_examples is None):
         raise EvaluationError("--letter and --letter-examples go together")
@@ -233,8 +233,8 @@ def sweep_model(
 @app.command(name="list")
 def list_metrics() -> None:
     """Print the importance metrics, export formats and model families."""
+    from pruning.export.formats import FORMATS
     from pruning.families import FAMILIES
-    from pruning.formats import FORMATS
     from pruning.importance import METRICS
 
     for name, row in METRICS.items():

@@ -8,23 +8,27 @@ from typing import Any
 from torch import Tensor
 
 import pruning
-from pruning import parallel, selection
-from pruning.checkpoint import Manifest, verify, write_manifest
 from pruning.console import Reporter, quiet_libraries
-from pruning.emulation import Recovery
 from pruning.errors import RecipeError, StorageError
-from pruning.evaluate import loss, perplexity_ratio
-from pruning.export import apply_recovery, copy_companions
+from pruning.evaluation.evaluate import loss, perplexity_ratio
+from pruning.export.formats import PrunedModel, format_named
+from pruning.export.report import score_table, write_card, write_report
+from pruning.export.writing import copy_companions
 from pruning.families import Family
-from pruning.formats import PrunedModel, format_named
-from pruning.fuse import Fusion
+from pruning.forward import parallel
+from pruning.forward.evaluator import Evaluator, Residency
+from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, metric
-from pruning.model import DenseModel, load_model
+from pruning.models.checkpoint import Manifest, verify, write_manifest
+from pruning.models.loading import DenseModel, load_model
+from pruning.models.sizes import describe_bytes, predicted_bytes
 from pruning.plan import EmulationKind, Plan, Unit, UnitKind
 from pruning.recipe import Recipe
-from pruning.report import score_table, write_card, write_report
-from pruning.selection import Selection
-from pruning.sizes import describe_bytes, predicted_bytes
+from pruning.recovery.apply import apply_recovery
+from pruning.recovery.emulation import Recovery
+from pruning.recovery.fuse import Fusion
+from pruning.search import selection
+from pruning.search.selection import Selection
 from pruning.stages import (
     calibrate,
     checked,
@@ -41,8 +45,6 @@ from pruning.stages import (
     tasks_of,
     within_budget,
 )
-from pruning.streaming import open_streamed
-from pruning.subnetwork import Evaluator, Residency
 from pruning.workdir import atomic_directory, check_free_space, check_output
 
 

@@ -247,3 +247,11 @@ class HeldOutMoments:
     def correction(self) -> Tensor | None:
         """`fit_correction`; None where nothing was held out to judge it."""
         return fit_correction(self.train, self.held_out) if self.held_out.weight else None
+
+
+def token_weights(target: Tensor) -> Tensor:
+    """Inverse mean square of each token's residual stream [..., D] -> float64 [N].
+
+    The next norm divides by it, and a few massive activations would otherwise decide everything.
+    """
+    return 1 / target.double().pow(2).mean(-1).reshape(-1)

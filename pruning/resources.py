@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pruning.checkpoint import is_pruned, read_manifest
 from pruning.errors import CheckpointError
-from pruning.shared_blocks import SHARED
+from pruning.models.checkpoint import is_pruned, read_manifest
+from pruning.variants.shared import SHARED
 
 GIB = 2**30
 # Python, torch and vLLM in the server and its engine process: SmolLM2-135M on a CPU had 3.56 GiB resident with 0.47 GiB

@@ -11,26 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning import parallel, selection
-from pruning.block_sharing import check_sharing
-from pruning.calibration import from_files, other_windows, read_text, repeated, self_generated, standard_library
 from pruning.console import Reporter
-from pruning.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.choice import read_questions
-from pruning.fuse import Fusion, check_fusable, fuse
-from pruning.healing import Precision, Settings, heal
+from pruning.evaluation.tasks import TaskEvaluator, holds_questions, parse_task, read_task
+from pruning.forward import parallel
+from pruning.forward.evaluator import Evaluator, Residency
 from pruning.importance import Sampling, Scores, metric
-from pruning.kv_sharing import check_shareable
-from pruning.model import DenseModel, Source, cache_directory, find_model
+from pruning.models.loading import DenseModel, Source, find_model
+from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Counts, Recipe, counts
-from pruning.selection import Judge, Selection
-from pruning.sizes import biases_bytes, saved_bytes, weight_bytes
-from pruning.subnetwork import Evaluator, Residency
-from pruning.tasks import TaskEvaluator, holds_questions, parse_task, read_task
-from pruning.units import has_biases
-from pruning.workdir import Journal
+from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
+from pruning.recovery.fuse import Fusion, check_fusable, fuse
+from pruning.recovery.healing import Precision, Settings, heal
+from pruning.recovery.units import has_biases
+from pruning.search import selection
+from pruning.search.selection import Judge, Selection
+from pruning.texts.calibration import from_files, other_windows, read_text, repeated, self_generated, standard_library
+from pruning.variants.kv_share_fit import check_shareable
+from pruning.variants.shared_fit import check_sharing
+from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
 HEALING_VALIDATION_WINDOWS = 16

@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pruning
-from pruning import selection
-from pruning.calibration import read_text
 from pruning.console import Reporter, quiet_libraries
 from pruning.errors import RecipeError
 from pruning.evaluation.choice import Question, answer, judged, read_questions
 from pruning.evaluation.paired import bootstrap, standard_error
 from pruning.evaluation.text import text_windows
-from pruning.export import apply_plan
-from pruning.fitting import Fitted, fit_plans, together
+from pruning.export.report import write_sweep_report
+from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling, metric
-from pruning.model import DenseModel, find_model, load_model
+from pruning.models.loading import DenseModel, find_model, load_model
+from pruning.models.sizes import predicted_bytes
+from pruning.models.surgery import apply_plan
 from pruning.plan import Plan, Unit, sublayers_of
 from pruning.recipe import Counts, Emulation, Recipe
-from pruning.report import write_sweep_report
-from pruning.sizes import predicted_bytes
+from pruning.recovery.fitting import Fitted, fit_plans, together
+from pruning.search import selection
 from pruning.stages import calibrate, emulation_kind, groups_of, journal_of, judges_of, table_of
-from pruning.subnetwork import Evaluator
+from pruning.texts.calibration import read_text
 from pruning.workdir import Journal, atomic_directory, check_output
 
 JUDGE_WINDOW = 512

@@ -13,6 +13,11 @@ from typing import Any, TextIO
 from pruning.errors import StorageError
 
 
+def cache_directory() -> Path:
+    """Where converted models are kept: `$XDG_CACHE_HOME/shoal` or `~/.cache/shoal`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal"
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output path that exists and is not an empty directory.
 

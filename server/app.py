@@ -20,10 +20,11 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import pruning
-from pruning.checkpoint import Manifest, is_pruned, read_manifest
-from server import logs, vllm_compat
+from pruning.models.checkpoint import Manifest, is_pruned, read_manifest
+from server import logs
 from server.admission import Admission
 from server.auth import Authenticate, KeyRing
+from server.engine import compat as vllm_compat
 from server.inventory import Inventory, take_inventory
 from server.lifecycle import OPERATIONS, Gate, Lifecycle, Split, supervise
 from server.limits import RateLimit, spend_tokens

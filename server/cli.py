@@ -56,7 +56,7 @@ def serve(
     settings = settings or Settings()
     _check(directory, settings)
     from server.app import run
-    from server.vllm_compat import parse_arguments
+    from server.engine.compat import parse_arguments
 
     logging = ["--logging-config.formatter", settings.log_format]
     args = parse_arguments([directory, *logging, *engine], _defaults(directory, settings))
@@ -66,10 +66,10 @@ def serve(
 
 def _check(directory: str, settings: Settings) -> None:
     """Refuse a damaged checkpoint before vLLM is even imported."""
-    from pruning.checkpoint import is_pruned, verify
+    from pruning.models.checkpoint import is_pruned, verify
     from server.drafts import check_draft
+    from server.engine.loader import SKIP_VERIFICATION
     from server.errors import SettingsError
-    from server.loader import SKIP_VERIFICATION
 
     path = Path(directory)
     looks_local = path.is_absolute() or directory.startswith(("./", "../", "~")) or directory.count("/") != 1

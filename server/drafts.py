@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pruning.checkpoint import hash_file, hash_files, is_pruned, read_manifest, verify
+from pruning.models.checkpoint import hash_file, hash_files, is_pruned, read_manifest, verify
 from server.errors import SettingsError
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pruning.checkpoint import Manifest
+from pruning.models.checkpoint import Manifest
 from pruning.plan import KINDS, Kind
-from pruning.shared_blocks import SHARED
-from server.vllm_compat import EngineFacts
+from pruning.variants.shared import SHARED
+from server.engine.compat import EngineFacts
 
 State = Literal["kept", "removed", "emulated"]
 

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server import vllm_compat
+from server.engine import compat as vllm_compat
 from server.errors import error_response
 from server.metrics import READY
 

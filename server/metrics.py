@@ -13,8 +13,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pruning.plan import KINDS
+from server.engine.compat import device_memory
 from server.inventory import Inventory
-from server.vllm_compat import device_memory
 
 LATEST: Literal["mostrecent"] = "mostrecent"
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)

@@ -7,10 +7,10 @@ def register() -> None:
     """Register configurations and lazy model classes in this process (idempotent; vLLM calls it in every process)."""
     from vllm import ModelRegistry
 
-    from pruning.configuration import register_configs
+    from pruning.models.configuration import register_configs
 
     register_configs()
     known = ModelRegistry.get_supported_archs()
     for family in FAMILIES.values():
         if family.architecture not in known:
-            ModelRegistry.register_model(family.architecture, f"server.models:{family.architecture}")
+            ModelRegistry.register_model(family.architecture, f"server.engine.models:{family.architecture}")

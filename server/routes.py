@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse
 
-from pruning.checkpoint import Manifest
+from pruning.models.checkpoint import Manifest
 from server.inventory import Inventory
 
 

@@ -22,16 +22,17 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pruning
-from pruning.checkpoint import MANIFEST, Manifest, hash_files, write_manifest
-from pruning.configuration import base_config_class
-from pruning.emulation import Recovery, fit_plan
-from pruning.export import apply_recovery, pruned_config, state_dict, write_weights
+from pruning.export.writing import pruned_config, state_dict, write_weights
 from pruning.families import FAMILIES
-from pruning.fuse import Fusion, fuse
-from pruning.modeling import base_model_class
+from pruning.forward.evaluator import Evaluator
+from pruning.models.checkpoint import MANIFEST, Manifest, hash_files, write_manifest
+from pruning.models.configuration import base_config_class
+from pruning.models.modeling import base_model_class
 from pruning.plan import KINDS, Plan, Sublayer
-from pruning.subnetwork import Evaluator
-from pruning.units import has_biases
+from pruning.recovery.apply import apply_recovery
+from pruning.recovery.emulation import Recovery, fit_plan
+from pruning.recovery.fuse import Fusion, fuse
+from pruning.recovery.units import has_biases
 
 VOCABULARY = 320
 BLOCKS = 6

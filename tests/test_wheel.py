@@ -32,7 +32,7 @@ def test_every_file_of_the_packages_is_in_it(wheel):
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"server/static/index.html", "pruning/formats/decilm_config.txt"} <= files
+    assert {"server/static/index.html", "pruning/export/formats/decilm_config.txt"} <= files
     assert [name for name in files if name.endswith(".j2")]
     assert files == {name for name in wheel.namelist() if name.split("/")[0] in PACKAGES}
 

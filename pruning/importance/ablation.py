@@ -7,11 +7,11 @@ from torch import Tensor
 
 from pruning.console import Reporter
 from pruning.errors import RecipeError
+from pruning.forward.evaluator import Evaluator
+from pruning.forward.objective import Objective
 from pruning.importance import Sampling, Scores
-from pruning.objective import Objective
+from pruning.importance.shapley import Estimate, Game, permutation_shapley, sampled_contributions
 from pruning.plan import Unit, sublayers_of
-from pruning.shapley import Estimate, Game, permutation_shapley, sampled_contributions
-from pruning.subnetwork import Evaluator
 
 TRUNCATION = 0.02
 

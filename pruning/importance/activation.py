@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pruning import parallel
 from pruning.console import Reporter
+from pruning.forward import parallel
+from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling, Scores
-from pruning.modeling import rms_normalise
+from pruning.models.modeling import rms_normalise
 from pruning.plan import Sublayer, Unit
-from pruning.subnetwork import Evaluator
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Streams before and after, float32 [b, T, D] each -> float32 [b, T]."""

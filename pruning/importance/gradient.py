@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pruning import parallel
 from pruning.console import Reporter, Step
+from pruning.forward import parallel
+from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling, Scores
 from pruning.plan import KINDS, Unit
-from pruning.subnetwork import Evaluator
 
 
 def taylor(evaluator: Evaluator, units: Sequence[Unit], sampling: Sampling, reporter: Reporter) -> Scores:

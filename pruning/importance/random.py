@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from pruning.console import Reporter
+from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling, Scores
 from pruning.plan import Unit
-from pruning.subnetwork import Evaluator
 
 
 def random(evaluator: Evaluator, units: Sequence[Unit], sampling: Sampling, reporter: Reporter) -> Scores:

@@ -11,7 +11,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning.checkpoint import verify
+from pruning.models.checkpoint import verify
 
 pytestmark = pytest.mark.engine
 

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pruning.families import FAMILIES
-from pruning.modeling import AttentionStandIn, blocks_of
-from pruning.objective import Head
+from pruning.forward.evaluator import Evaluator
+from pruning.forward.objective import Head
+from pruning.models.modeling import AttentionStandIn, blocks_of
 from pruning.plan import Sublayer
-from pruning.subnetwork import Evaluator
 
 PROMPT = torch.tensor([[5, 77, 130, 9, 260, 31, 8, 200, 14, 90, 61, 44, 17, 300, 23, 6, 99, 101, 210, 3, 55]])
 

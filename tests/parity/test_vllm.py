@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pruning.families import FAMILIES
 from pruning.plan import Plan, Sublayer
-from server import vllm_compat
+from server.engine import compat as vllm_compat
 from server.inventory import tensors
 from tests.conftest import BLOCKS, engine_environment, export_pico, pico_model
 

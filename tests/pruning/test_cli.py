@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pruning import stages
-from pruning.checkpoint import verify
+from pruning.models.checkpoint import verify
 from tests.conftest import run_prune_export as run
 
 QUICK = ["--calibration-tokens", "512", "--score-tokens", "128", "--sequence-length", "64", "--rank", "8"]

@@ -5,8 +5,8 @@ import sys
 import pytest
 import yaml
 
-from pruning.checkpoint import read_manifest
 from pruning.cli import main
+from pruning.models.checkpoint import read_manifest
 from pruning.resources import GIB, plan_resources, whole_gib
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pruning.checkpoint import read_manifest
 from pruning.errors import UserError
+from pruning.models.checkpoint import read_manifest
 from server.drafts import check_draft
+from server.engine.compat import EngineFacts
 from server.inventory import take_inventory
-from server.vllm_compat import EngineFacts
 from tests.conftest import name_base
 
 

@@ -1,0 +1,305 @@
+"""Measure a model, alone or against the dense model it was made from, on everything that was asked for."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import pruning
+from pruning.console import Reporter, quiet_libraries
+from pruning.errors import EvaluationError, StorageError
+from pruning.evaluation.choice import Question, accuracy, answer, differences, read_letter_questions, read_questions
+from pruning.evaluation.generation import agreement, greedy, recall_prompts, recalled
+from pruning.evaluation.harness import run_tasks, run_tasks_on_server
+from pruning.evaluation.paired import bootstrap, standard_error
+from pruning.evaluation.text import batches_of, compare, loss_by_position, text_windows, token_losses
+from pruning.families import Family
+from pruning.forward.evaluator import Evaluator
+from pruning.models.checkpoint import is_pruned, verify
+from pruning.models.loading import load_dense
+from pruning.texts.calibration import read_text
+
+PROMPT_TOKENS = 32
+RECALL_FACTS = 12
+
+
+def loss(model: PreTrainedModel, family: Family, tokens: Tensor) -> float:
+    """Mean next-token cross-entropy over int64 [n, T], nats/token."""
+    return float(Evaluator(model, family, tokens).loss({}).mean())
+
+
+def perplexity_ratio(dense_loss: float, pruned_loss: float) -> float:
+    """exp(pruned - dense), both in nats/token."""
+    return float(torch.tensor(pruned_loss - dense_loss, dtype=torch.float64).exp())
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready to be measured."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def positions(self) -> int:
+        """Tokens it can see at once."""
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
+
+
+def load(name: str, dtype: str, device: str, reporter: Reporter) -> Loaded:
+    """Load a checkpoint of ours (every file verified) or a dense model.
+
+    Raises:
+        UserError: No such model, or a damaged checkpoint.
+    """
+    path = Path(name)
+    if not is_pruned(path):
+        dense = load_dense(name, dtype, device, reporter)
+        return Loaded(dense.model, dense.tokenizer)
+    verify(path)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True).eval().to(device)
+    return Loaded(model, AutoTokenizer.from_pretrained(path, local_files_only=True))
+
+
+def on_text(subject: Loaded, dense: Loaded | None, windows: Tensor, seed: int, reporter: Reporter) -> dict[str, Any]:
+    """Loss and perplexity on int64 [n, T]; against a dense model also ratio, KL and top-1 agreement."""
+    out: dict[str, Any] = {"tokens": windows.numel(), "window": windows.shape[1]}
+    with reporter.progress("text", len(batches_of(windows))) as step:
+        if dense is None:
+            alone = token_losses(subject.model, windows, step.advance)
+            return out | {"loss": alone.mean, "perplexity": alone.perplexity, "by_position": loss_by_position(alone)}
+        both = compare(dense.model, subject.model, windows, step.advance)
+    increase = bootstrap((both.other.windows - both.reference.windows).tolist(), seed)
+    return out | {
+        "loss": both.other.mean,
+        "perplexity": both.other.perplexity,
+        "dense_loss": both.reference.mean,
+        "dense_perplexity": both.reference.perplexity,
+        "ratio": increase.mapped(math.exp).as_dict(),
+        "kl": bootstrap(both.divergence.double().mean(1).tolist(), seed).as_dict(),
+        "top1_agreement": bootstrap(both.agrees.double().mean(1).tolist(), seed).as_dict(),
+        "by_position": loss_by_position(both.other),
+        "dense_by_position": loss_by_position(both.reference),
+    }
+
+
+def on_questions(
+    subject: Loaded, dense: Loaded | None, questions: Sequence[Question], seed: int, reporter: Reporter
+) -> dict[str, Any]:
+    """Accuracies with standard errors; against a dense model also its own and the paired differences."""
+    models = 1 if dense is None else 2
+    with reporter.progress(questions[0].task, models * len(questions)) as step:
+        mine = answer(subject.model, subject.tokenizer, questions, step.advance)
+        out: dict[str, Any] = {**accuracy(mine), "chance": _chance(questions)}
+        if dense is None:
+            return out
+        theirs = answer(dense.model, dense.tokenizer, questions, step.advance)
+    out |= {f"dense_{key}": value for key, value in accuracy(theirs).items() if key != "n"}
+    out |= differences(mine, theirs, seed)
+    return out
+
+
+def _chance(questions: Sequence[Question]) -> float:
+    return math.fsum(1 / len(question.choices) for question in questions) / len(questions)
+
+
+def on_recall(subject: Loaded, dense: Loaded | None, count: int, seed: int, reporter: Reporter) -> dict[str, Any]:
+    """Share of key-value recalls that are written out right; see `generation.recall_prompts`."""
+    prompts = recall_prompts(count, RECALL_FACTS, seed)
+    with reporter.progress("recall", count * (1 if dense is None else 2)) as step:
+        mine = [float(x) for x in recalled(subject.model, subject.tokenizer, prompts, step.advance)]
+        out: dict[str, Any] = {"n": count, "facts": RECALL_FACTS, "exact_match": math.fsum(mine) / count,
+                               "exact_match_stderr": standard_error(mine)}  # fmt: skip
+        if dense is not None:
+            theirs = [float(x) for x in recalled(dense.model, dense.tokenizer, prompts, step.advance)]
+            out["dense_exact_match"] = math.fsum(theirs) / count
+            difference = [a - b for a, b in zip(mine, theirs, strict=True)]
+            out["exact_match_difference"] = bootstrap(difference, seed).as_dict()
+    return out
+
+
+def on_generation(subject: Loaded, dense: Loaded, windows: Tensor, count: int, new_tokens: int) -> dict[str, Any]:
+    """How many tokens both write alike, greedily, after the first tokens of `count` windows."""
+    prompts = windows[:: max(1, len(windows) // count)][:count, :PROMPT_TOKENS]
+    lengths = agreement(greedy(subject.model, prompts, new_tokens), greedy(dense.model, prompts, new_tokens))
+    return {
+        "prompts": len(prompts), "new_tokens": new_tokens, "lengths": lengths,
+        "mean_agreement": sum(lengths) / len(lengths),
+        "all_agree": sum(n == new_tokens for n in lengths) / len(lengths),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to measure.
+
+    Attributes:
+        text: Text files.
+        text_tokens: Of each, from the start.
+        window: T.
+        long_context: Window lengths to measure the first text at, all on the same tokens.
+        choice: Multiple-choice files.
+        letter: A file of MMLU rows for the few-shot letter form, and the file its examples come from.
+        shots: Examples in it.
+        limit: Questions of each file, evenly spread.
+        generate: Prompts of the greedy check against the dense model.
+        new_tokens: Tokens it writes.
+        recall: Key-value recall prompts.
+        seed: Of the bootstrap and the recall prompts.
+        tasks: Of lm-evaluation-harness.
+        include: Directory of task files.
+        url: Server to run the tasks against.
+    """
+
+    text: Sequence[Path] = ()
+    text_tokens: int = 20480
+    window: int = 512
+    long_context: Sequence[int] = ()
+    choice: Sequence[Path] = ()
+    letter: tuple[Path, Path] | None = None
+    shots: int = 5
+    limit: int | None = None
+    generate: int = 0
+    new_tokens: int = 64
+    recall: int = 0
+    seed: int = 0
+    tasks: Sequence[str] = ()
+    include: Path | None = None
+    url: str | None = None
+
+
+def evaluate(
+    name: str, against: str | None, wanted: Wanted, *, dtype: str, device: str, output: Path | None, reporter: Reporter
+) -> str:
+    """Load, measure, save as JSON if asked; return the table.
+
+    Raises:
+        UserError: Anything about the request.
+    """
+    quiet_libraries()
+    if not (wanted.text or wanted.choice or wanted.letter or wanted.recall or wanted.tasks):
+        raise EvaluationError("nothing to measure; give --text, --choice, --letter, --recall or --tasks")
+    if min(wanted.window, *wanted.long_context, wanted.text_tokens) < 2:
+        raise EvaluationError("windows and --text-tokens are at least 2 tokens")
+    if output is not None and not output.resolve().parent.is_dir():
+        raise StorageError(f"cannot write {output}: no such directory")
+    questions_of(wanted)
+    for path in wanted.text:
+        read_text(path)
+    found: dict[str, Any] = {"model": name, "against": against}
+    only_server = wanted.url is not None and not (wanted.text or wanted.choice or wanted.letter or wanted.recall)
+    if not only_server:
+        with reporter.stage("load"):
+            subject = load(name, dtype, device, reporter)
+            dense = load(against, dtype, device, reporter) if against is not None else None
+        with reporter.stage("measure"):
+            found |= measure(subject, dense, wanted, reporter)
+    if wanted.tasks:
+        with reporter.stage("tasks"):
+            if wanted.url is not None:
+                served = Path(name).resolve().name
+                found["tasks"] = run_tasks_on_server(
+                    wanted.url, served, name, wanted.tasks, wanted.include, wanted.limit
+                )
+            else:
+                found["tasks"] = run_tasks(subject.model, subject.tokenizer, wanted.tasks, wanted.include, wanted.limit)
+    if output is not None:
+        try:
+            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write {output}: {error.strerror or error}") from error
+    return table(found)
+
+
+def questions_of(wanted: Wanted) -> list[list[Question]]:
+    """All question sets, read before anything costs time."""
+    sets = [read_questions(path, wanted.limit) for path in wanted.choice]
+    if wanted.letter is not None:
+        sets.append(read_letter_questions(*wanted.letter, shots=wanted.shots, limit=wanted.limit))
+    return sets
+
+
+def measure(subject: Loaded, dense: Loaded | None, wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
+    """Measure all that is wanted; the result is ready for JSON.
+
+    Raises:
+        EvaluationError: Text or questions that do not fit, or models that cannot be compared.
+    """
+    if dense is not None and dense.model.config.vocab_size != subject.model.config.vocab_size:
+        raise EvaluationError("the two models have different vocabularies; give the dense model it was pruned from")
+    longest = max([wanted.window, *wanted.long_context], default=0)
+    if longest > subject.positions:
+        raise EvaluationError(f"a window of {longest} tokens is over the model's {subject.positions} positions")
+    sets = questions_of(wanted)
+    texts = {path: read_text(path) for path in wanted.text}
+    cut = {
+        path: text_windows(text, subject.tokenizer, wanted.window, wanted.text_tokens) for path, text in texts.items()
+    }
+    out: dict[str, Any] = {"shoal_version": pruning.__version__, "seed": wanted.seed}
+    if cut:
+        out["text"] = {path.name: on_text(subject, dense, w, wanted.seed, reporter) for path, w in cut.items()}
+    if wanted.long_context and texts:
+        text, longest = next(iter(texts.values())), max(wanted.long_context)
+        whole = text_windows(text, subject.tokenizer, longest, longest)
+        out["long_context"] = {
+            str(length): on_text(
+                subject, dense, whole[0, : longest // length * length].view(-1, length), wanted.seed, reporter
+            )
+            for length in wanted.long_context
+        }
+    if sets:
+        out["choice"] = {
+            questions[0].task: on_questions(subject, dense, questions, wanted.seed, reporter) for questions in sets
+        }
+    if wanted.recall:
+        out["recall"] = on_recall(subject, dense, wanted.recall, wanted.seed, reporter)
+    if wanted.generate and dense is not None and cut:
+        first = next(iter(cut.values()))
+        out["generation"] = on_generation(subject, dense, first, wanted.generate, wanted.new_tokens)
+    return out
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The result for people: one row a measurement, with the dense model's and the 95% interval of the comparison."""
+    rows: list[tuple[str, str, str, str]] = []
+    for label, each in (("", found.get("text", {})), ("context ", found.get("long_context", {}))):
+        for name, one in each.items():
+            dense = f"{one['dense_perplexity']:.3f}" if "dense_perplexity" in one else ""
+            ratio = f"ratio {_interval(one['ratio'])}" if "ratio" in one else ""
+            rows.append((f"perplexity, {label}{name}", f"{one['perplexity']:.3f}", dense, ratio))
+            if "kl" in one and not label:
+                rows.append(("  KL from dense, nats/token", f"{one['kl']['value']:.4f}", "", _interval(one["kl"])))
+                share = one["top1_agreement"]
+                rows.append(("  top-1 agreement with dense", f"{share['value']:.4f}", "", _interval(share)))
+    for task, one in found.get("choice", {}).items():
+        for key in ("acc", "acc_norm"):
+            value = f"{one[key]:.4f} ± {one[f'{key}_stderr']:.4f}"
+            dense = f"{one[f'dense_{key}']:.4f}" if f"dense_{key}" in one else ""
+            gap = f"difference {_interval(one[f'{key}_difference'])}" if dense else ""
+            rows.append((f"{task} {key} ({one['n']}, chance {one['chance']:.2f})", value, dense, gap))
+    if one := found.get("recall"):
+        dense = f"{one['dense_exact_match']:.4f}" if "dense_exact_match" in one else ""
+        gap = f"difference {_interval(one['exact_match_difference'])}" if dense else ""
+        value = f"{one['exact_match']:.4f} ± {one['exact_match_stderr']:.4f}"
+        rows.append((f"recall, exact match ({one['n']}, {one['facts']} facts)", value, dense, gap))
+    if one := found.get("generation"):
+        label = f"greedy tokens as dense (of {one['new_tokens']}, {one['prompts']} prompts)"
+        rows.append((label, f"{one['mean_agreement']:.1f}", "", f"all alike {one['all_agree']:.0%}"))
+    for task, values in found.get("tasks", {}).items():
+        rows += [(f"{task} {k}", f"{v:.4f}", "", "") for k, v in values.items() if isinstance(v, float)]
+    head = ("", "value", "dense", "95% interval")
+    width = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(width[i]) for i, cell in enumerate(row)).rstrip() for row in (head, *rows))
+
+
+def _interval(one: Mapping[str, float]) -> str:
+    return f"{one['value']:.4f} [{one['low']:.4f}, {one['high']:.4f}]"

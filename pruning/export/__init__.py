@@ -1,0 +1,1 @@
+"""Writing what was made: weights, formats, the report and the model card."""

@@ -1,0 +1,113 @@
+"""Export formats: one file each, all written from the same description of a pruned model.
+
+    FORMATS["nemotron-nas"].write(pruned, directory)
+
+A format that cannot hold a model says why: `FORMATS[name].refusal(pruned)`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.errors import RecipeError
+from pruning.export.writing import fields_of, state_dict
+from pruning.families import Family
+from pruning.models.modeling import block_configs_of
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedModel:
+    """A pruned model as data: what every format is written from.
+
+    Attributes:
+        family: Of the dense model.
+        fields: Configuration of the dense family with the blocks that are left; JSON.
+        block_configs: As in the checkpoint format, one entry for each block that is left.
+        tensors: Parameter name -> tensor, names as in the checkpoint format.
+        companions: Directory with the tokenizer's files.
+    """
+
+    family: Family
+    fields: Mapping[str, Any]
+    block_configs: list[dict[str, Any]]
+    tensors: Mapping[str, Tensor]
+    companions: Path
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, family: Family, companions: Path) -> "PrunedModel":
+        """A model that `apply_plan` has cut."""
+        fields = fields_of(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
+        return cls(family, fields, block_configs_of(model, family), state_dict(model), companions)
+
+    def emulations(self) -> dict[str, str]:
+        """Sublayers that an adapter emulates -> its kind, such as `attention.4` -> `low_rank`."""
+        return {
+            f"{kind}.{index}": block[kind]["emulation"]["kind"]
+            for index, block in enumerate(self.block_configs)
+            for kind in ("attention", "ffn")
+            if block[kind]["emulation"] is not None
+        }
+
+    def ffn_size(self, block: int) -> int:
+        """Units of a block's FFN; 0 where it is removed."""
+        ffn = self.block_configs[block]["ffn"]
+        return 0 if ffn["no_op"] else int(ffn.get("intermediate_size", self.fields["intermediate_size"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One row of the table.
+
+    Attributes:
+        module: Module with `refusal(pruned) -> str | None` and `write(pruned, directory) -> int` (bytes of weights).
+        help: Who reads it and what it can hold.
+        adapters: Whether it can hold emulation adapters.
+    """
+
+    module: str
+    help: str
+    adapters: bool = False
+
+    def refusal(self, pruned: PrunedModel) -> str | None:
+        """Why the format cannot hold this model; None where it can."""
+        if not self.adapters and (adapters := pruned.emulations()):
+            name, kind = next(iter(adapters.items()))
+            if kind == "shared":
+                return f"{name} shares another block's weights, which it would hold twice; prune with --emulation none"
+            more = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
+            how = "with --emulation low-rank and --fuse" if kind in ("context", "kv_share") else "with --fuse"
+            return f"the {kind} adapter of {name}{more} stands in the way; prune again {how}, which removes it"
+        return importlib.import_module(self.module).refusal(pruned)
+
+    def write(self, pruned: PrunedModel, directory: Path) -> int:
+        """Write configuration and weights; returns the bytes of the weights."""
+        return importlib.import_module(self.module).write(pruned, directory)
+
+
+FORMATS: Mapping[str, Format] = {
+    "shoal": Format(
+        "pruning.export.formats.shoal", "prune-serve, and vLLM or transformers with this package", adapters=True
+    ),
+    "nemotron-nas": Format("pruning.export.formats.nemotron_nas", "stock vLLM with --trust-remote-code, no plugin"),
+    "gguf": Format("pruning.export.formats.llama_cpp", "llama.cpp, by its deci architecture"),
+    "llama": Format("pruning.export.formats.ordinary", "anything that reads the model's own family; no KV cache saved"),
+}
+
+
+def format_named(name: str) -> Format:
+    """Look a format up.
+
+    Raises:
+        RecipeError: There is no such format.
+    """
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"unknown format {name!r}{hint} (formats: {', '.join(FORMATS)})")
+    return FORMATS[name]

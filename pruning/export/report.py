@@ -1,0 +1,171 @@
+"""The model card and the reports: what was removed, what it cost and saved, and the command that reproduces it."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pruning.errors import RecipeError
+from pruning.export import figures
+from pruning.importance import metric
+from pruning.models.checkpoint import Manifest
+from pruning.plan import Unit
+
+TASKS_NOTE = (
+    "Increase over the dense model by task, in each task's own unit (nats, or share of wrong answers), as chosen."
+)
+
+
+def strip(manifest: Manifest, kind: str) -> str:
+    """One letter a block: K kept, E emulated, - removed."""
+    letters = []
+    for block in range(manifest.num_blocks):
+        emulation = manifest.removed.get(f"{kind}.{block}")
+        letters.append("K" if emulation is None else "-" if emulation == "none" else "E")
+    return "".join(letters)
+
+
+def command(manifest: Manifest, output: str = "DIR") -> str:
+    """The command line that makes this checkpoint again."""
+    words = ["prune-export", str(manifest.base["model"]), "--output", output]
+    for key, value in manifest.recipe.items():
+        if value is None or value == []:
+            continue
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+            continue
+        words += [flag, *(str(v) for v in value)] if isinstance(value, list) else [flag, str(value)]
+    return shlex.join(words)
+
+
+def _quality_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
+    quality, sizes = manifest.quality, manifest.sizes
+    dense, pruned = quality["dense_loss"], quality["pruned_loss"]
+    mib = 2**20
+    return [
+        ("perplexity (held-out calibration text)", f"{math.exp(dense):.3f}", f"{math.exp(pruned):.3f}",
+         f"{math.exp(pruned - dense):.4f}"),
+        ("weights, MiB", f"{sizes['weights_dense'] / mib:.1f}", f"{sizes['weights'] / mib:.1f}",
+         f"{sizes['weights'] / sizes['weights_dense']:.4f}"),
+        ("KV cache, bytes per token", str(sizes["kv_per_token_dense"]), str(sizes["kv_per_token"]),
+         f"{sizes['kv_per_token'] / sizes['kv_per_token_dense']:.4f}"),
+        ("tokens in 1 GiB of KV cache", f"{2**30 // max(1, sizes['kv_per_token_dense']):,}",
+         f"{2**30 // max(1, sizes['kv_per_token']):,}",
+         f"{sizes['kv_per_token_dense'] / max(1, sizes['kv_per_token']):.4f}"),
+    ]  # fmt: skip
+
+
+def task_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """What the plan costs every task, and what the plan that each task alone would choose costs them; head first."""
+    plans: Mapping[str, Mapping[str, float]] = manifest.quality.get("tasks", {})
+    if not plans:
+        return []
+    tasks = list(next(iter(plans.values())))
+    names = {name: name if name == "chosen plan" else f"plan for {name} alone" for name in plans}
+    return [("", *tasks), *((names[name], *(f"{costs[t]:+.4f}" for t in tasks)) for name, costs in plans.items())]
+
+
+def write_card(directory: Path, manifest: Manifest) -> None:
+    """Write README.md, the model card."""
+    table = "\n".join(f"| {' | '.join(row)} |" for row in _quality_rows(manifest))
+    if tasks := task_rows(manifest):
+        head, *rows = (f"| {' | '.join(row)} |" for row in tasks)
+        table += "\n\n".join(["", TASKS_NOTE, "\n".join([head, "|---" * len(tasks[0]) + "|", *rows])])
+    (directory / "README.md").write_text(
+        "---\ntags: [shoal, depth-pruned]\nlibrary_name: transformers\n---\n\n"
+        f"# {manifest.base['model']}, depth-pruned\n\n"
+        f"{len(manifest.removed)} sublayers of {2 * manifest.num_blocks} removed by Shoal {manifest.shoal_version}.\n\n"
+        "One letter a block: K kept, E emulated, - removed.\n\n"
+        f"    attention  {strip(manifest, 'attention')}\n    ffn        {strip(manifest, 'ffn')}\n\n"
+        f"| | dense | pruned | ratio |\n|---|---|---|---|\n{table}\n\n"
+        f"Serve it: `prune-serve DIR`. Made by:\n\n    {command(manifest)}\n",
+        encoding="utf-8",
+    )
+
+
+def score_table(values: Mapping[Unit, float], errors: Mapping[Unit, float], unit: str) -> str:
+    """Scores as text, least important first."""
+    rows = [f"{'unit':16}{unit:>16}" + (f"{'+-':>14}" if errors else "")]
+    for one in sorted(values, key=lambda u: (values[u], u)):
+        rows.append(f"{one!s:16}{values[one]:16.6f}" + (f"{errors[one]:14.6f}" if one in errors else ""))
+    return "\n".join(rows)
+
+
+def _page(title: str, lead: str, tables: Sequence[Mapping[str, Any]], drawn: Sequence[figures.Figure], made_by: str,
+          version: str) -> str:  # fmt: skip
+    """The report as one HTML file that needs nothing else."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    page = Environment(loader=PackageLoader("pruning.export"), autoescape=True, undefined=StrictUndefined)
+    return page.get_template("report.html.j2").render(
+        title=title, lead=lead, tables=tables, figures=drawn, command=made_by, version=version
+    )
+
+
+def write_report(directory: Path, manifest: Manifest) -> None:
+    """Write report.html, and its figures as PNG."""
+    drawn = [figures.strip(manifest.num_blocks, manifest.removed)]
+    name = str(manifest.recipe.get("importance", ""))
+    if values := manifest.importance.get(name):
+        drawn.append(figures.importance(values, manifest.removed, name, _unit(name)))
+    quality = manifest.quality
+    drawn.append(figures.recovery(quality["dense_loss"], quality.get("removed_loss"), quality["pruned_loss"]))
+    seconds = [(stage, f"{one['seconds']:.1f}", f"{one['peak_memory_bytes'] / 2**20:.0f}")
+               for stage, one in manifest.stages.items()]  # fmt: skip
+    tables: list[Mapping[str, Any]] = [
+        {"title": "Dense and pruned", "head": ("", "dense", "pruned", "ratio"), "rows": _quality_rows(manifest)},
+        {"title": "What it took", "head": ("stage", "seconds", "peak memory, MiB"), "rows": seconds},
+    ]
+    if tasks := task_rows(manifest):
+        head, *costs = tasks
+        tables.insert(1, {"title": "By task", "note": TASKS_NOTE, "head": head, "rows": costs})
+    lead = f"{len(manifest.removed)} sublayers of {2 * manifest.num_blocks} were removed from {manifest.base['model']}."
+    title = f"{manifest.base['model']}, depth-pruned"
+    page = _page(title, lead, tables, drawn, command(manifest), manifest.shoal_version)
+    (directory / "report.html").write_text(page, encoding="utf-8")
+    for figure in drawn:
+        figure.save(directory)
+
+
+def _unit(name: str) -> str:
+    try:
+        return metric(name).unit
+    except RecipeError:
+        return "as scored"
+
+
+def write_sweep_report(directory: Path, document: Mapping[str, Any], front: Sequence[Mapping[str, Any]]) -> None:
+    """Write report.html and the figures of a sweep."""
+    points, judge = document["points"], document["judge"]
+    drawn = [figures.curves(points, document["knees"]), figures.bytes_front(points, front)]
+    if document["dense"]:
+        drawn.append(figures.tasks(points, document["dense"]))
+    if {p["emulation"] for p in points} > {"none"}:
+        drawn.append(figures.costs(points))
+    rows = []
+    for label, knee in document["knees"].items():
+        point = next(p for p in points if f"{p['chooser']}, {p['emulation']}" == label and p["removed"] == knee)
+        low, value, high = (math.exp(point["loss_increase"][k]) for k in ("low", "value", "high"))
+        rows.append((label, knee, f"{value:.3f} [{low:.3f}, {high:.3f}]",
+                     f"{point['kv_per_token'] / point['kv_per_token_dense']:.3f}",
+                     *(_accuracy(point["tasks"][task]) for task in document["dense"])))  # fmt: skip
+    tasks = [f"{task}, acc_norm (dense {one['acc_norm']:.3f})" for task, one in document["dense"].items()]
+    head = ("chooser, emulation", "removed", "perplexity / dense", "KV / dense", *tasks)
+    tables = [{"title": "Knees", "head": head, "rows": rows}]
+    lead = (
+        f"{len(points)} plans of {document['model']}, judged on {judge['tokens']:,} tokens of {judge['text']} in "
+        f"windows of {judge['window']}; dense perplexity {math.exp(judge['dense_loss']):.2f}. 95% intervals."
+    )
+    page = _page(
+        f"{document['model']}: how much can go", lead, tables, drawn, document["command"], document["shoal_version"]
+    )
+    (directory / "report.html").write_text(page, encoding="utf-8")
+    for figure in drawn:
+        figure.save(directory)
+
+
+def _accuracy(one: Mapping[str, Any]) -> str:
+    gap = one["difference"]
+    return f"{one['acc_norm']:.3f}: {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"

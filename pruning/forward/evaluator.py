@@ -1,0 +1,594 @@
+"""Evaluate any subnetwork of a model without copying or editing it, reusing what subnetworks share."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from pruning.families import Family
+from pruning.forward import parallel
+from pruning.forward.objective import Head, Objective
+from pruning.models.modeling import (
+    Tap,
+    blocks_of,
+    emulation_in,
+    fed,
+    lent,
+    places,
+    replace_sublayer,
+    sources_of,
+    tap_into,
+)
+from pruning.plan import KINDS, Kind, Sublayer
+from pruning.workdir import Journal
+
+STATE_BYTES = 2**30
+FORWARD_TOKENS = {"cpu": 512, "cuda": 16384}
+
+Gone = Mapping[Sublayer, nn.Module | None]
+"""Removed sublayers and what emulates each (None: nothing)."""
+
+Visitor = Callable[[int, Sublayer, Tensor, Tensor], None]
+"""Called with the batch's number, a sublayer, and the residual stream before and after it, [b, T, D] each."""
+
+Arguments = list[dict[str, Any]]
+"""Keyword arguments that the model gives to each block."""
+
+Taps = dict[int, Tap]
+"""Block -> what its attention put out in one stream."""
+
+
+class _Capture(nn.Module):
+    """Takes a block's place to record what the model passes to it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(block, "attention_type", None)
+        self.inputs: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.inputs, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+@contextmanager
+def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None = None) -> Iterator[None]:
+    """Let a block run without one sublayer (or with its emulation) inside the `with`; restored after it."""
+    names = places(family, kind)
+    saved = [getattr(block, name) for name in names]
+    replace_sublayer(block, family, kind, emulation)
+    try:
+        yield
+    finally:
+        for name, module in zip(names, saved, strict=True):
+            setattr(block, name, module)
+
+
+class _Held(nn.Module):
+    """An update that is known already, [b, T, D]."""
+
+    def __init__(self, update: Tensor) -> None:
+        super().__init__()
+        self.update = update
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.update
+
+
+@dataclass(slots=True)
+class _State:
+    """A residual stream [b, T, D], the plans that still share it, and what its attention layers handed on."""
+
+    hidden: Tensor
+    plans: list[int]
+    taps: Taps = field(default_factory=dict)
+
+
+class Residency:
+    """Where the parts of a model are: here, all in memory. `streaming.Streamed` loads them when they are needed."""
+
+    keeps_blocks = True
+
+    def block(self, index: int) -> AbstractContextManager[None]:
+        """Hold a block in memory inside the `with`."""
+        return nullcontext()
+
+    def embedding(self) -> AbstractContextManager[None]:
+        """Hold what comes before block 0."""
+        return nullcontext()
+
+    def head(self) -> AbstractContextManager[None]:
+        """Hold what comes after the last block."""
+        return nullcontext()
+
+
+class Evaluator:
+    """Runs subnetworks of one model over calibration windows.
+
+    All plans asked for at once go through the model in lock step: they share one residual stream until the first
+    sublayer in which they differ, and streams that meet the same sublayer are batched.
+
+    Args:
+        model: Dense model, left as it is.
+        family: Where its parts are.
+        tokens: int64 [n, T], or batches [b_i, T_i].
+        batch_size: Windows in one batch, where `tokens` is one tensor.
+        counted: Which next tokens the objectives count, bool [n, T-1] or batches of it; all by default.
+        state_bytes: Bound on the residual streams held at once.
+        residency: Where the weights are.
+        journal: Values already computed; none are kept by default.
+    """
+
+    answers_questions = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        tokens: Tensor | Sequence[Tensor],
+        batch_size: int = 4,
+        *,
+        counted: Tensor | Sequence[Tensor] | None = None,
+        state_bytes: int = STATE_BYTES,
+        residency: Residency | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        self.model, self.family = model, family
+        self.blocks = list(blocks_of(model, family))
+
+        def batched(each: Tensor | Sequence[Tensor]) -> list[Tensor]:
+            return list(each.split(batch_size)) if isinstance(each, Tensor) else list(each)
+
+        self.batches = batched(tokens)
+        self.counted = None if counted is None else batched(counted)
+        self.state_bytes = state_bytes
+        self.residency = residency or Residency()
+        self.journal = Journal() if journal is None else journal
+        self.base: Gone = {}
+        self.emulations: Mapping[Sublayer, nn.Module] = {}
+        self._head = Head(model, family)
+        self._dense: dict[int, tuple[Tensor, Tensor]] = {}
+        self._texts: dict[int, str] = {}
+
+    def view(self, base: Collection[Sublayer], emulations: Mapping[Sublayer, nn.Module] | None = None) -> "Evaluator":
+        """The same model and tokens, seen from a subnetwork.
+
+        Whatever is asked of the view has `base` removed as well, and where it removes a sublayer that `emulations`
+        holds, the emulation takes its place; so every metric can be taken of a pruned or of a recovered model.
+        """
+        other = copy.copy(self)
+        other.emulations = emulations or {}
+        other.base = dict.fromkeys(base)
+        return other
+
+    def part(self, share: float) -> "Evaluator":
+        """The same view on the first batches only, at least one."""
+        many = max(1, round(share * len(self.batches)))
+        if many == len(self.batches):
+            return self
+        other = copy.copy(self)
+        other.batches = self.batches[:many]
+        return other
+
+    @property
+    def windows(self) -> int:
+        """n, windows in all batches."""
+        return sum(len(batch) for batch in self.batches)
+
+    @property
+    def text(self) -> list[str]:
+        """Digests of all batches."""
+        return [self._text(number) for number in range(len(self.batches))]
+
+    def mine(self) -> list[int]:
+        """Numbers of the batches that this process computes."""
+        rank, processes = parallel.process()
+        return list(range(rank, len(self.batches), processes))
+
+    def span(self, number: int) -> slice:
+        """Where batch `number` lies among all windows."""
+        first = sum(len(batch) for batch in self.batches[:number])
+        return slice(first, first + len(self.batches[number]))
+
+    @torch.no_grad()
+    def embed(self, batch: Tensor) -> tuple[Tensor, Arguments]:
+        """What enters block 0, float [b, T, D], and the keyword arguments the model gives to every block."""
+        captures = nn.ModuleList([_Capture(block) for block in self.blocks])
+        parent, _, name = self.family.blocks.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        saved = getattr(owner, name)
+        setattr(owner, name, captures)
+        try:
+            owner(input_ids=batch.to(self.model.device), use_cache=False)
+        finally:
+            setattr(owner, name, saved)
+        hidden = captures[0].inputs
+        assert isinstance(hidden, Tensor)
+        return hidden, [capture.kwargs for capture in captures]
+
+    def run_block(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gone: Mapping[Kind, Any]) -> Tensor:
+        """One block [b, T, D] -> [b, T, D] without the kinds in `gone` (values: their emulation or None)."""
+        block = self.blocks[index]
+        with ExitStack() as stack:
+            for kind, emulation in gone.items():
+                stack.enter_context(removed(block, self.family, kind, emulation))
+                stack.enter_context(lent(emulation, self.blocks, self.family, kind))
+            out = block(hidden, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run_sublayer(
+        self,
+        sublayer: Sublayer,
+        hidden: Tensor,
+        kwargs: Mapping[str, Any],
+        emulation: nn.Module | None = None,
+        entered: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream [b, T, D] after one sublayer, or after its emulation.
+
+        Args:
+            sublayer: Which.
+            hidden: The stream before it.
+            kwargs: What the model gives to its block.
+            emulation: Takes the sublayer's place.
+            entered: What an FFN reads instead, where it stands in parallel to attention: the stream before the block.
+        """
+        other: Kind = "ffn" if sublayer.kind == "attention" else "attention"
+        gone: dict[Kind, Any] = {other: None}
+        if emulation is not None:
+            gone[sublayer.kind] = emulation
+        if entered is not None:
+            gone[other] = _Held(hidden - entered)  # what attention added
+            hidden = entered
+        return self.run_block(sublayer.block, hidden, kwargs, gone)
+
+    def run_and_tap(
+        self, sublayer: Sublayer, hidden: Tensor, kwargs: Mapping[str, Any], emulation: nn.Module | None, taps: Taps
+    ) -> Tensor:
+        """`run_sublayer`, where emulations read `taps` and attention adds to them what it puts out."""
+        entered = self._entered(sublayer, taps)
+        inside = emulation or emulation_in(self.blocks[sublayer.block], self.family, sublayer.kind)
+        tap, attention = Tap(), getattr(self.blocks[sublayer.block], self.family.attention)
+        with fed(inside, taps), tap_into(attention, tap, cache=self.family.shares_cache):
+            after = self.run_sublayer(sublayer, hidden, kwargs, emulation, entered)
+        if sublayer.kind == "attention":
+            if emulation is not None:  # it took the place of the tapped module
+                tap.output = (after - hidden) / self.family.scale(self.model.config)
+            tap.entered = hidden if self.family.parallel else None
+            taps[sublayer.block] = tap
+        return after
+
+    def _entered(self, sublayer: Sublayer, taps: Taps) -> Tensor | None:
+        """What entered the block, where that is not what comes before the sublayer; attention that ran noted it."""
+        attention = taps.get(sublayer.block) if sublayer.kind == "ffn" else None
+        return None if attention is None else attention.entered
+
+    def reads(self, sublayer: Sublayer, hidden: Tensor, taps: Taps) -> Tensor:
+        """What an emulation reads in a sublayer's place [b, T, D]: the stream before it.
+
+        In parallel families it is the stream that entered the block, after the norm which both sublayers share.
+        """
+        if not self.family.parallel:
+            return hidden
+        assert self.family.attention_norm is not None
+        entered = self._entered(sublayer, taps)
+        norm = self.blocks[sublayer.block].get_submodule(self.family.attention_norm)
+        normed: Tensor = norm(hidden if entered is None else entered)
+        return normed
+
+    def sources(self, plans: Sequence[Gone]) -> frozenset[int]:
+        """Blocks whose attention some emulation of the plans, or of the model itself, reads."""
+        own = [emulation_in(block, self.family, kind) for block in self.blocks for kind in KINDS]
+        given = [emulation for plan in plans for emulation in plan.values()]
+        return frozenset(source for emulation in (*own, *given) for source in sources_of(emulation))
+
+    def head_loss(self, hidden: Tensor, batch: Tensor) -> Tensor:
+        """Next-token cross-entropy of every window, float64 [b] in nats/token; logits come in chunks."""
+        return self._head.cross_entropy(hidden, batch[:, 1:]).double().mean(1).cpu()
+
+    @torch.inference_mode()
+    def values(
+        self, plans: Sequence[Gone], objective: Objective = "loss", advance: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Objective of many subnetworks.
+
+        Args:
+            plans: Subnetworks.
+            objective: "loss" (next-token cross-entropy), "kl" (dense || plan) or "logits" (distance to the dense
+                model's).
+            advance: Called `len(plans)` times for every batch.
+
+        Returns:
+            float64 [len(plans), n]: means over the counted tokens of every window, nats/token (loss, kl).
+        """
+        table = torch.zeros(len(plans), self.windows, dtype=torch.float64)
+        plans = [self._complete(plan) for plan in plans]
+        order = sorted(range(len(plans)), key=lambda p: (min(plans[p], default=_LAST), p))
+        for numbers in self._rounds():
+            tensors = 1 + self.family.parallel + len(self.sources(plans))
+            for group in self._groups(order, numbers, tensors):
+                for number, rows in self._group_rows(numbers, [plans[p] for p in group], objective):
+                    table[group, self.span(number)] = rows
+                    for _ in group if advance else ():
+                        advance()  # type: ignore[misc]
+        return parallel.gather(table)
+
+    def _complete(self, plan: Gone) -> Gone:
+        """The plan with what the view removes, every emulation in its place."""
+        whole = {**self.base, **plan}
+        return {s: self.emulations.get(s) if module is None else module for s, module in whole.items()}
+
+    def _group_rows(
+        self, numbers: list[int], plans: Sequence[Gone], objective: Objective
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Rows float64 [plans, b] of every batch, from the journal where they were computed before.
+
+        Plans are journalled as they were computed together: what shares a matrix product decides its last bits.
+        """
+        key = [objective, [describe(plan) for plan in plans], [self._text(number) for number in numbers]]
+        if (known := self.journal.recall(key)) is not None:
+            for number, rows in zip(numbers, known, strict=True):
+                yield number, torch.tensor(rows, dtype=torch.float64)
+            return
+        if objective != "loss":
+            self._remember_dense(numbers)
+        computed = []
+        for number, finals in self._finals(numbers, plans):
+            rows = self._score(finals, number, objective)
+            computed.append(rows.tolist())
+            yield number, rows
+        self.journal.keep(key, computed)
+
+    def _text(self, number: int) -> str:
+        """Digest of a batch's tokens and of which of them count."""
+        if number not in self._texts:
+            batch = self.batches[number]
+            parts = [str(tuple(batch.shape)).encode(), batch.cpu().numpy().tobytes()]
+            if self.counted is not None:
+                parts.append(self.counted[number].cpu().numpy().tobytes())
+            self._texts[number] = hashlib.sha256(b"".join(parts)).hexdigest()
+        return self._texts[number]
+
+    def loss(self, gone: Gone) -> Tensor:
+        """Loss of one subnetwork, float64 [n] (nats/token, one value a window)."""
+        return self.values([gone])[0]
+
+    def leave_one_out(
+        self, candidates: Iterable[Sublayer], base: Collection[Sublayer] = (), advance: Any = None
+    ) -> tuple[Tensor, dict[Sublayer, Tensor]]:
+        """Loss of `base` removed, and of `base` and one candidate removed, for every candidate.
+
+        Returns:
+            Base loss float64 [n] and candidate -> loss float64 [n], nats/token.
+        """
+        candidates = sorted(candidates)
+        gone: dict[Sublayer, None] = dict.fromkeys(base)
+        table = self.values([gone, *({**gone, candidate: None} for candidate in candidates)], advance=advance)
+        return table[0], dict(zip(candidates, table[1:], strict=True))
+
+    @torch.inference_mode()
+    def walk(self, visit: Visitor, gone: Gone | None = None) -> None:
+        """Run one subnetwork and show every kept sublayer's input and output to `visit`."""
+        gone = self._complete(gone or {})
+        for numbers in self._rounds():
+            streams = self._embedded(numbers)
+            taps: dict[int, Taps] = {number: {} for number in numbers}
+            for index in range(len(self.blocks)):
+                with self.residency.block(index):
+                    for number in numbers:
+                        hidden, kwargs = streams[number]
+                        for kind in KINDS:
+                            sublayer = Sublayer(index, kind)
+                            if sublayer in gone and gone[sublayer] is None:
+                                continue
+                            emulation = gone.get(sublayer)
+                            after = self.run_and_tap(sublayer, hidden, kwargs[index], emulation, taps[number])
+                            if sublayer not in gone:
+                                visit(number, sublayer, hidden, after)
+                            hidden = after
+                        streams[number] = hidden, kwargs
+
+    def gate_gradients(self, gates: Tensor, number: int) -> Tensor:
+        """Gradient of the loss by a gate on every sublayer's update: x + g f(x).
+
+        Args:
+            gates: float32 [L, 2], attention and ffn.
+            number: Of the batch.
+
+        Returns:
+            d(mean loss of the window)/d gate, float64 [b, L, 2], nats/token; 0 for what the view removes.
+        """
+        batch = self.batches[number]
+        hidden, kwargs = self.embed(batch)
+        # One gate per window, so that one backward pass gives every window's own gradient.
+        wide = gates.to(hidden.device, hidden.dtype).repeat(len(batch), 1, 1).requires_grad_(True)
+        taps: Taps = {}
+        with torch.enable_grad():
+            for index in range(len(self.blocks)):
+                given = (index, hidden, kwargs[index], wide[:, index], taps)
+                hidden = checkpoint(self._gated, *given, use_reentrant=False)
+            loss = self._head.cross_entropy(hidden, batch[:, 1:]).mean(1).sum()
+            (gradient,) = torch.autograd.grad(loss, wide)
+        taps.clear()  # the graph holds them and they hold the graph, where no collector sees it
+        return gradient.double().cpu()
+
+    def _gated(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps) -> Tensor:
+        base = self._complete({})
+        for column, kind in enumerate(KINDS):
+            sublayer = Sublayer(index, kind)
+            if sublayer in base:
+                emulation = base[sublayer]
+                hidden = hidden if emulation is None else self.run_and_tap(sublayer, hidden, kwargs, emulation, taps)
+                continue
+            after = self.run_and_tap(sublayer, hidden, kwargs, None, taps)
+            hidden = hidden + gates[:, column, None, None] * (after - hidden)
+        return hidden
+
+    def _rounds(self) -> list[list[int]]:
+        """Batches that go through the blocks together: one at a time, or all when blocks come from disk."""
+        mine = self.mine()
+        return [[number] for number in mine] if self.residency.keeps_blocks else [mine]
+
+    def _groups(self, order: list[int], numbers: list[int], tensors: int) -> list[list[int]]:
+        size = tensors * self.model.config.hidden_size * self.model.dtype.itemsize
+        held = sum(self.batches[number].numel() for number in numbers) * size
+        many = max(1, self.state_bytes // max(1, held))
+        return [order[first : first + many] for first in range(0, len(order), many)]
+
+    def _embedded(self, numbers: list[int]) -> dict[int, tuple[Tensor, Arguments]]:
+        with self.residency.embedding():
+            return {number: self.embed(self.batches[number]) for number in numbers}
+
+    def _finals(self, numbers: list[int], plans: Sequence[Gone]) -> Iterator[tuple[int, list[Tensor]]]:
+        """For every batch, what leaves the last block under each plan, [b, T, D]."""
+        entering = self._embedded(numbers)
+        arguments = {number: kwargs for number, (_, kwargs) in entering.items()}
+        states = {number: [_State(hidden, list(range(len(plans))))] for number, (hidden, _) in entering.items()}
+        del entering
+        sources = self.sources(plans)
+        for index in range(len(self.blocks)):
+            with self.residency.block(index):
+                for number in numbers:
+                    for kind in KINDS:
+                        kwargs = arguments[number][index]
+                        states[number] = self._advance(Sublayer(index, kind), states[number], kwargs, plans, sources)
+        with self.residency.head():
+            for number in numbers:
+                finals: list[Any] = [None] * len(plans)
+                for state in states.pop(number):
+                    for plan in state.plans:
+                        finals[plan] = state.hidden
+                yield number, finals
+
+    def _advance(
+        self,
+        sublayer: Sublayer,
+        states: list[_State],
+        kwargs: Mapping[str, Any],
+        plans: Sequence[Gone],
+        sources: Collection[int],
+    ) -> list[_State]:
+        """Take every stream through one sublayer, splitting those whose plans differ in it."""
+        out: list[_State] = []
+        keeping: list[_State] = []
+        keeps = {*sources, sublayer.block} if self.family.parallel else sources
+        for state in states:
+            variants: dict[int, tuple[nn.Module, list[int]]] = {}
+            kept, cut = [], []
+            for plan in state.plans:
+                if sublayer not in plans[plan]:
+                    kept.append(plan)
+                elif (emulation := plans[plan][sublayer]) is None:
+                    cut.append(plan)
+                else:
+                    variants.setdefault(id(emulation), (emulation, []))[1].append(plan)
+            if cut:
+                out.append(_State(state.hidden, cut, _only(state.taps, keeps)))
+            for emulation, members in variants.values():
+                taps = dict(state.taps)
+                hidden = self.run_and_tap(sublayer, state.hidden, kwargs, emulation, taps)
+                out.append(_State(hidden, members, _only(taps, keeps)))
+            if kept:
+                keeping.append(_State(state.hidden, kept, _only(state.taps, keeps)))
+        self._run_together(sublayer, keeping, kwargs, keeps)
+        return out + keeping
+
+    def _run_together(
+        self, sublayer: Sublayer, states: list[_State], kwargs: Mapping[str, Any], sources: Collection[int]
+    ) -> None:
+        """Advance streams through one sublayer, several in a forward while they are small, in place."""
+        if not states:
+            return
+        rows, length = states[0].hidden.shape[:2]
+        device = states[0].hidden.device.type
+        many = max(1, FORWARD_TOKENS.get(device, 4096) // (rows * length))
+        own = emulation_in(self.blocks[sublayer.block], self.family, sublayer.kind)
+        if sources_of(own):
+            many = 1  # it reads what is each stream's own
+        for first in range(0, len(states), many):
+            part = states[first : first + many]
+            together = torch.cat([state.hidden for state in part]) if len(part) > 1 else part[0].hidden
+            taps = dict(part[0].taps) if len(part) == 1 else self._shared(sublayer, part)
+            after = self.run_and_tap(sublayer, together, _tile(kwargs, rows, len(part)), None, taps)
+            for state, hidden in zip(part, after.split(rows), strict=True):
+                state.hidden = hidden
+            if sublayer.kind == "attention" and sublayer.block in sources:
+                for state, tap in zip(part, taps[sublayer.block].split(rows), strict=True):
+                    state.taps[sublayer.block] = tap
+
+    def _shared(self, sublayer: Sublayer, states: Sequence[_State]) -> Taps:
+        """What several streams know when they go through a sublayer together: what entered the block."""
+        entered = [self._entered(sublayer, state.taps) for state in states]
+        if all(start is None for start in entered):
+            return {}
+        starts = [state.hidden if s is None else s for state, s in zip(states, entered, strict=True)]
+        return {sublayer.block: Tap(entered=torch.cat(starts))}
+
+    def _remember_dense(self, numbers: list[int]) -> None:
+        missing = [number for number in numbers if number not in self._dense]
+        if missing:
+            for number, finals in self._finals(missing, [{}]):
+                self._dense[number] = finals[0], self._head.normaliser(finals[0])
+
+    def _score(self, finals: list[Tensor], number: int, objective: Objective) -> Tensor:
+        """Rows float64 [plans, b] of the table; equal finals are scored once."""
+        distinct = {id(hidden): hidden for hidden in finals}
+        if objective == "loss":
+            targets = self.batches[number][:, 1:]
+            scored = {key: self._head.cross_entropy(hidden, targets) for key, hidden in distinct.items()}
+        elif objective == "kl":
+            found = self._head.divergence(*self._dense[number], list(distinct.values()))
+            scored = dict(zip(distinct, found, strict=True))
+        else:
+            dense, _ = self._dense[number]
+            scored = {key: self._head.logit_distance(dense, hidden) for key, hidden in distinct.items()}
+        return torch.stack([self._reduce(scored[id(hidden)], number) for hidden in finals])
+
+    def _reduce(self, values: Tensor, number: int) -> Tensor:
+        wide = values.double().cpu()
+        if self.counted is None:
+            return wide.mean(1)
+        counted = self.counted[number].double()
+        return (wide * counted).sum(1) / counted.sum(1)
+
+
+def _only(taps: Taps, blocks: Collection[int]) -> Taps:
+    return {block: tap for block, tap in taps.items() if block in blocks}
+
+
+_LAST = Sublayer(2**31, "ffn")
+
+
+def describe(plan: Gone) -> list[str]:
+    """What a plan is made of, for a journal's key: sublayers and the digests of their emulations."""
+    return [str(s) if plan[s] is None else f"{s}:{_fingerprint(plan[s])}" for s in sorted(plan)]
+
+
+def _fingerprint(module: nn.Module | None) -> str:
+    assert module is not None
+    digest = hashlib.sha256(str(sources_of(module)).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tile(value: Any, rows: int, times: int) -> Any:
+    """Repeat the batch dimension of a block's arguments; those with one row broadcast by themselves."""
+    if isinstance(value, Tensor):
+        return (
+            value.repeat(times, *[1] * (value.dim() - 1)) if value.dim() > 1 and value.shape[0] == rows > 1 else value
+        )
+    if isinstance(value, tuple | list):
+        return type(value)(_tile(item, rows, times) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _tile(item, rows, times) for key, item in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""Making up for what went: emulation, compensation, recalibration, fusing, healing."""

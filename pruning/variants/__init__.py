@@ -1,0 +1,1 @@
+"""What a sublayer can become, one file a kind."""

@@ -1,0 +1,58 @@
+"""Refuse a damaged checkpoint before any weight is loaded."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pruning.errors import CheckpointError
+from pruning.models.checkpoint import verify
+
+SKIP_VERIFICATION = "SHOAL_SKIP_VERIFICATION"
+
+
+def check_directory(model: str, load_format: str) -> None:
+    """Check every file of a checkpoint against its manifest, unless `SHOAL_SKIP_VERIFICATION=1` or weights are dummies.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, altered or of another format version.
+    """
+    if load_format == "dummy" or os.environ.get(SKIP_VERIFICATION) == "1":
+        return
+    directory = Path(model)
+    if not directory.is_dir():
+        raise CheckpointError(f"{model} is not a directory; download the checkpoint first and give its path")
+    verify(directory)
+
+
+def check_stage(block_configs: Sequence[Any], start: int, end: int, *, may_lack_attention: bool) -> None:
+    """Check that one pipeline stage can run by itself.
+
+    Args:
+        block_configs: One entry a block of the whole model.
+        start: First block of the stage.
+        end: One past its last.
+        may_lack_attention: Whether one attention layer anywhere in the model is enough.
+
+    Raises:
+        CheckpointError: No attention layer is left, or an emulation reads an attention layer of another stage.
+    """
+    stage, split = f"the pipeline stage of blocks {start} to {end - 1}", "set VLLM_PP_LAYER_PARTITION to another split"
+    if all(block["attention"]["no_op"] for block in block_configs):
+        raise CheckpointError("the model has no attention layer left, and vLLM cannot size its KV cache; keep one")
+    if not may_lack_attention and lacks_attention(block_configs, start, end):
+        raise CheckpointError(f"{stage} has no attention layer left, and vLLM cannot size its KV cache; {split}")
+    for index in range(start, end):
+        for kind in ("attention", "ffn"):
+            emulation = block_configs[index][kind]["emulation"] or {}
+            for source in emulation.get("sources", ()):
+                if not start <= source < end:
+                    what = "KV cache" if emulation["kind"] == "kv_share" else "attention output"
+                    raise CheckpointError(
+                        f"{stage} reads the {what} of block {source}, which another stage holds; {split}"
+                    )
+
+
+def lacks_attention(block_configs: Sequence[Any], start: int, end: int) -> bool:
+    """Whether blocks `start` to `end - 1` have lost all their attention layers."""
+    return all(block_configs[index]["attention"]["no_op"] for index in range(start, end))

@@ -1,0 +1,1 @@
+"""The vLLM twin of each kind of variant, one file a kind."""
