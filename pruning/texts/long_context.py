@@ -2,8 +2,9 @@
 
     needle      one code at a depth of your choice
     keys        8 names, each with a code, spread evenly; all asked for, in another order
-    values      4 codes of one name, spread evenly; all asked for, in the order given
-    variable    a value behind 2 assignments, beside a second chain of the same length; the last variable is asked for
+    values      4 codes of one name, spread evenly; each is to be completed from its first digits
+    variable    a value behind 2 assignments, beside a second chain of the same length; asked for from the last variable,
+                assignment by assignment
     copy        a list of words at a depth, and the same list again at the end
 
 The answers are part of the prompt. One forward then tells what greedy decoding would write as long as it is right.
@@ -78,6 +79,7 @@ class _Layout:
     asked: Sequence[Asked]
     depth: float | None = None
     guessed: int = 0
+    begun: bool = False  # the first token with a letter or digit of every answer is given, not part of it
 
 
 def _code(chance: random.Random) -> str:
@@ -102,20 +104,25 @@ def _keys(chance: random.Random, depth: float, keys: int = KEYS) -> _Layout:
 
 
 def _values(chance: random.Random, depth: float) -> _Layout:
-    name, codes = chance.choice(NAMES), [_code(chance) for _ in range(VALUES)]
+    name, firsts = chance.choice(NAMES), chance.sample(range(1, 10), VALUES)
+    codes = [f"{first}{chance.randrange(10**4):04}" for first in firsts]
+    asked = chance.sample(codes, VALUES)
+    cue = f"\nThe {VALUES} codes of {name} are"
     pieces = _spread([f"\nA code of {name} is {code}.\n" for code in codes])
-    cue = f"\nThe {VALUES} codes of {name}, in the order given, are"
-    return _Layout(pieces, [(cue if i == 0 else ",", f" {code}") for i, code in enumerate(codes)])
+    return _Layout(pieces, [(cue if i == 0 else ",", f" {code}") for i, code in enumerate(asked)], begun=True)
 
 
 def _variable(chance: random.Random, depth: float) -> _Layout:
-    names, codes = chance.sample(THINGS, 2 * (HOPS + 1)), [_code(chance), _code(chance)]
-    chains = names[: HOPS + 1], names[HOPS + 1 :]
-    lines = [f"\nVAR {chain[0]} = {code};\n" for chain, code in zip(chains, codes, strict=True)]
-    for hop in range(HOPS):
-        lines += [f"\nVAR {chain[hop + 1]} = {chain[hop]};\n" for chain in chains]
-    asked = chance.randrange(2)
-    return _Layout(_spread(lines), [(f"\nThe value of VAR {chains[asked][-1]} is", f" {codes[asked]}")])
+    names = chance.sample(THINGS, 2 * (HOPS + 1))
+    chains = []
+    for variables in (names[: HOPS + 1], names[HOPS + 1 :]):
+        chains.append(list(zip(variables, [_code(chance), *variables[:-1]], strict=True)))
+    hops = [link for links in zip(*chains, strict=True) for link in links]
+    followed = chains[chance.randrange(2)][::-1]
+    return _Layout(
+        _spread([f"\nVAR {name} = {source};\n" for name, source in hops]),
+        [(f"{';' if i else ''}\nVAR {name} =", f" {source}") for i, (name, source) in enumerate(followed)],
+    )
 
 
 def _copy(chance: random.Random, depth: float) -> _Layout:
@@ -170,7 +177,7 @@ def long_prompts(
         CalibrationError: The length is too short for the lines, or the other text for the length.
 
     Source: Needle in a haystack (Kamradt 2023) and RULER, arXiv 2404.06654, sections 3.1 and 3.2. Inferred: answers are
-        teacher-forced; codes of five digits; two chains of assignments, so that the value must be followed.
+        teacher-forced; codes of five digits; two chains of assignments, so that the value must be followed, hop by hop.
     """
     return [_one(KINDS[kind], kind, tokenizer, other, length, depth, f"{kind} {seed} {i}") for i in range(count)]
 
@@ -209,6 +216,8 @@ def _one(
     layout = draw(chance, depth)
     pieces = [(place, _encode(tokenizer, line)) for place, line in layout.pieces]
     tail, spans = _tail(tokenizer, layout.asked)
+    if layout.begun:
+        spans = [_rest(tokenizer, tail, *span) for span in spans]
     start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     needed = len(start) + sum(len(ids) for _, ids in pieces) + len(tail)
     room = length - needed
@@ -240,6 +249,13 @@ def _tail(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> tuple[l
         text += answer
         spans.append((begin, _common(whole, _encode(tokenizer, text)) - begin))
     return whole, spans
+
+
+def _rest(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], begin: int, count: int) -> tuple[int, int]:
+    """The span without its first token that is no space; where that would be all of it, the last token is kept."""
+    given = 1 if tokenizer.decode([ids[begin]]).strip() else 2
+    given = min(given, count - 1)
+    return begin + given, count - given
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

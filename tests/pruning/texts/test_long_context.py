@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.errors import CalibrationError
-from pruning.texts.long_context import GIVEN, HOPS, KEYS, KINDS, LISTED, PLACED, code_prompts, filler, long_prompts
+from pruning.texts.long_context import (
+    GIVEN,
+    HOPS,
+    KEYS,
+    KINDS,
+    LISTED,
+    PLACED,
+    VALUES,
+    code_prompts,
+    filler,
+    long_prompts,
+)
 from tests.conftest import pico_tokenizer
 
 TOKENIZER = pico_tokenizer()
@@ -51,7 +62,7 @@ def test_every_answer_stands_earlier_in_the_text(kind, length, depth, seed):
     before = TOKENIZER.decode(prompt.tokens[1 : prompt.spans[0][0]])
     for answer in answers(prompt):
         assert answer in before or kind == "copy"
-        assert answer.startswith(" ")
+        assert answer.startswith(" ") != (kind == "values")
     ends = [start + count for start, count in prompt.spans]
     assert ends[-1] == length
     assert all(end <= start for end, (start, _) in zip(ends, prompt.spans[1:], strict=False))
@@ -91,24 +102,36 @@ def test_keys_are_spread_and_asked_in_another_order():
     assert max(gaps) - min(gaps) <= 10
 
 
-def test_values_are_asked_in_the_order_given():
-    prompt = one("values")
-    codes = re.findall(r"A code of \w+ is (\d{5})", TOKENIZER.decode(prompt.tokens[1:]))
-    assert answers(prompt) == [f" {code}" for code in codes]
+@given(SEED)
+@settings(deadline=None, max_examples=30)
+def test_the_first_digit_of_every_value_is_given_and_tells_it_from_the_others(seed):
+    prompt = one("values", seed=seed)
+    text = TOKENIZER.decode(prompt.tokens[1:])
+    codes = re.findall(r"A code of \w+ is (\d{5})", text)
+    asked = re.search(r"The 4 codes of \w+ are ([\d, ]+)$", text)[1].split(", ")
+    assert sorted(asked) == sorted(codes)
+    assert answers(prompt) == [code[1:] for code in asked]
+    assert len({code[0] for code in codes}) == len(codes) == VALUES
 
 
 @given(SEED)
 @settings(deadline=None, max_examples=30)
-def test_the_variable_has_the_value_asked_for(seed):
+def test_the_variable_is_followed_to_its_value(seed):
     prompt = one("variable", seed=seed)
     text = TOKENIZER.decode(prompt.tokens[1:])
-    held = {}
-    for name, value in re.findall(r"\nVAR (\w+) = (\w+);", text):
-        held[name] = held.get(value, value)
+    lines = re.findall(r"\nVAR (\w+) = (\w+)", text)
+    hidden, followed = lines[: 2 * (HOPS + 1)], lines[2 * (HOPS + 1) :]
+    held, last = {}, {}
+    for name, source in hidden:
+        held[name] = held.get(source, source)
+        last[held[name]] = name
     assert len(held) == 2 * (HOPS + 1)
-    asked = re.search(r"The value of VAR (\w+) is", text)[1]
-    assert answers(prompt) == [f" {held[asked]}"]
-    assert len(set(held.values())) == 2
+    assert len(last) == 2
+    assert set(followed) <= set(hidden)
+    assert [target for target, _ in followed[1:]] == [source for _, source in followed[:-1]]
+    assert held[followed[0][0]] == followed[-1][1]
+    assert last[followed[-1][1]] == followed[0][0]
+    assert answers(prompt) == [f" {source}" for _, source in followed]
 
 
 def test_the_list_comes_again():
