@@ -206,6 +206,52 @@ def costs(points: Sequence[Mapping[str, Any]]) -> Figure:
     return _draw("costs", "What emulation gives back and costs", "Larger dots: more removed.", (9, 3.5), draw)
 
 
+def found_map(cells: Sequence[Mapping[str, Any]]) -> Figure:
+    """Heat map: share of the answers found, length by task and depth; the dense model's beside it where there is one.
+
+    Args:
+        cells: Rows of `pruning.evaluation.long_context.on_long_context`.
+    """
+    lengths = sorted({cell["length"] for cell in cells})
+    names = list(dict.fromkeys(_hidden(cell) for cell in cells))
+    panels = {"found": "this model"} | ({"dense_found": "dense"} if "dense_found" in cells[0] else {})
+    starts = [panel * (len(lengths) + 0.5) for panel in range(len(panels))]
+
+    def draw(axes: Any) -> None:
+        for start, (key, title) in zip(starts, panels.items(), strict=True):
+            for cell in cells:
+                x, y = start + lengths.index(cell["length"]), names.index(_hidden(cell))
+                share = cell[key]["value"]
+                axes.barh(y, 0.94, left=x - 0.47, height=0.88, color=_between(STATES["removed"], STATES["kept"], share))
+                axes.text(x, y, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.6 else "#1d2228")
+            axes.text(start + (len(lengths) - 1) / 2, -0.75, title, ha="center", va="bottom")
+        places = [start + i for start in starts for i in range(len(lengths))]
+        axes.set_xticks(places, [str(length) for length in lengths] * len(panels))
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.6)
+        axes.set_xlim(-0.6, starts[-1] + len(lengths) - 0.4)
+        axes.set_xlabel("tokens")
+        axes.tick_params(length=0)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+
+    note = (
+        "Share of the answers that greedy decoding writes exactly, 1 is all. The percentage is the place of what is "
+        "asked for, from the start of the text; without one it is spread over the text."
+    )
+    return _draw("found", "Found in a long context", note, (9, 1.1 + 0.32 * len(names)), draw)
+
+
+def _hidden(cell: Mapping[str, Any]) -> str:
+    return str(cell["kind"]) + ("" if cell["depth"] is None else f", {cell['depth']:.0%}")
+
+
+def _between(low: str, high: str, share: float) -> str:
+    """The colour at a share of the way from one to another, #rrggbb."""
+    pairs = [(int(low[i : i + 2], 16), int(high[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
+
+
 def _lines(points: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
     out: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for point in sorted(points, key=lambda p: p["removed"]):

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pruning.errors import RecipeError
+from pruning import __version__
+from pruning.errors import RecipeError, StorageError
+from pruning.evaluation.evaluate import HEAD, table_rows
 from pruning.export import figures
 from pruning.importance import metric
 from pruning.models.checkpoint import Manifest
@@ -164,6 +166,32 @@ def write_sweep_report(directory: Path, document: Mapping[str, Any], front: Sequ
     (directory / "report.html").write_text(page, encoding="utf-8")
     for figure in drawn:
         figure.save(directory)
+
+
+def write_evaluation(directory: Path, found: Mapping[str, Any], made_by: str) -> None:
+    """Write report.html and the figures of what `prune-export evaluate` found.
+
+    Args:
+        directory: Made where it is not there.
+        found: As saved in JSON.
+        made_by: The command line.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    cells = found.get("long_context_tasks", [])
+    drawn = [figures.found_map(cells)] if cells else []
+    tables = [{"title": "Measured", "head": HEAD, "rows": table_rows(found)}]
+    against = f" beside the dense model {found['against']}" if found["against"] else ""
+    title = f"{found['model']}, measured"
+    page = _page(title, f"{found['model']}{against}.", tables, drawn, made_by, __version__)
+    try:
+        directory.mkdir(exist_ok=True)
+        (directory / "report.html").write_text(page, encoding="utf-8")
+        for figure in drawn:
+            figure.save(directory)
+    except OSError as error:
+        raise StorageError(f"cannot write the report in {directory}: {error.strerror or error}") from error
 
 
 def _accuracy(one: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
     needle      one code at a depth of your choice
     keys        8 names, each with a code, spread evenly; all asked for, in another order
     values      4 codes of one name, spread evenly; each is to be completed from its first digits
-    variable    a value behind 2 assignments, beside a second chain of the same length; asked for from the last variable,
+    variable    a value behind 2 assignments, beside a second chain like it; asked for from the last variable on,
                 assignment by assignment
     copy        a list of words at a depth, and the same list again at the end
 
