@@ -66,15 +66,17 @@ def run(
         check_output(output, overwrite)
     if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep:
         recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # these formats need block 0's attention
-    source, wanted = checked(model, recipe, reporter)
-    num_blocks = source.config.num_hidden_layers
+    source, recipe, wanted = checked(model, recipe, reporter)
+    num_blocks, context = source.config.num_hidden_layers, recipe.context or 0
     with reporter.stage("load"):
         dense = load_model(source, recipe.dtype, recipe.device)
     if recipe.heal != "none":
         healing_precision(dense, recipe)
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
-        check_free_space(output, int(predicted_bytes(dense, dearest, fused=recipe.fuse)["weights"] * 1.05) + 2**24)
+        check_free_space(
+            output, int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05) + 2**24
+        )
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
@@ -85,7 +87,7 @@ def run(
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
-    sizes = predicted_bytes(dense, plan, fused=recipe.fuse)
+    sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
         return None
@@ -157,7 +159,7 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     """
     quiet_libraries()
     parallel.start()
-    source, _ = checked(model, recipe, reporter)
+    source, recipe, _ = checked(model, recipe, reporter)
     residency: Residency | None = None
     with reporter.stage("load"):
         if recipe.stream:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from pruning.errors import RecipeError
-from pruning.plan import parse_amount, parse_share
+from pruning.plan import layers_within, parse_amount, parse_share
+from pruning.variants import REMOVED, cache_of, row
 
 SELECTION = Parameter(group="Selection")
 RECOVERY = Parameter(group="Recovery")
@@ -20,9 +21,16 @@ SEVERAL = Parameter(consume_multiple=True)
 Amount = str | int | None
 Share = str | None
 Search = Literal["rank", "greedy", "exchange", "evolutionary", "policy-gradient", "consecutive"]
-Emulation = Literal[
-    "none", "bias", "self-only", "low-rank", "linear", "context", "kv-share", "kv-share-low-rank", "shared"
-]
+
+
+def _known(name: str) -> str:
+    if name != REMOVED:
+        row(name)
+    return name
+
+
+Emulation = Annotated[str, AfterValidator(_known)]
+"""A kind of `pruning.variants` as typed (`low-rank`), or "none"."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -96,6 +104,16 @@ class Recipe(BaseModel):
         int, SELECTION, Field(ge=1, description="Generations of evolutionary, steps of policy-gradient.")
     ] = 20
     offspring: Annotated[int, SELECTION, Field(ge=2, description="Plans in each of them.")] = 16
+    context: Annotated[
+        int | None,
+        SELECTION,
+        Field(ge=2, description="Tokens of a request that budgets count; the model's own, at most 8192, by default."),
+    ] = None
+    window: Annotated[
+        int | None,
+        SELECTION,
+        Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
+    ] = None
     keep: Annotated[
         list[int],
         BeforeValidator(_numbers),
@@ -107,8 +125,8 @@ class Recipe(BaseModel):
         Emulation,
         RECOVERY,
         Field(
-            description="What takes a removed sublayer's place; shared, for --blocks only: a kept block's "
-            "weights and low-rank differences, which makes files smaller but saves no KV cache and no time."
+            description="What a sublayer becomes: none (removed), or a kind of `prune-export list`, such as window, "
+            "low-rank, linear, bias, context, kv-share."
         ),
     ] = "low-rank"
     rank: Annotated[
@@ -206,6 +224,34 @@ class Counts:
     sublayers: int = 0
 
 
+LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
+WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
+
+
+def resolved(recipe: Recipe, model_context: int) -> Recipe:
+    """The recipe with its context and its window named.
+
+    Args:
+        recipe: As asked for.
+        model_context: Tokens that the model takes.
+
+    Raises:
+        RecipeError: The model takes no such context, or the window is no shorter.
+    """
+    if recipe.context is not None and recipe.context > model_context:
+        raise RecipeError(f"--context {recipe.context}: the model takes at most {model_context} tokens")
+    context = recipe.context or min(model_context, LONGEST_CONTEXT)
+    window = recipe.window or max(2, context // WINDOW_SHARE) if limits(recipe) else None
+    if window is not None and window >= context:
+        raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
+    return recipe.model_copy(update={"context": context, "window": window})
+
+
+def limits(recipe: Recipe) -> bool:
+    """Whether attention is limited to windows, not removed."""
+    return cache_of(recipe.emulation) == "window"
+
+
 def counts(recipe: Recipe, num_blocks: int) -> Counts:
     """Resolve the recipe's amounts against a model; a budget in loss or weights is an upper bound here.
 
@@ -219,8 +265,7 @@ def counts(recipe: Recipe, num_blocks: int) -> Counts:
     free = num_blocks - len(set(recipe.keep))
     _refuse_contradictions(recipe, amounts, num_blocks)
     if recipe.kv_budget is not None:
-        kept = int(num_blocks * parse_share(recipe.kv_budget, "kv-budget") + 1e-9)
-        amounts["attention"] = max(1, num_blocks - kept)
+        amounts["attention"] = _limited_within(recipe, num_blocks)
     elif recipe.max_loss_increase is not None:
         amounts["attention"] = min(free, num_blocks - 1)
     elif recipe.weight_budget is not None:
@@ -230,7 +275,8 @@ def counts(recipe: Recipe, num_blocks: int) -> Counts:
         amounts["attention"] = "33%"
     totals = {"sublayers": 2 * num_blocks}
     result = Counts(**{k: parse_amount(v, totals.get(k, num_blocks), k) for k, v in amounts.items()})
-    if result.attention + result.blocks >= num_blocks or result.sublayers >= 2 * num_blocks - 1:
+    no_cache = cache_of(recipe.emulation) == "none"
+    if (no_cache and result.attention + result.blocks >= num_blocks) or result.sublayers >= 2 * num_blocks - 1:
         gone = min(num_blocks, result.attention + result.blocks + result.sublayers)
         raise RecipeError(f"{gone} of {num_blocks} attention layers would go; at least one must stay")
     if result.ffn + result.blocks > num_blocks:
@@ -240,6 +286,19 @@ def counts(recipe: Recipe, num_blocks: int) -> Counts:
     if max(result.attention, result.ffn) + result.blocks > free or result.sublayers > 2 * free:
         raise RecipeError(f"--keep leaves only {free} blocks to remove from; ask for less")
     return result
+
+
+def _limited_within(recipe: Recipe, num_blocks: int) -> int:
+    """Attention layers that have to be limited or removed for the recipe's share of the KV cache."""
+    assert recipe.kv_budget is not None
+    left = (recipe.window or 0) / (recipe.context or LONGEST_CONTEXT)
+    count = layers_within(parse_share(recipe.kv_budget, "kv-budget"), num_blocks, left)
+    if count > num_blocks:
+        raise RecipeError(
+            f"--kv-budget {recipe.kv_budget}: with every layer limited to {recipe.window} of {recipe.context} tokens, "
+            f"{left:.1%} stays; give a smaller --window"
+        )
+    return count
 
 
 def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_blocks: int) -> None:
@@ -259,7 +318,7 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
     if (
         recipe.format in ("nemotron-nas", "gguf")
         and not recipe.fuse
-        and recipe.emulation != "none"
+        and recipe.emulation != REMOVED
         and set(amounts) != {"blocks"}
     ):
         raise RecipeError(f"--format {recipe.format} holds no adapters; add --fuse, or choose --emulation none")
@@ -272,13 +331,14 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
     if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
-    if recipe.recovery_aware and recipe.emulation == "none":
+    if recipe.recovery_aware and recipe.emulation == REMOVED:
         raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
-    if recipe.emulation == "shared":
-        _refuse_with_shared(recipe, set(amounts))
-    unshared = set(amounts) == {"blocks"} and recipe.emulation != "shared"
-    if recipe.heal == "adapters" and (recipe.emulation == "none" or unshared):
-        why = "--emulation none" if recipe.emulation == "none" else "whole blocks go without emulation"
+    whole = recipe.emulation != REMOVED and row(recipe.emulation).unit == "block"
+    if whole:
+        _refuse_with_whole_blocks(recipe, set(amounts))
+    unshared = set(amounts) == {"blocks"} and not whole
+    if recipe.heal == "adapters" and (recipe.emulation == REMOVED or unshared):
+        why = "--emulation none" if recipe.emulation == REMOVED else "whole blocks go without emulation"
         raise RecipeError(f"--heal adapters has nothing to train ({why}); use --heal lora, or leave it out")
     if recipe.heal != "none" and recipe.fuse:
         raise RecipeError("--heal trains adapters and --fuse leaves none; give one of them")
@@ -286,16 +346,15 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError("--heal-minutes and --heal-steps need --heal adapters or --heal lora")
 
 
-def _refuse_with_shared(recipe: Recipe, kinds: set[str]) -> None:
+def _refuse_with_whole_blocks(recipe: Recipe, kinds: set[str]) -> None:
     """Refuse what contradicts blocks that share the weights of kept ones."""
+    flag = f"--emulation {recipe.emulation}"
     if kinds != {"blocks"}:
-        raise RecipeError("--emulation shared replaces whole blocks; ask for --blocks N and for nothing else")
+        raise RecipeError(f"{flag} replaces whole blocks; ask for --blocks N and for nothing else")
     if recipe.compensate or recipe.fuse:
         flag = "--compensate" if recipe.compensate else "--fuse"
-        raise RecipeError(f"{flag} changes kept weights, which --emulation shared uses twice; give one of them")
+        raise RecipeError(f"{flag} changes kept weights, which {flag} uses twice; give one of them")
     if recipe.recovery_aware:
-        raise RecipeError(
-            "--recovery-aware cannot try --emulation shared (who lends depends on who stays); leave it out"
-        )
+        raise RecipeError(f"--recovery-aware cannot try {flag} (who lends depends on who stays); leave it out")
     if recipe.format != "shoal":
         raise RecipeError(f"--format {recipe.format} holds no shared blocks; use --format shoal, or --emulation none")

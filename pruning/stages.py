@@ -15,22 +15,21 @@ from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.choice import read_questions
 from pruning.evaluation.tasks import TaskEvaluator, holds_questions, parse_task, read_task
+from pruning.families import has_biases
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator, Residency
 from pruning.importance import Sampling, Scores, metric
 from pruning.models.loading import DenseModel, Source, find_model
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Counts, Recipe, counts
+from pruning.recipe import Counts, Recipe, counts, resolved
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import Precision, Settings, heal
-from pruning.recovery.units import has_biases
 from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, read_text, repeated, self_generated, standard_library
-from pruning.variants.kv_share_fit import check_shareable
-from pruning.variants.shared_fit import check_sharing
+from pruning.variants import REMOVED, cache_of, row, variant
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -133,7 +132,14 @@ def _adapters(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Repor
         if key not in kept:
             kept.clear()
             kept[key] = fit_candidates(
-                evaluator, key, candidates, emulation_kind(recipe), recipe.rank, reporter, recipe.sources
+                evaluator,
+                key,
+                candidates,
+                emulation_kind(recipe),
+                recipe.rank,
+                reporter,
+                recipe.sources,
+                recipe.window or 0,
             )
         return kept[key]
 
@@ -230,12 +236,7 @@ def _within_loss(
 
 def emulation_kind(recipe: Recipe) -> EmulationKind:
     """The recipe's emulation as the plan names it."""
-    kinds: dict[str, EmulationKind] = {
-        "none": "none", "bias": "bias", "self-only": "self_only", "low-rank": "low_rank", "linear": "linear",
-        "context": "context", "kv-share": "kv_share", "kv-share-low-rank": "kv_share_low_rank",
-        "shared": "shared",
-    }  # fmt: skip
-    return kinds[recipe.emulation]
+    return recipe.emulation.replace("-", "_")
 
 
 def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
@@ -243,40 +244,40 @@ def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
     removed: dict[Sublayer, EmulationKind] = {}
     for unit in gone:
         kind = emulation_kind(recipe)
-        if unit.kind == "block" and kind != "shared":
-            kind = "none"
+        if unit.kind == "block" and kind != REMOVED and row(kind).unit != "block":
+            kind = REMOVED
         removed |= dict.fromkeys(unit.sublayers, kind)
-    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources)
-    if not plan.kept("attention"):
+    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0)
+    if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
     return plan
 
 
-def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Counts]:
-    """Find the model and refuse what cannot be done before anything costs time.
+def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Recipe, Counts]:
+    """Find the model, resolve the recipe, and refuse what cannot be done before anything costs time.
 
     Raises:
         UserError: What is wrong with the request.
     """
-    row = metric(recipe.importance)
+    scorer = metric(recipe.importance)
     flag = "--task" if recipe.task else "--copying"
-    if (recipe.task or recipe.copying) and not row.target.startswith("pruning.importance.ablation"):
+    if (recipe.task or recipe.copying) and not scorer.target.startswith("pruning.importance.ablation"):
         raise RecipeError(f"--importance {recipe.importance} sees all tokens alike; with {flag} use leave-one-out, kl, "
                           f"a Shapley value, or leave {flag} out")  # fmt: skip
     if recipe.importance == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
         raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
     source = find_model(model, reporter)
+    recipe = resolved(recipe, source.config.max_position_embeddings)
     wanted = counts(recipe, source.config.num_hidden_layers)
     if recipe.fuse:
         check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
-    if recipe.emulation.startswith("kv-share"):
-        check_shareable(source.family, source.config)
-    if recipe.emulation == "shared":
-        check_sharing(source.family)
+    kind = emulation_kind(recipe)
+    if kind != REMOVED:
+        variant(kind).check(source.family, source.config)
     if recipe.rank > source.config.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
-    if recipe.emulation == "self-only" and (source.family.attention_post_norm or wanted.ffn or wanted.sublayers):
-        raise RecipeError("--emulation self-only is for attention without a norm after it; choose another")
+    if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
+        raise RecipeError(f"--emulation {recipe.emulation} is for attention only; choose another for FFNs")
     for path in recipe.calibration:
         read_text(path)
     for path, _ in map(parse_task, recipe.task):
@@ -284,7 +285,7 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
             read_questions(path)
         else:
             read_text(path)
-    return source, wanted
+    return source, recipe, wanted
 
 
 def forwards(dense: DenseModel, recipe: Recipe) -> AbstractContextManager[Any]:
@@ -310,7 +311,9 @@ def recovered(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, rep
     how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
     with forwards(dense, recipe):
         if not recipe.fuse:
-            return recover(evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, **how)
+            return recover(
+                evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, window=plan.window, **how
+            )
         check_fusable(dense.family, plan.removed)
         biased = has_biases(dense.model.config)
         return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, **how)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pruning.families import Family
-from pruning.models.configuration import cache_view
+from pruning.models.configuration import as_fields, cache_view
 from pruning.models.modeling import register_models
 from pruning.variants.shared import materialised, unshared
 from server.engine.loader import check_directory, check_stage
@@ -25,7 +25,7 @@ from server.engine.vllm import is_first_worker, replaced, stock
 def _unshared(config: Any) -> Iterator[None]:
     """Let a configuration describe ordinary blocks in the place of those that share weights inside the `with`."""
     shared: Sequence[Any] = config.block_configs
-    config.block_configs = unshared(shared)
+    config.block_configs = as_fields(unshared(shared))
     try:
         yield
     finally:
