@@ -124,6 +124,12 @@ def dense_shape_of(vllm_config: Any) -> CacheShape:
     return _shape(vllm_config, _own_windows(model.hf_text_config, len(layers), cache.sliding_window))
 
 
+def windows_of(config: Any) -> dict[int, int]:
+    """Block -> W, of the layers that a model's configuration limits."""
+    entries = [block["attention"] for block in getattr(config, "block_configs", None) or ()]
+    return {block: int(entry["window"]["size"]) for block, entry in enumerate(entries) if entry.get("window")}
+
+
 def _shape(vllm_config: Any, windows: Sequence[int | None], together: int = 0) -> CacheShape:
     layers = tuple(Layers(windows.count(window), window) for window in dict.fromkeys(windows))
     return CacheShape(
@@ -149,12 +155,11 @@ def _windows(config: Any, everywhere: int | None, longest: int) -> list[int | No
     if not blocks:
         return _own_windows(config, config.num_hidden_layers, everywhere)
     windows: list[int | None] = []
-    for block, own in zip(blocks, _own_windows(config, len(blocks), everywhere), strict=True):
-        entry = block["attention"]
-        if entry["no_op"]:
-            continue
-        size = entry["window"]["size"] if entry.get("window") else None
-        windows.append(own if size is None else size if size < longest else None)
+    limited = windows_of(config)
+    for block, own in enumerate(_own_windows(config, len(blocks), everywhere)):
+        if not blocks[block]["attention"]["no_op"]:
+            size = limited.get(block)
+            windows.append(own if size is None else size if size < longest else None)
     return windows
 
 
