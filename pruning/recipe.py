@@ -114,6 +114,11 @@ class Recipe(BaseModel):
         SELECTION,
         Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
     ] = None
+    codes: Annotated[
+        float,
+        SELECTION,
+        Field(ge=0, description="For windows: weight of codes hidden far away, beside 1 for the loss on text."),
+    ] = 0.25
     keep: Annotated[
         list[int],
         BeforeValidator(_numbers),
@@ -192,13 +197,19 @@ class Recipe(BaseModel):
         SEVERAL,
         Field(description="Text or JSONL files. Default: text the model writes itself."),
     ] = []
-    calibration_tokens: Annotated[int, CALIBRATION, Field(ge=1, description="Tokens the adapters are fitted on.")] = (
-        16384
-    )
+    calibration_tokens: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 4096."),
+    ] = None
     score_tokens: Annotated[
         int, CALIBRATION, Field(ge=1, description="Tokens (of the same) that importance is measured on.")
     ] = 4096
-    sequence_length: Annotated[int, CALIBRATION, Field(ge=8, description="Tokens in one calibration window.")] = 256
+    sequence_length: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(ge=8, description="Tokens in one calibration row: 256, or 2048 (the context, if less) for windows."),
+    ] = None
     seed: Annotated[int, CALIBRATION, Field(description="Seed of everything drawn.")] = 0
     dtype: Annotated[
         Dtype, OUTPUT, Field(description="Dtype to compute and store in; auto: float32 on CPU, else the model's own.")
@@ -213,6 +224,16 @@ class Recipe(BaseModel):
         Field(description="Who can read the checkpoint; see `prune-export list`."),
     ] = "shoal"
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens in one calibration row."""
+        return self.sequence_length or SHORT_ROW_TOKENS
+
+    @property
+    def fit_tokens(self) -> int:
+        """Tokens of all calibration rows."""
+        return self.calibration_tokens or FIT_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -224,6 +245,8 @@ class Counts:
     sublayers: int = 0
 
 
+SHORT_ROW_TOKENS, FIT_TOKENS = 256, 16384  # for adapters
+LONG_ROW_TOKENS, CHOICE_TOKENS = 2048, 4096  # for windows: as large a share of a row as of the context
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 
@@ -244,7 +267,11 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     window = recipe.window or max(2, context // WINDOW_SHARE) if limits(recipe) else None
     if window is not None and window >= context:
         raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
-    return recipe.model_copy(update={"context": context, "window": window})
+    length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
+    tokens = recipe.calibration_tokens or (FIT_TOKENS if window is None else max(length, CHOICE_TOKENS))
+    return recipe.model_copy(
+        update={"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
+    )
 
 
 def limits(recipe: Recipe) -> bool:
