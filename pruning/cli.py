@@ -202,7 +202,7 @@ def sweep_model(
     choice: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
     limit: int | None = None,
     overwrite: bool = False,
-    importance: str = DEFAULTS.importance,
+    importance: str | None = DEFAULTS.importance,
     rank: int = DEFAULTS.rank,
     keep: Annotated[list[int], SEVERAL] = [],  # noqa: B006
     calibration: Annotated[list[Path], SEVERAL] = [],  # noqa: B006

@@ -122,7 +122,7 @@ def run(
             recipe=recipe.model_dump(mode="json"),
             num_blocks=num_blocks,
             removed={str(s): _label(kind, recipe) for s, kind in plan.removed.items()},
-            importance=table_of(chosen.scores, recipe.importance),
+            importance=table_of(chosen.scores, recipe.metric),
             quality=quality | ({"tasks": tasks} if tasks else {}),
             sizes=sizes,
             stages=dict(reporter.stages),
@@ -184,8 +184,8 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     residency: Residency | None = None
     with reporter.stage("load"):
         if recipe.stream:
-            if metric(recipe.importance).target.startswith("pruning.importance.gradient"):
-                raise RecipeError(f"--importance {recipe.importance} needs the whole model; leave --stream out")
+            if metric(recipe.metric).target.startswith("pruning.importance.gradient"):
+                raise RecipeError(f"--importance {recipe.metric} needs the whole model; leave --stream out")
             if recipe.fit_precision != "auto":
                 raise RecipeError("--stream computes in --dtype; leave --fit-precision out")
             dense, residency = open_streamed(source, recipe.dtype, recipe.device)
@@ -194,15 +194,15 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     with reporter.stage("calibrate"):
         tokens, _ = calibrate(dense, recipe, reporter)
     every = [Unit(b, kind) for kind in units for b in range(source.config.num_hidden_layers) if b not in recipe.keep]
-    sampling = Sampling(recipe.seed, recipe.samples, max(1, len(every) // 3))
+    sampling = Sampling(recipe.seed, recipe.draws, max(1, len(every) // 3))
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(output, dense, recipe)
         judges = judges_of(dense, recipe, tokens, journal, reporter, residency)
-        scores = selection.score(judges, every, recipe.importance, sampling, reporter)
+        scores = selection.score(judges, every, recipe.metric, sampling, reporter)
     if parallel.process()[0] == 0:
-        print(score_table(scores[""].values, scores[""].errors, metric(recipe.importance).unit))
+        print(score_table(scores[""].values, scores[""].errors, metric(recipe.metric).unit))
         if output is not None:
-            _write_scores(output, recipe, dense, table_of(scores, recipe.importance))
+            _write_scores(output, recipe, dense, table_of(scores, recipe.metric))
     journal.discard()
 
 

@@ -67,12 +67,18 @@ class Recipe(BaseModel):
         SELECTION,
         Field(gt=0, description="Nats per token on held-out text: removes as much attention as stays inside."),
     ] = None
-    importance: Annotated[str, SELECTION, Field(description="Importance metric; see `prune-export list`.")] = (
-        "leave-one-out"
-    )
+    importance: Annotated[
+        str | None,
+        SELECTION,
+        Field(
+            description="Importance metric; see `prune-export list`. aumann-shapley for windows, else leave-one-out."
+        ),
+    ] = None
     samples: Annotated[
-        int, SELECTION, Field(ge=1, description="Subnetworks or orders drawn by metrics that sample.")
-    ] = 8
+        int | None,
+        SELECTION,
+        Field(ge=1, description="Subnetworks or orders drawn by metrics that sample: 8, or 2 for windows."),
+    ] = None
     search: Annotated[Search, SELECTION, Field(description="How the plan is chosen.")] = "rank"
     recovery_aware: Annotated[
         bool,
@@ -225,6 +231,16 @@ class Recipe(BaseModel):
     ] = "shoal"
 
     @property
+    def metric(self) -> str:
+        """The importance metric."""
+        return self.importance or ("aumann-shapley" if limits(self) else "leave-one-out")
+
+    @property
+    def draws(self) -> int:
+        """What metrics that sample draw."""
+        return self.samples or (2 if limits(self) else 8)
+
+    @property
     def row_tokens(self) -> int:
         """Tokens in one calibration row."""
         return self.sequence_length or SHORT_ROW_TOKENS
@@ -269,9 +285,8 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
         raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
     length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
     tokens = recipe.calibration_tokens or (FIT_TOKENS if window is None else max(length, CHOICE_TOKENS))
-    return recipe.model_copy(
-        update={"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
-    )
+    named = {"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
+    return recipe.model_copy(update={**named, "importance": recipe.metric, "samples": recipe.draws})
 
 
 def limits(recipe: Recipe) -> bool:

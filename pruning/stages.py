@@ -174,8 +174,8 @@ def choose(judges: Sequence[Judge], recipe: Recipe, wanted: Counts, reporter: Re
     if recipe.max_loss_increase is not None or recipe.weight_budget is not None:
         depth = num_blocks // 3
     return selection.select(
-        judges, groups_of(wanted, num_blocks, recipe.keep), recipe.importance, recipe.search,
-        Sampling(recipe.seed, recipe.samples, depth), reporter,
+        judges, groups_of(wanted, num_blocks, recipe.keep), recipe.metric, recipe.search,
+        Sampling(recipe.seed, recipe.draws, depth), reporter,
         objective=recipe.objective, generations=recipe.generations, offspring=recipe.offspring,
     )  # fmt: skip
 
@@ -265,12 +265,12 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Rec
     Raises:
         UserError: What is wrong with the request.
     """
-    scorer = metric(recipe.importance)
+    scorer = metric(recipe.metric)
     flag = "--task" if recipe.task else "--copying"
     if (recipe.task or recipe.copying) and not scorer.target.startswith("pruning.importance.ablation"):
-        raise RecipeError(f"--importance {recipe.importance} sees all tokens alike; with {flag} use leave-one-out, kl, "
+        raise RecipeError(f"--importance {recipe.metric} sees all tokens alike; with {flag} use leave-one-out, kl, "
                           f"a Shapley value, or leave {flag} out")  # fmt: skip
-    if recipe.importance == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
+    if recipe.metric == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
         raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
     source = find_model(model, reporter)
     recipe = resolved(recipe, source.config.max_position_embeddings)
