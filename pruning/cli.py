@@ -202,13 +202,13 @@ def sweep_model(
     choice: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
     limit: int | None = None,
     overwrite: bool = False,
-    importance: str = DEFAULTS.importance,
+    importance: str | None = DEFAULTS.importance,
     rank: int = DEFAULTS.rank,
     keep: Annotated[list[int], SEVERAL] = [],  # noqa: B006
     calibration: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
-    calibration_tokens: int = DEFAULTS.calibration_tokens,
+    calibration_tokens: int | None = DEFAULTS.calibration_tokens,
     score_tokens: int = DEFAULTS.score_tokens,
-    sequence_length: int = DEFAULTS.sequence_length,
+    sequence_length: int | None = DEFAULTS.sequence_length,
     seed: int = 0,
     dtype: Dtype = "auto",
     device: str = "auto",

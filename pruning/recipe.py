@@ -67,12 +67,18 @@ class Recipe(BaseModel):
         SELECTION,
         Field(gt=0, description="Nats per token on held-out text: removes as much attention as stays inside."),
     ] = None
-    importance: Annotated[str, SELECTION, Field(description="Importance metric; see `prune-export list`.")] = (
-        "leave-one-out"
-    )
+    importance: Annotated[
+        str | None,
+        SELECTION,
+        Field(
+            description="Importance metric; see `prune-export list`. aumann-shapley for windows, else leave-one-out."
+        ),
+    ] = None
     samples: Annotated[
-        int, SELECTION, Field(ge=1, description="Subnetworks or orders drawn by metrics that sample.")
-    ] = 8
+        int | None,
+        SELECTION,
+        Field(ge=1, description="Subnetworks or orders drawn by metrics that sample: 8, or 2 for windows."),
+    ] = None
     search: Annotated[Search, SELECTION, Field(description="How the plan is chosen.")] = "rank"
     recovery_aware: Annotated[
         bool,
@@ -114,6 +120,11 @@ class Recipe(BaseModel):
         SELECTION,
         Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
     ] = None
+    codes: Annotated[
+        float,
+        SELECTION,
+        Field(ge=0, description="For windows: weight of codes hidden far away, beside 1 for the loss on text."),
+    ] = 0.25
     keep: Annotated[
         list[int],
         BeforeValidator(_numbers),
@@ -192,13 +203,19 @@ class Recipe(BaseModel):
         SEVERAL,
         Field(description="Text or JSONL files. Default: text the model writes itself."),
     ] = []
-    calibration_tokens: Annotated[int, CALIBRATION, Field(ge=1, description="Tokens the adapters are fitted on.")] = (
-        16384
-    )
+    calibration_tokens: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 4096."),
+    ] = None
     score_tokens: Annotated[
         int, CALIBRATION, Field(ge=1, description="Tokens (of the same) that importance is measured on.")
     ] = 4096
-    sequence_length: Annotated[int, CALIBRATION, Field(ge=8, description="Tokens in one calibration window.")] = 256
+    sequence_length: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(ge=8, description="Tokens in one calibration row: 256, or 2048 (the context, if less) for windows."),
+    ] = None
     seed: Annotated[int, CALIBRATION, Field(description="Seed of everything drawn.")] = 0
     dtype: Annotated[
         Dtype, OUTPUT, Field(description="Dtype to compute and store in; auto: float32 on CPU, else the model's own.")
@@ -213,6 +230,26 @@ class Recipe(BaseModel):
         Field(description="Who can read the checkpoint; see `prune-export list`."),
     ] = "shoal"
 
+    @property
+    def metric(self) -> str:
+        """The importance metric."""
+        return self.importance or ("aumann-shapley" if limits(self) else "leave-one-out")
+
+    @property
+    def draws(self) -> int:
+        """What metrics that sample draw."""
+        return self.samples or (2 if limits(self) else 8)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens in one calibration row."""
+        return self.sequence_length or SHORT_ROW_TOKENS
+
+    @property
+    def fit_tokens(self) -> int:
+        """Tokens of all calibration rows."""
+        return self.calibration_tokens or FIT_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -224,6 +261,8 @@ class Counts:
     sublayers: int = 0
 
 
+SHORT_ROW_TOKENS, FIT_TOKENS = 256, 16384  # for adapters
+LONG_ROW_TOKENS, CHOICE_TOKENS = 2048, 4096  # for windows: as large a share of a row as of the context
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 
@@ -244,7 +283,10 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     window = recipe.window or max(2, context // WINDOW_SHARE) if limits(recipe) else None
     if window is not None and window >= context:
         raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
-    return recipe.model_copy(update={"context": context, "window": window})
+    length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
+    tokens = recipe.calibration_tokens or (FIT_TOKENS if window is None else max(length, CHOICE_TOKENS))
+    named = {"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
+    return recipe.model_copy(update={**named, "importance": recipe.metric, "samples": recipe.draws})
 
 
 def limits(recipe: Recipe) -> bool:

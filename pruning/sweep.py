@@ -90,7 +90,7 @@ def sweep(
     quiet_libraries()
     check_output(output, overwrite)
     for name in curves.choosers:
-        metric(recipe.importance if name == "greedy" else name)
+        metric(recipe.metric if name == "greedy" else name)
     questions = [read_questions(path, curves.limit) for path in curves.choice]
     for path in [*recipe.calibration, *([curves.judge] if curves.judge else [])]:
         read_text(path)
@@ -144,13 +144,13 @@ def _order(
     dense: DenseModel, recipe: Recipe, chooser: str, count: int, tokens: Any, journal: Journal, reporter: Reporter
 ) -> tuple[list[Unit], float, dict[str, Any]]:
     """Units in order of removal, seconds it took (journalled with them), and the scores."""
-    how, name = ("greedy", recipe.importance) if chooser == "greedy" else ("rank", chooser)
+    how, name = ("greedy", recipe.metric) if chooser == "greedy" else ("rank", chooser)
     key = ["order", how, name, count, recipe.model_dump_json(), _digest(tokens)]
     if (known := journal.recall(key)) is None:
         start = time.perf_counter()
         judges = judges_of(dense, recipe, tokens, journal, reporter)
         groups = groups_of(Counts(attention=max(1, count)), dense.model.config.num_hidden_layers, recipe.keep)
-        sampling = Sampling(recipe.seed, recipe.samples, max(1, count))
+        sampling = Sampling(recipe.seed, recipe.draws, max(1, count))
         chosen = selection.select(judges, groups, name, how, sampling, reporter)
         known = [[unit.block for unit in chosen.order], time.perf_counter() - start, table_of(chosen.scores, name)]
         journal.keep(key, known)
