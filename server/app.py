@@ -69,8 +69,8 @@ def assemble(
 
 def announce(inventory: Inventory, args: Namespace, settings: Settings) -> None:
     """Say what the cache holds, and to people a line to try."""
-    for note in inventory.notes:
-        logger.warning(note)
+    for warning in inventory.warnings:
+        logger.warning(warning)
     if settings.log_format == "json":
         for line in inventory.lines():
             logger.info(line)

@@ -28,7 +28,7 @@ def describe(manifest: Manifest | None, inventory: Inventory, draft: Manifest | 
             "tokens": inventory.capacity_tokens,
             "tokens_dense": inventory.capacity_tokens_dense,
             "contexts": [asdict(context) for context in inventory.contexts],
-            "notes": list(inventory.notes),
+            "notes": [*inventory.notes, *inventory.warnings],
         },
         "weight_bytes": inventory.weight_bytes,
         "weight_bytes_dense": inventory.weight_bytes_dense,
