@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from pruning.errors import RecipeError
-from pruning.plan import layers_within, parse_amount, parse_share
+from pruning.plan import EmulationKind, layers_within, parse_amount, parse_share
 from pruning.variants import REMOVED, cache_of, row
 
 SELECTION = Parameter(group="Selection")
@@ -251,6 +251,29 @@ class Recipe(BaseModel):
         return self.calibration_tokens or FIT_TOKENS
 
 
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file.
+
+    Raises:
+        RecipeError: It cannot be read, or is not a YAML mapping; with its line.
+    """
+    import yaml
+
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f":{mark.line + 1}"
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RecipeError(f"{path}{line}: this is not YAML: {problem}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise RecipeError(f"cannot read recipe {path}: {reason}") from error
+    if keys is not None and not (isinstance(keys, dict) and all(isinstance(key, str) for key in keys)):
+        raise RecipeError(f"{path}: a recipe is lines of `key: value`, such as `attention: 10`")
+    return keys or {}
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
     """How many sublayers of each kind, of either kind, and whole blocks, to remove."""
@@ -294,18 +317,44 @@ def limits(recipe: Recipe) -> bool:
     return cache_of(recipe.emulation) == "window"
 
 
+def emulation_kind(recipe: Recipe) -> EmulationKind:
+    """The recipe's emulation as the plan names it."""
+    return recipe.emulation.replace("-", "_")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what no model can be asked for.
+
+    Raises:
+        RecipeError: An amount is malformed, says nothing, or contradicts another.
+    """
+    amounts = _amounts(recipe)
+    _refuse_contradictions(recipe, amounts)
+    for kind, amount in amounts.items():
+        parse_amount(amount, None, kind)
+    for flag, share in (("kv-budget", recipe.kv_budget), ("weight-budget", recipe.weight_budget)):
+        if share is not None:
+            parse_share(share, flag)
+
+
+def _amounts(recipe: Recipe) -> dict[str, str | int]:
+    given = {
+        "attention": recipe.attention, "ffn": recipe.ffn, "blocks": recipe.blocks, "sublayers": recipe.sublayers
+    }  # fmt: skip
+    return {kind: amount for kind, amount in given.items() if amount is not None}
+
+
 def counts(recipe: Recipe, num_blocks: int) -> Counts:
     """Resolve the recipe's amounts against a model; a budget in loss or weights is an upper bound here.
 
     Raises:
         RecipeError: An amount is malformed, out of range, contradicts another, or leaves no attention layer.
     """
-    given = {
-        "attention": recipe.attention, "ffn": recipe.ffn, "blocks": recipe.blocks, "sublayers": recipe.sublayers
-    }  # fmt: skip
-    amounts = {kind: amount for kind, amount in given.items() if amount is not None}
+    amounts = _amounts(recipe)
     free = num_blocks - len(set(recipe.keep))
-    _refuse_contradictions(recipe, amounts, num_blocks)
+    _refuse_contradictions(recipe, amounts)
+    if outside := [block for block in recipe.keep if not 0 <= block < num_blocks]:
+        raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
     if recipe.kv_budget is not None:
         amounts["attention"] = _limited_within(recipe, num_blocks)
     elif recipe.max_loss_increase is not None:
@@ -343,7 +392,7 @@ def _limited_within(recipe: Recipe, num_blocks: int) -> int:
     return count
 
 
-def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_blocks: int) -> None:
+def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> None:
     budgets = {
         "--kv-budget": recipe.kv_budget,
         "--weight-budget": recipe.weight_budget,
@@ -368,9 +417,6 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError("--max-loss-increase measures adapters, which --fuse refits; leave one of them out")
     if named and named != ["--kv-budget"] and recipe.search not in ("rank", "greedy"):
         raise RecipeError(f"{named[0]} needs an order of removal: --search rank or greedy, not {recipe.search}")
-    outside = [block for block in recipe.keep if not 0 <= block < num_blocks]
-    if outside:
-        raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
     if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
     if recipe.recovery_aware and recipe.emulation == REMOVED:

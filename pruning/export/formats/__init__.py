@@ -10,17 +10,17 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from pruning.errors import RecipeError
-from pruning.export.writing import fields_of, state_dict
 from pruning.families import Family
-from pruning.models.modeling import block_configs_of
 from pruning.variants import of_entry
-from pruning.variants.base import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from pruning.variants.base import Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +38,19 @@ class PrunedModel:
     family: Family
     fields: Mapping[str, Any]
     block_configs: list[dict[str, Any]]
-    tensors: Mapping[str, Tensor]
+    tensors: "Mapping[str, Tensor]"
     companions: Path
 
     @classmethod
-    def of(cls, model: PreTrainedModel, family: Family, companions: Path) -> "PrunedModel":
+    def of(cls, model: "PreTrainedModel", family: Family, companions: Path) -> "PrunedModel":
         """A model that `apply_plan` has cut."""
+        from pruning.export.writing import fields_of, state_dict
+        from pruning.models.modeling import block_configs_of
+
         fields = fields_of(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
         return cls(family, fields, block_configs_of(model, family), state_dict(model), companions)
 
-    def variants(self) -> dict[str, Variant]:
+    def variants(self) -> "dict[str, Variant]":
         """Sublayers that became a variant, such as `attention.4`, and which."""
         found = {
             f"{kind}.{index}": of_entry(block[kind])
@@ -85,7 +88,14 @@ class Format:
         return importlib.import_module(self.module).refusal(pruned)
 
     def write(self, pruned: PrunedModel, directory: Path) -> int:
-        """Write configuration and weights; returns the bytes of the weights."""
+        """Write configuration and weights; returns the bytes of the weights.
+
+        Raises:
+            NumberError: A weight is not finite; nothing is written.
+        """
+        from pruning.finite import check_tensors
+
+        check_tensors(pruned.tensors.items(), "what would be written")
         return importlib.import_module(self.module).write(pruned, directory)
 
 
