@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from pruning.models.checkpoint import Manifest, is_pruned, read_manifest
 from server import logs
 from server.admission import Admission
 from server.auth import Authenticate, KeyRing
+from server.costs import Limits
 from server.engine import compat as vllm_compat
 from server.inventory import Inventory, take_inventory
 from server.lifecycle import OPERATIONS, Gate, Lifecycle, Split, supervise
@@ -48,7 +50,7 @@ def assemble(
         stock: vLLM's application, with our routes in it.
         settings: How to serve.
         lifecycle: What the gate and the health routes read.
-        running: Requests the engine runs at once.
+        running: Sequences the engine runs at once.
         processes: API processes that share the traffic; each hands out its part of the limits.
         root: Process whose memory is reported; None: this one.
     """
@@ -59,6 +61,7 @@ def assemble(
         None if waiting is None else math.ceil(waiting / processes),
         settings.max_body_bytes,
         settings.retry_after_seconds,
+        Limits(**{field.name: getattr(settings, f"max_{field.name}") for field in fields(Limits)}),
     )
     if settings.api_keys_file is not None:
         app = RateLimit(app, settings.requests_per_minute, settings.tokens_per_minute, 1 / processes)

@@ -116,6 +116,7 @@ def _defaults(directory: str, settings: Settings) -> dict[str, Any]:
         "enable_log_requests": settings.log_prompts,
         # Reached by Ctrl-C, which a terminal sends to the engine processes too.
         "shutdown_timeout": int(settings.grace_seconds),
+        "max_logprobs": max(settings.max_top_logprobs, settings.max_prompt_logprobs),
         "speculative_config": draft and draft_config(draft, settings.draft_tokens),
     }
 
