@@ -13,6 +13,7 @@ from rich.text import Text
 
 from pruning import __version__
 from pruning.errors import Interrupted, ShoalError
+from server.plugin import GRAMMAR_SECONDS
 from server.settings import PREFIX, Settings
 
 
@@ -58,6 +59,7 @@ def serve(
     from server.app import run
     from server.engine.compat import parse_arguments
 
+    os.environ[GRAMMAR_SECONDS] = str(settings.grammar_seconds)  # read within the engine's processes
     logging = ["--logging-config.formatter", settings.log_format]
     args = parse_arguments([directory, *logging, *engine], _defaults(directory, settings))
     _check_combination(args, settings)

@@ -297,6 +297,8 @@ def guard_generation(
             sampling_params.max_tokens = max_output_tokens
             sampling_params.min_tokens = min(sampling_params.min_tokens, max_output_tokens)
         answer = stock(prompt, sampling_params, request_id, **options)
+        if sampling_params.structured_outputs is not None:
+            answer = _blaming_the_grammar(answer)
         spend = spending()
         if spend is None:
             return answer
@@ -304,6 +306,20 @@ def guard_generation(
         return _counted(answer, spend)
 
     engine.generate = generate
+
+
+async def _blaming_the_grammar(answer: Any) -> AsyncIterator[Any]:
+    """An answer that fails before its first token fails for its grammar: vLLM itself calls that an internal error."""
+    begun = False
+    async with aclosing(answer):
+        async for output in answer:
+            if not begun and any(part.finish_reason == "error" for part in output.outputs):
+                raise VLLMValidationError(
+                    "the schema or grammar cannot be compiled, or not in the time this server gives it",
+                    parameter="response_format",
+                )
+            begun = begun or any(part.token_ids for part in output.outputs)
+            yield output
 
 
 async def _counted(answer: Any, spend: Callable[[int], None]) -> AsyncIterator[Any]:
