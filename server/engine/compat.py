@@ -161,6 +161,18 @@ async def open_engine(args: Namespace, client_config: dict[str, Any] | None = No
         await context.__aexit__(None, None, None)
 
 
+def take_cors(args: Namespace) -> dict[str, Any]:
+    """Options of a CORS middleware out of vLLM's arguments.
+
+    They are ours to apply from then on: vLLM's middleware would leave the answers of all that is around it without.
+    """
+    names = {"allow_origins": "allowed_origins", "allow_credentials": "allow_credentials",
+             "allow_methods": "allowed_methods", "allow_headers": "allowed_headers"}  # fmt: skip
+    options = {name: getattr(args, argument) for name, argument in names.items()}
+    args.allowed_origins = []
+    return options
+
+
 async def stock_app(engine: Any, args: Namespace) -> FastAPI:
     """vLLM's own OpenAI application on this engine, all routes and handlers in place."""
     tasks = await engine.get_supported_tasks()
