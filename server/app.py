@@ -94,13 +94,17 @@ def adopt(stock: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 
 def announce(inventory: Inventory, args: Namespace, settings: Settings) -> None:
-    """Say what the cache holds, and to people a line to try."""
+    """Say what the cache holds and which parsers read the answers, and to people a line to try."""
+    tools, reasoning = vllm_compat.parsers(args)
+    reading = f"Parsers: tool calls {tools or 'none'}, reasoning {reasoning or 'none'}"
     if settings.log_format == "json":
         logger.info(inventory.line())
+        logger.info(reading)
         return
     scheme = "https" if args.ssl_certfile else "http"
     host = "localhost" if args.host in ("0.0.0.0", "::", None, "") else args.host
     print(inventory.line())
+    print(reading)
     print(
         f"Try: curl {scheme}://{host}:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d "
         f'\'{{"model": "{args.served_model_name[0]}", "temperature": 0, '

@@ -25,6 +25,10 @@ class Settings(BaseSettings):
     served_model_name: list[str] = Field(
         default_factory=list, description="Further names clients may use; the first is the directory's base name."
     )
+    tool_call_parser: str = Field(
+        "auto", description="How tool calls are read: a parser of vLLM, `none`, or the one that fits the chat template."
+    )
+    reasoning_parser: str = Field("auto", description="How reasoning is told from the answer, likewise.")
     skip_verification: bool = Field(False, description="Do not check the checkpoint's SHA-256 manifest.")
     draft: Path | None = Field(
         None, description="Checkpoint pruned from the served model, to guess tokens that the model then checks."

@@ -116,6 +116,27 @@ def parse_arguments(tokens: Sequence[str], defaults: dict[str, Any]) -> Namespac
     return args
 
 
+def set_parsers(args: Namespace, tools: str | None, reasoning: str | None) -> None:
+    """Name the parsers of tool calls and of reasoning where vLLM's own arguments do not.
+
+    Raises:
+        SettingsError: There is no such parser.
+    """
+    if tools and not args.tool_call_parser:
+        args.tool_call_parser, args.enable_auto_tool_choice = tools, True
+    if reasoning and not args.structured_outputs_config.reasoning_parser and not args.reasoning_parser:
+        args.reasoning_parser = args.structured_outputs_config.reasoning_parser = reasoning
+    try:
+        launcher.validate_api_server_args(args)
+    except KeyError as error:
+        raise SettingsError(f"vLLM argument: {error.args[0]}") from error
+
+
+def parsers(args: Namespace) -> tuple[str | None, str | None]:
+    """Parsers of tool calls and of reasoning."""
+    return args.tool_call_parser, args.reasoning_parser or args.structured_outputs_config.reasoning_parser or None
+
+
 def listen(args: Namespace) -> socket.socket:
     """Bind the API's socket before the engine starts, so that a taken port costs no minute.
 

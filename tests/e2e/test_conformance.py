@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import shutil
 import time
 
 import httpx2
 import openai
 import pytest
+
+from tests.conftest import rewrite_manifest
 
 pytestmark = pytest.mark.engine
 
@@ -14,12 +17,22 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 
 
+# As that of Qwen 2.5, without what it tells the model about them.
+TEMPLATE = (
+    "{% if tools and false %}<tool_call>arguments</tool_call>{% endif %}"
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+)
+
+
 @pytest.fixture(scope="module")
 def server(pico_checkpoint, start_server, tmp_path_factory):
     # No grammar compiles in a millisecond: that is how the deadline is seen.
-    flags = ["--cors-origins", '["https://good.example"]', "--grammar-seconds", 0.001]
-    log = tmp_path_factory.mktemp("conformance") / "log"
-    with start_server(pico_checkpoint("llama")[0], log, *flags, engine=["--max-model-len", 256]) as server:
+    flags = ["--cors-origins", "https://good.example", "--grammar-seconds", 0.001]
+    place = tmp_path_factory.mktemp("conformance")
+    checkpoint = shutil.copytree(pico_checkpoint("llama")[0], place / "llama-with-tools")
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    rewrite_manifest(checkpoint)
+    with start_server(checkpoint, place / "log", *flags, engine=["--max-model-len", 256]) as server:
         yield server
 
 
@@ -87,11 +100,13 @@ def test_what_is_allowed_is_served(server, http):
 
 
 def test_a_grammar_past_its_deadline_is_a_400(server, http, api):
-    wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA}}
-    error = refused(http.post("/v1/chat/completions", json=chat(server, response_format=wanted)), 400)
+    def wanted(name: str) -> dict:  # a schema of its own each time: compiled ones are kept
+        return {"type": "json_schema", "json_schema": {"name": name, "schema": {"properties": {name: SCHEMA}}}}
+
+    error = refused(http.post("/v1/chat/completions", json=chat(server, response_format=wanted("a"))), 400)
     assert "schema or grammar" in error["message"]
     with pytest.raises(openai.APIError, match="schema or grammar"):
-        list(api.chat.completions.create(**chat(server, response_format=wanted, stream=True)))
+        list(api.chat.completions.create(**chat(server, response_format=wanted("b"), stream=True)))
     assert http.post("/v1/chat/completions", json=chat(server)).status_code == 200
 
 
@@ -159,3 +174,11 @@ def test_models_versions_and_head(server, http, api):
     for path in ("/", "/v1/models", f"/v1/models/{server.model}", "/version", "/health", "/metrics", "/openapi.json"):
         answer = http.head(path)
         assert (answer.status_code, answer.content) == (200, b""), path
+
+
+def test_the_parser_of_tool_calls_is_picked_by_the_template(server, http):
+    assert "Parsers: tool calls hermes, reasoning none" in server.log.read_text()
+    assert http.post("/v1/chat/completions", json=chat(server, tools=[WEATHER])).status_code == 200
+    named = {"type": "function", "function": {"name": "weather"}}
+    answer = http.post("/v1/chat/completions", json=chat(server, tools=[WEATHER], tool_choice=named))
+    assert "parser" not in answer.text
