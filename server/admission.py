@@ -3,7 +3,7 @@
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import body, costs
+from server import body, costs, fields
 from server.errors import Refusal, error_response, whole_seconds
 from server.metrics import ACCEPTED, QUEUE_DEPTH, REJECTED
 
@@ -21,6 +21,7 @@ class Admission:
         body_bytes: Bytes of the largest body.
         retry_after_seconds: For the 503 of a full queue, and for a 429 or 503 of the application that names no time.
         limits: What one request may ask for; None: anything.
+        stores: Whether the application keeps responses, which some fields are about.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class Admission:
         body_bytes: int,
         retry_after_seconds: float,
         limits: costs.Limits | None = None,
+        *,
+        stores: bool = False,
     ) -> None:
         self.app = app
         self.running, self.waiting = running, waiting
         self.body_bytes, self.retry_after = body_bytes, retry_after_seconds
-        self.limits = limits
+        self.limits, self.stores = limits, stores
         self.inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,6 +102,7 @@ class Admission:
         if not content or not body.is_json(Headers(scope=scope).get("content-type", "")):
             return 1
         value = body.parse(content)
+        fields.check(scope["path"], value, stores=self.stores)
         if self.limits is not None:
             costs.check(value, len(content), self.limits)
         return costs.sequences(value)

@@ -77,6 +77,7 @@ def assemble(stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: 
         settings.max_body_bytes,
         settings.retry_after_seconds,
         Limits(**{field.name: getattr(settings, f"max_{field.name}") for field in fields(Limits)}),
+        stores=vllm_compat.stores_responses(),
     )
     if settings.api_keys_file is not None:
         app = RateLimit(app, settings.requests_per_minute, settings.tokens_per_minute, 1 / processes)

@@ -367,6 +367,11 @@ async def model_cards(app: FastAPI) -> dict[str, Any]:
     return (await app.state.openai_serving_models.show_available_models()).model_dump()
 
 
+def stores_responses() -> bool:
+    """Whether `/v1/responses` keeps what it answered."""
+    return bool(vllm.envs.VLLM_ENABLE_RESPONSES_API_STORE)
+
+
 def metrics_registry() -> Any:
     """The Prometheus registry a scrape reads: of all API processes, where there are several."""
     return get_prometheus_registry()
