@@ -9,6 +9,7 @@ import httpx2
 import openai
 import pytest
 
+from server.fields import FIELDS
 from tests.conftest import rewrite_manifest
 
 pytestmark = pytest.mark.engine
@@ -101,7 +102,8 @@ def test_what_is_allowed_is_served(server, http):
 
 def test_a_grammar_past_its_deadline_is_a_400(server, http, api):
     def wanted(name: str) -> dict:  # a schema of its own each time: compiled ones are kept
-        return {"type": "json_schema", "json_schema": {"name": name, "schema": {"properties": {name: SCHEMA}}}}
+        schema = {"enum": [f"{name}-{i}" for i in range(2000)]}
+        return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
 
     error = refused(http.post("/v1/chat/completions", json=chat(server, response_format=wanted("a"))), 400)
     assert "schema or grammar" in error["message"]
@@ -155,6 +157,40 @@ def test_messages_name_the_field(server, http):
     assert "`messages[0].content` has half of a surrogate pair" in refused(answer, 400)["message"]
     error = refused(http.post("/v1/chat/completions", json=chat(server) | {"model": "other"}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_fields_that_are_ignored_pass_and_those_that_cannot_be_honoured_do_not(server, http):
+    values = {"metadata": {"a": "b"}, "prediction": {"type": "content", "content": "x"}, "image": {},
+              "prompt_cache_options": {"ttl": "30m"}, "store": True, "access_programs": {}, "background_options": {},
+              "context_management": [{"type": "compaction"}], "max_tool_calls": 3, "stream_options": None}  # fmt: skip
+    bodies = {"/v1/chat/completions": chat(server), "/v1/completions": text(server),
+              "/v1/responses": {"model": server.model, "input": "x", "max_output_tokens": 4}}  # fmt: skip
+    for route, fields in FIELDS.items():
+        ignored = {name: values.get(name, "low") for name, field in fields.items() if field.state == "ignored"}
+        answer = http.post(route, json=bodies[route] | ignored)
+        assert answer.status_code == 200, answer.text
+        for name in (name for name, field in fields.items() if field.state == "refused"):
+            assert refused(http.post(route, json=bodies[route] | {name: "x"}), 400)["param"] == name
+
+
+def test_supported_fields_do(server, http):
+    everything = {
+        "frequency_penalty": 0.1, "presence_penalty": 0.1, "seed": 1, "temperature": 0.5, "top_p": 0.9, "n": 2,
+        "stop": ["zzz"], "logit_bias": {"5": 1},
+    }  # fmt: skip
+    more = {"logprobs": True, "top_logprobs": 2, "max_completion_tokens": 3, "reasoning_effort": "low",
+            "parallel_tool_calls": False, "response_format": {"type": "text"}, "tool_choice": "none"}  # fmt: skip
+    answer = http.post("/v1/chat/completions", json=chat(server) | everything | more | {"tools": [WEATHER]})
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == 2
+    answer = http.post("/v1/completions", json=text(server) | everything | {"logprobs": 2, "echo": True})
+    assert answer.status_code == 200, answer.text
+    body = {"model": server.model, "input": "x", "max_output_tokens": 4, "instructions": "y", "temperature": 0.5,
+            "metadata": {"a": "b"}, "top_p": 0.9, "truncation": "auto", "service_tier": "flex", "tools": [],
+            "parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "top_logprobs": 1,
+            "include": ["message.output_text.logprobs"], "reasoning": {"effort": "low"}}  # fmt: skip
+    answer = http.post("/v1/responses", json=body)
+    assert answer.status_code == 200, answer.text
 
 
 def test_browsers_of_other_origins_are_refused_in_json(http):
