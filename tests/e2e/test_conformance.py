@@ -85,7 +85,8 @@ def text(server, prompt="x", **fields) -> dict:
     ],
 )
 def test_what_costs_too_much_is_refused_before_the_engine(server, http, route, fields, flag):
-    body = chat(server, **fields) if route.startswith("chat") else text(server) | fields
+    bodies = {"chat/completions": chat(server), "completions": text(server), "responses": {"model": server.model}}
+    body = bodies[route] | fields
     start = time.monotonic()
     error = refused(http.post(f"/v1/{route}", json=body), 400)
     assert time.monotonic() - start < 2
