@@ -29,6 +29,7 @@ class Limits:
         logit_bias: Tokens with a bias, or in a list of allowed ones.
         grammar_bytes: Bytes of a JSON schema, a regular expression, a grammar, or of all tools.
         tools: Tools.
+        pattern_size: Tokens of a pattern that vLLM's `repetition_detection` looks for after every token.
     """
 
     choices: int
@@ -39,6 +40,7 @@ class Limits:
     logit_bias: int
     grammar_bytes: int
     tools: int
+    pattern_size: int
 
 
 def sequences(body: Any) -> int:
@@ -71,6 +73,10 @@ def check(body: Any, size: int, limits: Limits) -> None:
     _most("stops", "entries", _lengths(body, STOPS), limits.stops)
     _most("logit-bias", "tokens", _lengths(body, TOKEN_LISTS), limits.logit_bias)
     _most("tools", "tools", _lengths(body, ("tools", "functions")), limits.tools)
+    patterns = body.get("repetition_detection")
+    if isinstance(patterns, dict):
+        asked = [("repetition_detection.max_pattern_size", _number(patterns.get("max_pattern_size")))]
+        _most("pattern-size", "tokens of a pattern", asked, limits.pattern_size)
     if size > limits.grammar_bytes:
         sizes = ((at, len(json.dumps(value))) for at, value in _fields(body, GRAMMARS) if not isinstance(value, str))
         _most("grammar-bytes", "bytes of grammar", sizes, limits.grammar_bytes)

@@ -73,6 +73,9 @@ class Settings(BaseSettings):
         1024, description="Entries of `logit_bias` or `allowed_token_ids`; more get 400."
     )
     max_tools: NonNegativeInt = Field(128, description="Tools of one request; more get 400.")
+    max_pattern_size: NonNegativeInt = Field(
+        128, description="Tokens of a pattern of `repetition_detection`; more get 400."
+    )
     max_grammar_bytes: PositiveInt = Field(
         2**16, description="Bytes of a schema, a regular expression, a grammar, or of all tools; more get 400."
     )

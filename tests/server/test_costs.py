@@ -6,7 +6,7 @@ from server.costs import Limits, check, sequences
 from server.errors import Refusal
 from server.settings import Settings
 
-LIMITS = Limits(16, 256, 20, 5, 16, 1024, 2**16, 128)
+LIMITS = Limits(16, 256, 20, 5, 16, 1024, 2**16, 128, 128)
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 
 
@@ -78,6 +78,12 @@ def test_what_is_over_a_limit_is_refused_by_name(field, value, flag):
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "over_limit", field)
     assert caught.value.text.startswith(f"`{field}` asks for ")
     assert flag in caught.value.text
+
+
+def test_a_long_pattern_to_look_for_after_every_token_is_refused():
+    check({"repetition_detection": {"max_pattern_size": 128, "min_count": 2}}, 100, LIMITS)
+    with pytest.raises(Refusal, match=r"`repetition_detection.max_pattern_size` asks for 5000 .*--max-pattern-size"):
+        check({"repetition_detection": {"max_pattern_size": 5000, "min_count": 2}}, 100, LIMITS)
 
 
 def test_echo_with_logprobs_asks_for_those_of_the_prompt():

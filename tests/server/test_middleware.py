@@ -180,7 +180,7 @@ async def fill_the_queue_with_choices():
 
 
 def test_what_is_no_plain_json_is_refused_before_the_application():
-    client = TestClient(Admission(application(), 4, 4, 10**6, 1.0, Limits(16, 256, 20, 5, 16, 1024, 2**16, 128)))
+    client = TestClient(Admission(application(), 4, 4, 10**6, 1.0, Limits(16, 256, 20, 5, 16, 1024, 2**16, 128, 128)))
 
     def post(content: bytes, **headers: str):
         return client.post(
