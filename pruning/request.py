@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pruning.budget import Counts, check, counts, resolved
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task, read_questions
+from pruning.families import own_window
 from pruning.importance import metric
 from pruning.models.finding import Source, find_model
 from pruning.plan import Sublayer
-from pruning.recipe import Counts, Emulation, Recipe, check, counts, emulation_kind, resolved
+from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
 from pruning.variants import REMOVED, row, variant
 from pruning.workdir import check_output
@@ -70,12 +72,14 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> Request:
     _check_texts(recipe)
     source = find_model(model, reporter)
     recipe = resolved(recipe, source.positions)
-    wanted = counts(recipe, source.num_blocks)
+    counts(recipe, source.num_blocks)
     if recipe.rank > source.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.hidden_size}")
+    recipe, own = _sparing(source, recipe)
+    wanted = counts(recipe, source.num_blocks, len(own))
     kind = emulation_kind(recipe)
     if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
-        raise RecipeError(f"--emulation {recipe.emulation} is for attention only; choose another for FFNs")
+        raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
     if kind != REMOVED:
         variant(kind).check(source.family, source.config)
     if recipe.fuse:
@@ -83,6 +87,14 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> Request:
 
         check_fusable(source.family, {Sublayer(0, "ffn"): kind})
     return Request(source, recipe, wanted)
+
+
+def _sparing(source: Source, recipe: Recipe) -> tuple[Recipe, list[int]]:
+    """The recipe that leaves layers with a window by design alone, where attention is limited; and those layers."""
+    if not limits(recipe):
+        return recipe, []
+    own = [block for block in range(source.num_blocks) if own_window(source.config, block)]
+    return recipe.model_copy(update={"keep": sorted({*recipe.keep, *own})}), own
 
 
 def _check_texts(recipe: Recipe) -> None:

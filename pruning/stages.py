@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import windows
+from pruning.budget import Counts, counts
 from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task
@@ -23,7 +24,7 @@ from pruning.importance import Sampling, Scores
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Counts, Recipe, counts, emulation_kind, limits
+from pruning.recipe import Recipe, emulation_kind, limits
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import Precision, Settings, heal
@@ -38,6 +39,7 @@ HEALING_VALIDATION_WINDOWS = 16
 HEALING_TOKENS = 10_000_000  # text read where the number of updates is not known
 HEALING_MINUTES = 30.0
 SEARCH_FIT_TOKENS = 16384  # that a search fits its emulations on, in each half; every base that it tries costs a fit
+SEARCH_BATCH_TOKENS = 2048
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
@@ -123,7 +125,7 @@ def _task_judge(dense: DenseModel, recipe: Recipe, task: str, text: Judge, setti
 
 def _identity(recipe: Recipe, tokens: Tensor) -> str:
     """Digest of what adapters depend on besides the model."""
-    settings = f"{recipe.emulation} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
+    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
     return hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
@@ -194,8 +196,9 @@ def tasks_of(
 
 
 def within_budget(
-    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
-) -> list[Unit]:
+    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter,
+    prepared: Mapping[Sublayer, Any] | None = None,
+) -> list[Unit]:  # fmt: skip
     """The units of `order` that a budget in weights or in loss lets go; all where there is no such budget.
 
     Raises:
@@ -213,26 +216,28 @@ def within_budget(
             raise RecipeError(f"--weight-budget {recipe.weight_budget} is out of reach: not even all sublayers save it")
         return list(order[:count])
     if recipe.max_loss_increase is not None:
-        return _within_loss(dense, recipe, order, tokens, held_out, reporter)
+        return _within_loss(dense, recipe, order, tokens, held_out, reporter, prepared)
     return list(order)
 
 
 def _within_loss(
-    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
-) -> list[Unit]:
+    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter,
+    prepared: Mapping[Sublayer, Any] | None,
+) -> list[Unit]:  # fmt: skip
     """The longest start of `order` whose emulated plan stays inside the loss budget, by bisection."""
     bound = recipe.max_loss_increase
     assert bound is not None
     fitting = Evaluator(dense.model, dense.family, tokens)
-    judging = Evaluator(dense.model, dense.family, held_out)
+    judging = Evaluator(dense.model, dense.family, held_out, max(1, SEARCH_BATCH_TOKENS // held_out.shape[1]))
     before = float(judging.loss({}).mean())
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
         removed = dict.fromkeys(sublayers_of(order[:middle]), emulation_kind(recipe))
-        increase = (
-            float(judging.loss(fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)).mean()) - before
-        )
+        emulations: Mapping[Sublayer, Any] = prepared or {}
+        if prepared is None:
+            emulations = fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)
+        increase = float(judging.loss({s: emulations[s] for s in removed}).mean()) - before
         reporter.say(f"{middle} removed: loss increase {increase:.4f} nats per token")
         fits, fails = (middle, fails) if increase <= bound else (fits, middle)
     if not fits:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pruning
+from pruning.budget import Counts
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.choice import answer, judged
 from pruning.evaluation.paired import bootstrap, standard_error
@@ -26,7 +27,7 @@ from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import predicted_bytes
 from pruning.models.surgery import apply_plan
 from pruning.plan import Plan, Unit, sublayers_of
-from pruning.recipe import Counts, Recipe, emulation_kind
+from pruning.recipe import Recipe, emulation_kind
 from pruning.recovery.fitting import Fitted, fit_plans, together
 from pruning.request import SweepRequest
 from pruning.search import selection
@@ -150,7 +151,7 @@ def _points(
     known = {str(key(plan)): judge.journal.recall(key(plan)) for plan in wanted.values()}
     missing = [plan for one, plan in {str(key(p)): p for p in wanted.values()}.items() if known[one] is None]
     fitting = Evaluator(judge.dense.model, judge.dense.family, tokens)
-    with reporter.progress(f"plans, {recipe.emulation}", len(missing)) as step:
+    with reporter.progress(f"plans, {recipe.kind}", len(missing)) as step:
         for group in together(fitting, [plan.removed for plan in missing], PLANS_AT_ONCE):
             some = [missing[number] for number in group]
             start = time.perf_counter()
@@ -165,7 +166,7 @@ def _points(
                 known[str(key(plan))] = [loss, seconds, found]
                 judge.journal.keep(key(plan), known[str(key(plan))])
                 step.advance()
-    return [_point(judge, name, recipe.emulation, plan, known[str(key(plan))]) for (name, _), plan in wanted.items()]
+    return [_point(judge, name, recipe.kind, plan, known[str(key(plan))]) for (name, _), plan in wanted.items()]
 
 
 def _answers(
