@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from pruning.errors import RecipeError
 from pruning.plan import EmulationKind
-from pruning.variants import REMOVED, cache_of, row
+from pruning.variants import REMOVED, row, state_of
 
 SELECTION = Parameter(group="Selection")
 RECOVERY = Parameter(group="Recovery")
@@ -285,7 +285,7 @@ SHORT_ROW_TOKENS, FIT_TOKENS = 256, 16384  # for adapters
 
 def limits(recipe: Recipe) -> bool:
     """Whether attention is limited to windows, not removed."""
-    return cache_of(recipe.kind) == "window"
+    return state_of(recipe.kind) == "limited"
 
 
 def emulation_kind(recipe: Recipe) -> EmulationKind:

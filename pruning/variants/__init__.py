@@ -166,6 +166,12 @@ def of_entry(entry: Mapping[str, Any]) -> "Variant | None":
     return None
 
 
+def positions_of(entry: Mapping[str, Any]) -> int | None:
+    """Positions that a kept attention layer with this entry keeps in its cache; None: all."""
+    found = None if entry.get("no_op") else of_entry(entry)
+    return None if found is None else found.positions(entry)
+
+
 def _own_entries() -> list[str]:
     """Keys of a sublayer's entry that are a variant's own."""
     return [each.entry for each in VARIANTS.values() if each.cache == "window"]
