@@ -27,7 +27,7 @@ def is_cache(node: ast.AST) -> bool:
     return named(node.func) == "cache_of" if isinstance(node, ast.Call) else named(node) == "cache"
 
 
-def tested(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and value of every text that is compared, matched, or looked up in an entry of a checkpoint."""
     for node in ast.walk(tree):
         places: list[ast.AST] = []
@@ -42,7 +42,7 @@ def tested(tree: ast.AST) -> Iterator[tuple[int, str]]:
             if looked_up or node.func.attr in ("startswith", "endswith"):
                 places = list(node.args)
         for place in places:
-            constants = [each for each in ast.walk(place) if isinstance(each, ast.Constant)]
+            constants = [each for each in getattr(place, "elts", [place]) if isinstance(each, ast.Constant)]
             yield from ((each.lineno, each.value) for each in constants if isinstance(each.value, str))
 
 
@@ -51,7 +51,7 @@ def test_only_a_variants_own_file_tests_its_name():
         f"{path.relative_to(ROOT)}:{line}: {text!r}"
         for path in FILES
         if path.parent not in VARIANT_ROOMS
-        for line, text in tested(ast.parse(path.read_text()))
+        for line, text in compared_texts(ast.parse(path.read_text()))
         if text in NAMES
     ]
     assert found == []
@@ -63,9 +63,9 @@ def test_only_a_variants_own_file_tests_its_name():
      "kind.startswith('context')", "match kind:\n case 'shared': pass"],
 )  # fmt: skip
 def test_the_check_sees(source):
-    assert NAMES & {text for _, text in tested(ast.parse(source))}
+    assert NAMES & {text for _, text in compared_texts(ast.parse(source))}
 
 
 def test_the_check_lets_caches_and_other_names_be():
     source = "cache_of(kind) == 'window'; row.cache == 'window'; sizes['context']; Emulation = 'low-rank'"
-    assert not NAMES & {text for _, text in tested(ast.parse(source))}
+    assert not NAMES & {text for _, text in compared_texts(ast.parse(source))}
