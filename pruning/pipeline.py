@@ -160,16 +160,17 @@ def _cut_and_measure(
     batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
     evaluator = Evaluator(dense.model, family, held_out, batch)
     quality: dict[str, Any] = {"text": "held-out calibration windows", "row_tokens": held_out.shape[1]}
+    codes = None
     if limits(recipe):
         quality["dense_loss"] = float(evaluator.loss({}).mean())
-        quality["codes_dense"] = windows.found_codes(dense, recipe, reporter)
+        codes = windows.found_codes(dense, recipe, reporter)
     else:
         plans = [{}, dict.fromkeys(plan.removed)]
         quality["dense_loss"], quality["removed_loss"] = evaluator.values(plans).mean(1).tolist()
     apply_recovery(dense.model, family, plan, recovery)
     quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
-    if limits(recipe):
-        quality["codes"] = windows.found_codes(dense, recipe, reporter)
+    if codes is not None:
+        quality |= {"codes_dense": codes, "codes": windows.found_codes(dense, recipe, reporter)}
     return quality
 
 

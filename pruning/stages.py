@@ -70,7 +70,7 @@ def judges_of(
     """
     if limits(recipe) and not recipe.task:
         found = found or windows.limited(dense, recipe, tokens, reporter)
-        return windows.judges(dense, recipe, tokens, found, journal, residency)
+        return windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
     settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
