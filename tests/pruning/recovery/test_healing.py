@@ -280,8 +280,6 @@ def test_the_schedule_rises_then_falls_and_windows_come_in_whole_permutations():
 
 
 QUICK = [
-    "--emulation",
-    "low-rank",
     "--calibration-tokens",
     "512",
     "--score-tokens",
