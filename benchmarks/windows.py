@@ -100,12 +100,8 @@ def main() -> None:
     dense = load_model(find_model(options.model, reporter), "auto", "auto")
     rows = text_windows(read_text(options.text), dense.tokenizer, options.context, options.rows * options.context)
     document = json.loads(options.output.read_text()) if options.output.exists() else {"rows": {}}
-    settings = {
-        "text": options.text.name,
-        "held_out_rows": options.rows,
-        "calibration": [p.name for p in options.calibration],
-    }
-    document |= {"model": options.model, "machine": machine(), "piece": PIECE, **settings}
+    document |= {"model": options.model, "machine": machine(), "piece": PIECE, "text": options.text.name}
+    document |= {"held_out_rows": options.rows, "calibration": [path.name for path in options.calibration]}
 
     def keep(name: str, row: dict[str, Any]) -> None:
         document["rows"][name] = row

@@ -112,7 +112,7 @@ def _prompts(
 
 @torch.inference_mode()
 def found_codes(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> dict[str, float] | None:
-    """How many hidden codes the model in memory finds, of how many, and their NLL in nats/token; None: none were hidden.
+    """How many hidden codes the model in memory finds, of how many, and their NLL in nats/token; None: none hidden.
 
     Prompts are half as long as the context, so that what is asked for lies outside of every window.
     """
