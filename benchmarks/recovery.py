@@ -16,6 +16,7 @@ from machine import machine
 
 from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
 from pruning.evaluation.evaluate import loss, perplexity_ratio
+from pruning.families import has_biases
 from pruning.forward.evaluator import Evaluator
 from pruning.models.loading import DenseModel, load_dense
 from pruning.plan import EmulationKind, Plan, Sublayer
@@ -23,7 +24,6 @@ from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery, recover
 from pruning.recovery.fuse import fuse
 from pruning.recovery.healing import Optimizer, Settings, Trained, heal
-from pruning.recovery.units import has_biases
 from pruning.search.algorithms import greedy, rank
 from pruning.texts.calibration import from_files, other_windows, read_text
 

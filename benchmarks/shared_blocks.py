@@ -106,7 +106,7 @@ def measured(dense: DenseModel, options, row: Row, fitted: torch.Tensor, judged:
         recovery, record = heal(dense.model, dense.family, plan, recovery, rows, validation, settings, Reporter())
         found["heal_cpu_seconds"] = round(time.process_time() - start)
         found["kl"] = record["start"]["kl"], record["end"]["kl"]
-    found["weights"] = round(predicted_bytes(dense, plan)["weights"] / weight_bytes(dense.model), 4)
+    found["weights"] = round(predicted_bytes(dense, plan, 8192)["weights"] / weight_bytes(dense.model), 4)
     found["ratio"] = judge(dense, plan, recovery, judged, base)
     return found
 

@@ -111,6 +111,11 @@ def evaluate_model(
     text_tokens: int = 20480,
     window: int = 512,
     long_context: Annotated[list[int], SEVERAL] = [],  # noqa: B006
+    long_context_tasks: Annotated[list[str], SEVERAL] = [],  # noqa: B006
+    lengths: Annotated[list[int], SEVERAL] = [1024, 2048, 4096],  # noqa: B006
+    depths: Annotated[list[float], SEVERAL] = [0.1, 0.5, 0.9],  # noqa: B006
+    prompts: int = 8,
+    filler: Path | None = None,
     choice: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
     letter: Path | None = None,
     letter_examples: Path | None = None,
@@ -126,6 +131,7 @@ def evaluate_model(
     dtype: Dtype = "auto",
     device: str = "auto",
     output: Path | None = None,
+    report: Path | None = None,
 ) -> None:
     """Measure DIRECTORY, a checkpoint or a dense model, on text, questions and generation.
 
@@ -136,6 +142,11 @@ def evaluate_model(
         text_tokens: Tokens of each text, from its start.
         window: Tokens in one window.
         long_context: Window lengths to measure the first text at as well, such as 2048 4096 8192.
+        long_context_tasks: What to hide in long prompts and ask for: needle, keys, values, variable, copy.
+        lengths: Tokens of those prompts.
+        depths: Where needles and lists to copy stand, from 0 (start) to 1 (end); the others spread over the prompt.
+        prompts: Of each task, length and depth.
+        filler: Text around what is hidden; by default prose and code that every Python carries.
         choice: Multiple-choice files, JSON lines of context, choices and label.
         letter: MMLU rows (subject, question, choices, label) to ask in its few-shot letter form.
         letter_examples: Rows of the same form that the examples come from.
@@ -151,9 +162,11 @@ def evaluate_model(
         dtype: Dtype to compute in; auto: float32 on CPU, else the model's own.
         device: cpu, cuda, cuda:1 or auto.
         output: JSON file to save the result in.
+        report: Directory to write report.html and its figures in.
     """
-    from pruning.errors import EvaluationError
-    from pruning.evaluation.evaluate import Wanted, evaluate
+    from pruning.errors import EvaluationError, StorageError
+    from pruning.evaluation.evaluate import Wanted, evaluate, table
+    from pruning.evaluation.long_context import LongTasks
 
     if (letter is None) != (letter_examples is None):
         raise EvaluationError("--letter and --letter-examples go together")
@@ -164,9 +177,16 @@ def evaluate_model(
     letters = None if letter is None or letter_examples is None else (letter, letter_examples)
     wanted = Wanted(
         text, text_tokens, window, long_context, choice, letters, shots, limit, generate, new_tokens, recall, seed,
-        tasks, include_path, url,
+        tasks, include_path, url, LongTasks(long_context_tasks, lengths, depths, prompts, filler),
     )  # fmt: skip
-    print(evaluate(directory, against, wanted, dtype=dtype, device=device, output=output, reporter=Reporter()))
+    if report is not None and (report.is_file() or not report.resolve().parent.is_dir()):
+        raise StorageError(f"cannot write {report}: no directory, and none can be made there")
+    found = evaluate(directory, against, wanted, dtype=dtype, device=device, output=output, reporter=Reporter())
+    if report is not None:
+        from pruning.export.report import write_evaluation
+
+        write_evaluation(report, found, shlex.join(["prune-export", *sys.argv[1:]]))
+    print(table(found))
 
 
 @app.command(name="sweep")
@@ -182,13 +202,13 @@ def sweep_model(
     choice: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
     limit: int | None = None,
     overwrite: bool = False,
-    importance: str = DEFAULTS.importance,
+    importance: str | None = DEFAULTS.importance,
     rank: int = DEFAULTS.rank,
     keep: Annotated[list[int], SEVERAL] = [],  # noqa: B006
     calibration: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
-    calibration_tokens: int = DEFAULTS.calibration_tokens,
+    calibration_tokens: int | None = DEFAULTS.calibration_tokens,
     score_tokens: int = DEFAULTS.score_tokens,
-    sequence_length: int = DEFAULTS.sequence_length,
+    sequence_length: int | None = DEFAULTS.sequence_length,
     seed: int = 0,
     dtype: Dtype = "auto",
     device: str = "auto",

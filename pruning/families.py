@@ -154,3 +154,28 @@ def keep_blocks(config: Any, indices: Sequence[int]) -> None:
         config.mlp_only_layers = [new for new, old in enumerate(indices) if dense[old]]
         config.decoder_sparse_step = 1
     config.num_hidden_layers = len(indices)
+
+
+def places(family: Family, kind: str) -> tuple[str, ...]:
+    """Attribute names of a sublayer's module and of the norms that are its own."""
+    module = family.attention if kind == "attention" else family.ffn
+    return (module, *(norm for norm in family.norms(kind) if norm))
+
+
+def output_projection(family: Family, kind: str) -> str | None:
+    """Attribute of a sublayer that holds its output projection; None where experts share the work."""
+    return family.attention_output if kind == "attention" else family.ffn_output
+
+
+def own_window(config: Any, block: int) -> int | None:
+    """Positions that a block's attention sees by the family's own design; None where it sees all."""
+    size = getattr(config, "sliding_window", None)
+    if not size or getattr(config, "use_sliding_window", True) is False:
+        return None
+    types = getattr(config, "layer_types", None)
+    return int(size) if not types or types[block] == "sliding_attention" else None
+
+
+def has_biases(config: Any) -> bool:
+    """Whether a family's FFNs can have biases (its configuration says so by `mlp_bias`)."""
+    return hasattr(config, "mlp_bias")

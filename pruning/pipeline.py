@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import pruning
+from pruning import windows
 from pruning.console import Reporter, quiet_libraries
 from pruning.errors import RecipeError, StorageError
 from pruning.evaluation.evaluate import loss, perplexity_ratio
@@ -23,7 +24,7 @@ from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import describe_bytes, predicted_bytes
 from pruning.plan import EmulationKind, Plan, Unit, UnitKind
-from pruning.recipe import Recipe
+from pruning.recipe import Recipe, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
 from pruning.recovery.fuse import Fusion
@@ -47,6 +48,8 @@ from pruning.stages import (
 )
 from pruning.workdir import atomic_directory, check_free_space, check_output
 
+MEASURED_BATCH_TOKENS = 2048
+
 
 def run(
     model: str, output: Path, recipe: Recipe, *, overwrite: bool, dry_run: bool, reporter: Reporter
@@ -66,26 +69,29 @@ def run(
         check_output(output, overwrite)
     if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep:
         recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # these formats need block 0's attention
-    source, wanted = checked(model, recipe, reporter)
-    num_blocks = source.config.num_hidden_layers
+    source, recipe, wanted = checked(model, recipe, reporter)
+    num_blocks, context = source.config.num_hidden_layers, recipe.context or 0
     with reporter.stage("load"):
         dense = load_model(source, recipe.dtype, recipe.device)
     if recipe.heal != "none":
         healing_precision(dense, recipe)
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
-        check_free_space(output, int(predicted_bytes(dense, dearest, fused=recipe.fuse)["weights"] * 1.05) + 2**24)
+        check_free_space(
+            output, int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05) + 2**24
+        )
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(None if dry_run else output, dense, recipe)
-        judges = judges_of(dense, recipe, tokens, journal, reporter)
+        found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
+        judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
         chosen = choose(judges, recipe, wanted, reporter)
         gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
-    sizes = predicted_bytes(dense, plan, fused=recipe.fuse)
+    sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
         return None
@@ -93,7 +99,7 @@ def run(
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
-        recovery = recovered(dense, plan, recipe, tokens, reporter)
+        recovery = recovered(dense, plan, recipe, tokens, reporter, found.served if found else None)
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
@@ -102,7 +108,7 @@ def run(
             journal.discard()
             return None
     with reporter.stage("export"), atomic_directory(output) as directory:
-        quality = _cut_and_measure(dense, plan, recovery, held_out)
+        quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, reporter)
         if healing is not None:
             quality["healing"] = healing
         pruned = PrunedModel.of(dense.model, dense.family, dense.directory)
@@ -116,7 +122,7 @@ def run(
             recipe=recipe.model_dump(mode="json"),
             num_blocks=num_blocks,
             removed={str(s): _label(kind, recipe) for s, kind in plan.removed.items()},
-            importance=table_of(chosen.scores, recipe.importance),
+            importance=table_of(chosen.scores, recipe.metric),
             quality=quality | ({"tasks": tasks} if tasks else {}),
             sizes=sizes,
             stages=dict(reporter.stages),
@@ -131,7 +137,12 @@ def run(
     healing_state(output).unlink(missing_ok=True)
     reporter.say(f"wrote {output}: {describe_bytes(sizes)}")
     ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
-    reporter.say(f"perplexity on held-out calibration text: {ratio:.3f} times dense")
+    rows = f"rows of {quality['row_tokens']} tokens of held-out text"
+    reporter.say(f"perplexity on {rows}: {ratio:.4f} times dense")
+    if "codes" in quality:
+        mine, theirs = quality["codes"], quality["codes_dense"]
+        how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"
+        reporter.say(f"codes hidden in {mine['length']} tokens: {how_many}")
     return manifest
 
 
@@ -140,13 +151,25 @@ def _label(kind: EmulationKind, recipe: Recipe) -> str:
     return "fused" if recipe.fuse and kind != "none" else kind
 
 
-def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor) -> dict[str, Any]:
+def _cut_and_measure(
+    dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor, recipe: Recipe, reporter: Reporter
+) -> dict[str, Any]:
+    """Make the dense model the pruned one, in place; quality before and after."""
     family: Family = dense.family
-    evaluator = Evaluator(dense.model, family, held_out)
-    before, without = evaluator.values([{}, dict.fromkeys(plan.removed)]).mean(1).tolist()
+    batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
+    evaluator = Evaluator(dense.model, family, held_out, batch)
+    quality: dict[str, Any] = {"text": "held-out calibration windows", "row_tokens": held_out.shape[1]}
+    if limits(recipe):
+        quality["dense_loss"] = float(evaluator.loss({}).mean())
+        quality["codes_dense"] = windows.found_codes(dense, recipe, reporter)
+    else:
+        plans = [{}, dict.fromkeys(plan.removed)]
+        quality["dense_loss"], quality["removed_loss"] = evaluator.values(plans).mean(1).tolist()
     apply_recovery(dense.model, family, plan, recovery)
-    after = loss(dense.model, family, held_out)
-    return {"dense_loss": before, "removed_loss": without, "pruned_loss": after, "text": "held-out calibration windows"}
+    quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
+    if limits(recipe):
+        quality["codes"] = windows.found_codes(dense, recipe, reporter)
+    return quality
 
 
 def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[UnitKind], reporter: Reporter) -> None:
@@ -157,12 +180,12 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     """
     quiet_libraries()
     parallel.start()
-    source, _ = checked(model, recipe, reporter)
+    source, recipe, _ = checked(model, recipe, reporter)
     residency: Residency | None = None
     with reporter.stage("load"):
         if recipe.stream:
-            if metric(recipe.importance).target.startswith("pruning.importance.gradient"):
-                raise RecipeError(f"--importance {recipe.importance} needs the whole model; leave --stream out")
+            if metric(recipe.metric).target.startswith("pruning.importance.gradient"):
+                raise RecipeError(f"--importance {recipe.metric} needs the whole model; leave --stream out")
             if recipe.fit_precision != "auto":
                 raise RecipeError("--stream computes in --dtype; leave --fit-precision out")
             dense, residency = open_streamed(source, recipe.dtype, recipe.device)
@@ -171,15 +194,15 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     with reporter.stage("calibrate"):
         tokens, _ = calibrate(dense, recipe, reporter)
     every = [Unit(b, kind) for kind in units for b in range(source.config.num_hidden_layers) if b not in recipe.keep]
-    sampling = Sampling(recipe.seed, recipe.samples, max(1, len(every) // 3))
+    sampling = Sampling(recipe.seed, recipe.draws, max(1, len(every) // 3))
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(output, dense, recipe)
         judges = judges_of(dense, recipe, tokens, journal, reporter, residency)
-        scores = selection.score(judges, every, recipe.importance, sampling, reporter)
+        scores = selection.score(judges, every, recipe.metric, sampling, reporter)
     if parallel.process()[0] == 0:
-        print(score_table(scores[""].values, scores[""].errors, metric(recipe.importance).unit))
+        print(score_table(scores[""].values, scores[""].errors, metric(recipe.metric).unit))
         if output is not None:
-            _write_scores(output, recipe, dense, table_of(scores, recipe.importance))
+            _write_scores(output, recipe, dense, table_of(scores, recipe.metric))
     journal.discard()
 
 

@@ -1,5 +1,6 @@
-"""What is kept, removed or emulated, and the bytes that follow from it. Pure Python."""
+"""What becomes of each sublayer, and the bytes that follow from it. Pure Python."""
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,8 @@ from pruning.errors import RecipeError
 
 Kind = Literal["attention", "ffn"]
 UnitKind = Literal["attention", "ffn", "block"]
-EmulationKind = Literal[
-    "none", "bias", "self_only", "low_rank", "linear", "context", "kv_share", "kv_share_low_rank", "shared"
-]
+EmulationKind = str
+"""A kind of `pruning.variants`, or "none"."""
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
 
 
@@ -50,37 +50,33 @@ def sublayers_of(units: Iterable[Unit]) -> list[Sublayer]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which sublayers are gone, and by what each is emulated.
+    """Which sublayers are no longer what they were, and what each became.
 
     Attributes:
         num_blocks: L, blocks of the dense model.
-        removed: Sublayer -> kind of emulation ("none": nothing takes its place).
+        removed: Sublayer -> kind of variant ("none": nothing takes its place).
         rank: r of the low-rank adapters.
         sources: k, kept attention layers that a `context` adapter reads.
+        window: Positions that a limited layer keeps.
     """
 
     num_blocks: int
     removed: Mapping[Sublayer, EmulationKind]
     rank: int = 0
     sources: int = 1
-
-    def state(self, sublayer: Sublayer) -> Literal["kept", "removed", "emulated"]:
-        """State of one sublayer."""
-        if sublayer not in self.removed:
-            return "kept"
-        return "removed" if self.removed[sublayer] == "none" else "emulated"
+    window: int = 0
 
     def blocks_kept(self) -> list[int]:
-        """Blocks that keep or emulate at least one sublayer, in order."""
+        """Blocks of which at least one sublayer does something, in order."""
         return [
             block
             for block in range(self.num_blocks)
-            if any(self.state(Sublayer(block, kind)) != "removed" for kind in KINDS)
+            if any(self.removed.get(Sublayer(block, kind)) != "none" for kind in KINDS)
         ]
 
     def kept(self, kind: Kind) -> list[int]:
-        """Blocks that run a sublayer of this kind, with its own weights or (`shared`) with another block's."""
-        return [b for b in range(self.num_blocks) if self.removed.get(Sublayer(b, kind), "shared") == "shared"]
+        """Blocks that keep a sublayer of this kind as it is."""
+        return [block for block in range(self.num_blocks) if Sublayer(block, kind) not in self.removed]
 
 
 def nearest_kept_attention(removed: Collection[Sublayer], block: int, count: int) -> tuple[int, ...]:
@@ -121,6 +117,20 @@ def parse_amount(amount: str | int, total: int, what: str) -> int:
     return count
 
 
+def layers_within(budget: float, layers: int, left: float) -> int:
+    """How many attention layers must be limited or removed so that the rest fits a budget; at least one.
+
+    Args:
+        budget: Share of the KV cache to keep, over 0 and under 1.
+        layers: Of the model.
+        left: Share of its cache that a limited layer keeps; 0 for a removed one.
+
+    Returns:
+        The least count; it may be over `layers`, where the budget is out of reach.
+    """
+    return max(1, math.ceil(layers * (1 - budget) / (1 - left) - 1e-9))
+
+
 def parse_share(share: str, what: str) -> float:
     """Turn `66%` into 0.66.
 
@@ -143,11 +153,27 @@ def shortest(savings: Sequence[int], wanted: int) -> int | None:
     return None
 
 
-def kv_bytes_per_token(kept_attention: int, num_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
-    """KV cache bytes one token takes: 2 (K and V) · kept attention layers · K heads · head dim · dtype bytes."""
-    return 2 * kept_attention * num_kv_heads * head_dim * dtype_bytes
+def kv_bytes_of_request(layer_bytes: int, full: int, limited: int, window: int, context: int) -> int:
+    """KV cache bytes of one request.
+
+    Args:
+        layer_bytes: Of one token in one layer: 2 (K and V) · K heads · head dim · dtype bytes.
+        full: Attention layers that keep every token.
+        limited: Attention layers that keep a window.
+        window: Its positions.
+        context: L, tokens of the request.
+    """
+    return layer_bytes * (full * context + limited * min(window, context))
 
 
 def lowest(scores: Mapping[Unit, float], count: int, among: Sequence[Unit]) -> list[Unit]:
     """The `count` units of least importance, least first, ties by position."""
     return sorted(among, key=lambda unit: (scores[unit], unit))[:count]
+
+
+UNITS_MULTIPLE = 8
+
+
+def padded_size(units: int) -> int:
+    """Units of an FFN that tensor parallelism can split: a multiple of 8, at least 8."""
+    return max(UNITS_MULTIPLE, -(-units // UNITS_MULTIPLE) * UNITS_MULTIPLE)

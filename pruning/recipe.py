@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from pruning.errors import RecipeError
-from pruning.plan import parse_amount, parse_share
+from pruning.plan import layers_within, parse_amount, parse_share
+from pruning.variants import REMOVED, cache_of, row
 
 SELECTION = Parameter(group="Selection")
 RECOVERY = Parameter(group="Recovery")
@@ -20,9 +21,16 @@ SEVERAL = Parameter(consume_multiple=True)
 Amount = str | int | None
 Share = str | None
 Search = Literal["rank", "greedy", "exchange", "evolutionary", "policy-gradient", "consecutive"]
-Emulation = Literal[
-    "none", "bias", "self-only", "low-rank", "linear", "context", "kv-share", "kv-share-low-rank", "shared"
-]
+
+
+def _known(name: str) -> str:
+    if name != REMOVED:
+        row(name)
+    return name
+
+
+Emulation = Annotated[str, AfterValidator(_known)]
+"""A kind of `pruning.variants` as typed (`low-rank`), or "none"."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -59,12 +67,18 @@ class Recipe(BaseModel):
         SELECTION,
         Field(gt=0, description="Nats per token on held-out text: removes as much attention as stays inside."),
     ] = None
-    importance: Annotated[str, SELECTION, Field(description="Importance metric; see `prune-export list`.")] = (
-        "leave-one-out"
-    )
+    importance: Annotated[
+        str | None,
+        SELECTION,
+        Field(
+            description="Importance metric; see `prune-export list`. aumann-shapley for windows, else leave-one-out."
+        ),
+    ] = None
     samples: Annotated[
-        int, SELECTION, Field(ge=1, description="Subnetworks or orders drawn by metrics that sample.")
-    ] = 8
+        int | None,
+        SELECTION,
+        Field(ge=1, description="Subnetworks or orders drawn by metrics that sample: 8, or 2 for windows."),
+    ] = None
     search: Annotated[Search, SELECTION, Field(description="How the plan is chosen.")] = "rank"
     recovery_aware: Annotated[
         bool,
@@ -96,6 +110,21 @@ class Recipe(BaseModel):
         int, SELECTION, Field(ge=1, description="Generations of evolutionary, steps of policy-gradient.")
     ] = 20
     offspring: Annotated[int, SELECTION, Field(ge=2, description="Plans in each of them.")] = 16
+    context: Annotated[
+        int | None,
+        SELECTION,
+        Field(ge=2, description="Tokens of a request that budgets count; the model's own, at most 8192, by default."),
+    ] = None
+    window: Annotated[
+        int | None,
+        SELECTION,
+        Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
+    ] = None
+    codes: Annotated[
+        float,
+        SELECTION,
+        Field(ge=0, description="For windows: weight of codes hidden far away, beside 1 for the loss on text."),
+    ] = 0.25
     keep: Annotated[
         list[int],
         BeforeValidator(_numbers),
@@ -107,8 +136,8 @@ class Recipe(BaseModel):
         Emulation,
         RECOVERY,
         Field(
-            description="What takes a removed sublayer's place; shared, for --blocks only: a kept block's "
-            "weights and low-rank differences, which makes files smaller but saves no KV cache and no time."
+            description="What a sublayer becomes: none (removed), or a kind of `prune-export list`, such as window, "
+            "low-rank, linear, bias, context, kv-share."
         ),
     ] = "low-rank"
     rank: Annotated[
@@ -174,13 +203,19 @@ class Recipe(BaseModel):
         SEVERAL,
         Field(description="Text or JSONL files. Default: text the model writes itself."),
     ] = []
-    calibration_tokens: Annotated[int, CALIBRATION, Field(ge=1, description="Tokens the adapters are fitted on.")] = (
-        16384
-    )
+    calibration_tokens: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 4096."),
+    ] = None
     score_tokens: Annotated[
         int, CALIBRATION, Field(ge=1, description="Tokens (of the same) that importance is measured on.")
     ] = 4096
-    sequence_length: Annotated[int, CALIBRATION, Field(ge=8, description="Tokens in one calibration window.")] = 256
+    sequence_length: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(ge=8, description="Tokens in one calibration row: 256, or 2048 (the context, if less) for windows."),
+    ] = None
     seed: Annotated[int, CALIBRATION, Field(description="Seed of everything drawn.")] = 0
     dtype: Annotated[
         Dtype, OUTPUT, Field(description="Dtype to compute and store in; auto: float32 on CPU, else the model's own.")
@@ -195,6 +230,26 @@ class Recipe(BaseModel):
         Field(description="Who can read the checkpoint; see `prune-export list`."),
     ] = "shoal"
 
+    @property
+    def metric(self) -> str:
+        """The importance metric."""
+        return self.importance or ("aumann-shapley" if limits(self) else "leave-one-out")
+
+    @property
+    def draws(self) -> int:
+        """What metrics that sample draw."""
+        return self.samples or (2 if limits(self) else 8)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens in one calibration row."""
+        return self.sequence_length or SHORT_ROW_TOKENS
+
+    @property
+    def fit_tokens(self) -> int:
+        """Tokens of all calibration rows."""
+        return self.calibration_tokens or FIT_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -204,6 +259,39 @@ class Counts:
     ffn: int = 0
     blocks: int = 0
     sublayers: int = 0
+
+
+SHORT_ROW_TOKENS, FIT_TOKENS = 256, 16384  # for adapters
+LONG_ROW_TOKENS, CHOICE_TOKENS = 2048, 4096  # for windows: as large a share of a row as of the context
+LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
+WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
+
+
+def resolved(recipe: Recipe, model_context: int) -> Recipe:
+    """The recipe with its context and its window named.
+
+    Args:
+        recipe: As asked for.
+        model_context: Tokens that the model takes.
+
+    Raises:
+        RecipeError: The model takes no such context, or the window is no shorter.
+    """
+    if recipe.context is not None and recipe.context > model_context:
+        raise RecipeError(f"--context {recipe.context}: the model takes at most {model_context} tokens")
+    context = recipe.context or min(model_context, LONGEST_CONTEXT)
+    window = recipe.window or max(2, context // WINDOW_SHARE) if limits(recipe) else None
+    if window is not None and window >= context:
+        raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
+    length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
+    tokens = recipe.calibration_tokens or (FIT_TOKENS if window is None else max(length, CHOICE_TOKENS))
+    named = {"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
+    return recipe.model_copy(update={**named, "importance": recipe.metric, "samples": recipe.draws})
+
+
+def limits(recipe: Recipe) -> bool:
+    """Whether attention is limited to windows, not removed."""
+    return cache_of(recipe.emulation) == "window"
 
 
 def counts(recipe: Recipe, num_blocks: int) -> Counts:
@@ -219,8 +307,7 @@ def counts(recipe: Recipe, num_blocks: int) -> Counts:
     free = num_blocks - len(set(recipe.keep))
     _refuse_contradictions(recipe, amounts, num_blocks)
     if recipe.kv_budget is not None:
-        kept = int(num_blocks * parse_share(recipe.kv_budget, "kv-budget") + 1e-9)
-        amounts["attention"] = max(1, num_blocks - kept)
+        amounts["attention"] = _limited_within(recipe, num_blocks)
     elif recipe.max_loss_increase is not None:
         amounts["attention"] = min(free, num_blocks - 1)
     elif recipe.weight_budget is not None:
@@ -230,7 +317,8 @@ def counts(recipe: Recipe, num_blocks: int) -> Counts:
         amounts["attention"] = "33%"
     totals = {"sublayers": 2 * num_blocks}
     result = Counts(**{k: parse_amount(v, totals.get(k, num_blocks), k) for k, v in amounts.items()})
-    if result.attention + result.blocks >= num_blocks or result.sublayers >= 2 * num_blocks - 1:
+    no_cache = cache_of(recipe.emulation) == "none"
+    if (no_cache and result.attention + result.blocks >= num_blocks) or result.sublayers >= 2 * num_blocks - 1:
         gone = min(num_blocks, result.attention + result.blocks + result.sublayers)
         raise RecipeError(f"{gone} of {num_blocks} attention layers would go; at least one must stay")
     if result.ffn + result.blocks > num_blocks:
@@ -240,6 +328,19 @@ def counts(recipe: Recipe, num_blocks: int) -> Counts:
     if max(result.attention, result.ffn) + result.blocks > free or result.sublayers > 2 * free:
         raise RecipeError(f"--keep leaves only {free} blocks to remove from; ask for less")
     return result
+
+
+def _limited_within(recipe: Recipe, num_blocks: int) -> int:
+    """Attention layers that have to be limited or removed for the recipe's share of the KV cache."""
+    assert recipe.kv_budget is not None
+    left = (recipe.window or 0) / (recipe.context or LONGEST_CONTEXT)
+    count = layers_within(parse_share(recipe.kv_budget, "kv-budget"), num_blocks, left)
+    if count > num_blocks:
+        raise RecipeError(
+            f"--kv-budget {recipe.kv_budget}: with every layer limited to {recipe.window} of {recipe.context} tokens, "
+            f"{left:.1%} stays; give a smaller --window"
+        )
+    return count
 
 
 def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_blocks: int) -> None:
@@ -259,7 +360,7 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
     if (
         recipe.format in ("nemotron-nas", "gguf")
         and not recipe.fuse
-        and recipe.emulation != "none"
+        and recipe.emulation != REMOVED
         and set(amounts) != {"blocks"}
     ):
         raise RecipeError(f"--format {recipe.format} holds no adapters; add --fuse, or choose --emulation none")
@@ -272,13 +373,14 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
     if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
-    if recipe.recovery_aware and recipe.emulation == "none":
+    if recipe.recovery_aware and recipe.emulation == REMOVED:
         raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
-    if recipe.emulation == "shared":
-        _refuse_with_shared(recipe, set(amounts))
-    unshared = set(amounts) == {"blocks"} and recipe.emulation != "shared"
-    if recipe.heal == "adapters" and (recipe.emulation == "none" or unshared):
-        why = "--emulation none" if recipe.emulation == "none" else "whole blocks go without emulation"
+    whole = recipe.emulation != REMOVED and row(recipe.emulation).unit == "block"
+    if whole:
+        _refuse_with_whole_blocks(recipe, set(amounts))
+    unshared = set(amounts) == {"blocks"} and not whole
+    if recipe.heal == "adapters" and (recipe.emulation == REMOVED or unshared):
+        why = "--emulation none" if recipe.emulation == REMOVED else "whole blocks go without emulation"
         raise RecipeError(f"--heal adapters has nothing to train ({why}); use --heal lora, or leave it out")
     if recipe.heal != "none" and recipe.fuse:
         raise RecipeError("--heal trains adapters and --fuse leaves none; give one of them")
@@ -286,16 +388,15 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError("--heal-minutes and --heal-steps need --heal adapters or --heal lora")
 
 
-def _refuse_with_shared(recipe: Recipe, kinds: set[str]) -> None:
+def _refuse_with_whole_blocks(recipe: Recipe, kinds: set[str]) -> None:
     """Refuse what contradicts blocks that share the weights of kept ones."""
+    flag = f"--emulation {recipe.emulation}"
     if kinds != {"blocks"}:
-        raise RecipeError("--emulation shared replaces whole blocks; ask for --blocks N and for nothing else")
+        raise RecipeError(f"{flag} replaces whole blocks; ask for --blocks N and for nothing else")
     if recipe.compensate or recipe.fuse:
         flag = "--compensate" if recipe.compensate else "--fuse"
-        raise RecipeError(f"{flag} changes kept weights, which --emulation shared uses twice; give one of them")
+        raise RecipeError(f"{flag} changes kept weights, which {flag} uses twice; give one of them")
     if recipe.recovery_aware:
-        raise RecipeError(
-            "--recovery-aware cannot try --emulation shared (who lends depends on who stays); leave it out"
-        )
+        raise RecipeError(f"--recovery-aware cannot try {flag} (who lends depends on who stays); leave it out")
     if recipe.format != "shoal":
         raise RecipeError(f"--format {recipe.format} holds no shared blocks; use --format shoal, or --emulation none")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pruning.errors import CheckpointError
 from pruning.models.checkpoint import is_pruned, read_manifest
-from pruning.variants.shared import SHARED
+from pruning.variants import cache_of
 
 GIB = 2**30
 # Python, torch and vLLM in the server and its engine process: SmolLM2-135M on a CPU had 3.56 GiB resident with 0.47 GiB
@@ -60,7 +60,11 @@ def plan_resources(directory: Path, kv_gib: float) -> Resources:
         raise CheckpointError(f"{directory} holds no *.safetensors; give a checkpoint or a model directory")
     manifest = read_manifest(directory) if is_pruned(directory) else None
     per_token = manifest.sizes["kv_per_token"] if manifest else 0
-    resident = manifest.sizes["weights_dense"] if manifest and SHARED in manifest.removed.values() else weights
+    resident = (
+        manifest.sizes["weights_dense"]
+        if manifest and any(cache_of(kind) == "full" for kind in manifest.removed.values())
+        else weights
+    )
     needed = resident * (1 + ACTIVATIONS_SHARE) + kv_gib * GIB + RUNTIME_BYTES
     return Resources(
         weight_bytes=weights,

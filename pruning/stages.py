@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning import windows
 from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.choice import read_questions
 from pruning.evaluation.tasks import TaskEvaluator, holds_questions, parse_task, read_task
+from pruning.families import has_biases
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator, Residency
 from pruning.importance import Sampling, Scores, metric
 from pruning.models.loading import DenseModel, Source, find_model
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Counts, Recipe, counts
+from pruning.recipe import Counts, Recipe, counts, limits, resolved
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import Precision, Settings, heal
-from pruning.recovery.units import has_biases
 from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, read_text, repeated, self_generated, standard_library
-from pruning.variants.kv_share_fit import check_shareable
-from pruning.variants.shared_fit import check_sharing
+from pruning.variants import REMOVED, cache_of, row, variant
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -42,9 +42,11 @@ SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on 
 
 
 def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
-    """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] each."""
-    length = recipe.sequence_length
-    tokens = recipe.calibration_tokens + HELD_OUT_WINDOWS * length
+    """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] and [m, T']."""
+    if limits(recipe):
+        return windows.texts(dense, recipe)
+    length = recipe.row_tokens
+    tokens = recipe.fit_tokens + HELD_OUT_WINDOWS * length
     if recipe.calibration:
         rows = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
     elif recipe.stream:
@@ -57,7 +59,7 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
 
 def judges_of(
     dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
-    residency: Residency | None = None,
+    residency: Residency | None = None, found: windows.Limits | None = None,
 ) -> list[Judge]:  # fmt: skip
     """What plans are judged on: tasks, calibration text, or two halves of it of different domains, crosswise.
 
@@ -65,9 +67,12 @@ def judges_of(
     windows of the same text judge as well: layers that copy from the context cost little on text, and their work is
     what no map of a single token brings back.
     """
+    if limits(recipe) and not recipe.task:
+        found = found or windows.limited(dense, recipe, tokens, reporter)
+        return windows.judges(dense, recipe, tokens, found, journal, residency)
     settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
-    windows = max(1, recipe.score_tokens // recipe.sequence_length)
-    fitted = max(1, SEARCH_FIT_TOKENS // recipe.sequence_length)
+    count = max(1, recipe.score_tokens // recipe.row_tokens)
+    fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
 
     def judge(name: str, rows: Tensor, fit: Tensor | None) -> Judge:
         evaluator = Evaluator(dense.model, dense.family, rows, **settings)
@@ -77,10 +82,10 @@ def judges_of(
         return Judge(name, evaluator, 1.0, adapters, _identity(recipe, fit[:fitted]))
 
     if recipe.task or not recipe.recovery_aware:
-        texts = [judge("calibration text", tokens[:windows], tokens if recipe.recovery_aware else None)]
+        texts = [judge("calibration text", tokens[:count], tokens if recipe.recovery_aware else None)]
     else:
         texts = [
-            judge(f"half {number}", rows[: max(1, windows // 2)], others)
+            judge(f"half {number}", rows[: max(1, count // 2)], others)
             for number, (rows, others) in enumerate(_halves(recipe, tokens, reporter), 1)
         ]
     judges = [_task_judge(dense, recipe, path, texts[0], settings) for path in recipe.task] or list(texts)
@@ -111,7 +116,7 @@ def _task_judge(dense: DenseModel, recipe: Recipe, task: str, text: Judge, setti
         questions = read_task(path, dense.tokenizer, recipe.score_tokens)
         evaluator = TaskEvaluator(dense.model, dense.family, questions, dense.tokenizer, recipe.judged_by, **settings)
     else:
-        rows = from_files([path], dense.tokenizer, recipe.score_tokens, recipe.sequence_length, recipe.seed)
+        rows = from_files([path], dense.tokenizer, recipe.score_tokens, recipe.row_tokens, recipe.seed)
         evaluator = Evaluator(dense.model, dense.family, rows, **settings)
     return replace(text, name=path.name, evaluator=evaluator, weight=weight)
 
@@ -133,7 +138,14 @@ def _adapters(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Repor
         if key not in kept:
             kept.clear()
             kept[key] = fit_candidates(
-                evaluator, key, candidates, emulation_kind(recipe), recipe.rank, reporter, recipe.sources
+                evaluator,
+                key,
+                candidates,
+                emulation_kind(recipe),
+                recipe.rank,
+                reporter,
+                recipe.sources,
+                recipe.window or 0,
             )
         return kept[key]
 
@@ -162,8 +174,8 @@ def choose(judges: Sequence[Judge], recipe: Recipe, wanted: Counts, reporter: Re
     if recipe.max_loss_increase is not None or recipe.weight_budget is not None:
         depth = num_blocks // 3
     return selection.select(
-        judges, groups_of(wanted, num_blocks, recipe.keep), recipe.importance, recipe.search,
-        Sampling(recipe.seed, recipe.samples, depth), reporter,
+        judges, groups_of(wanted, num_blocks, recipe.keep), recipe.metric, recipe.search,
+        Sampling(recipe.seed, recipe.draws, depth), reporter,
         objective=recipe.objective, generations=recipe.generations, offspring=recipe.offspring,
     )  # fmt: skip
 
@@ -230,12 +242,7 @@ def _within_loss(
 
 def emulation_kind(recipe: Recipe) -> EmulationKind:
     """The recipe's emulation as the plan names it."""
-    kinds: dict[str, EmulationKind] = {
-        "none": "none", "bias": "bias", "self-only": "self_only", "low-rank": "low_rank", "linear": "linear",
-        "context": "context", "kv-share": "kv_share", "kv-share-low-rank": "kv_share_low_rank",
-        "shared": "shared",
-    }  # fmt: skip
-    return kinds[recipe.emulation]
+    return recipe.emulation.replace("-", "_")
 
 
 def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
@@ -243,40 +250,40 @@ def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
     removed: dict[Sublayer, EmulationKind] = {}
     for unit in gone:
         kind = emulation_kind(recipe)
-        if unit.kind == "block" and kind != "shared":
-            kind = "none"
+        if unit.kind == "block" and kind != REMOVED and row(kind).unit != "block":
+            kind = REMOVED
         removed |= dict.fromkeys(unit.sublayers, kind)
-    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources)
-    if not plan.kept("attention"):
+    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0)
+    if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
     return plan
 
 
-def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Counts]:
-    """Find the model and refuse what cannot be done before anything costs time.
+def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Recipe, Counts]:
+    """Find the model, resolve the recipe, and refuse what cannot be done before anything costs time.
 
     Raises:
         UserError: What is wrong with the request.
     """
-    row = metric(recipe.importance)
+    scorer = metric(recipe.metric)
     flag = "--task" if recipe.task else "--copying"
-    if (recipe.task or recipe.copying) and not row.target.startswith("pruning.importance.ablation"):
-        raise RecipeError(f"--importance {recipe.importance} sees all tokens alike; with {flag} use leave-one-out, kl, "
+    if (recipe.task or recipe.copying) and not scorer.target.startswith("pruning.importance.ablation"):
+        raise RecipeError(f"--importance {recipe.metric} sees all tokens alike; with {flag} use leave-one-out, kl, "
                           f"a Shapley value, or leave {flag} out")  # fmt: skip
-    if recipe.importance == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
+    if recipe.metric == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
         raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
     source = find_model(model, reporter)
+    recipe = resolved(recipe, source.config.max_position_embeddings)
     wanted = counts(recipe, source.config.num_hidden_layers)
     if recipe.fuse:
         check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
-    if recipe.emulation.startswith("kv-share"):
-        check_shareable(source.family, source.config)
-    if recipe.emulation == "shared":
-        check_sharing(source.family)
+    kind = emulation_kind(recipe)
+    if kind != REMOVED:
+        variant(kind).check(source.family, source.config)
     if recipe.rank > source.config.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
-    if recipe.emulation == "self-only" and (source.family.attention_post_norm or wanted.ffn or wanted.sublayers):
-        raise RecipeError("--emulation self-only is for attention without a norm after it; choose another")
+    if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
+        raise RecipeError(f"--emulation {recipe.emulation} is for attention only; choose another for FFNs")
     for path in recipe.calibration:
         read_text(path)
     for path, _ in map(parse_task, recipe.task):
@@ -284,7 +291,7 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Cou
             read_questions(path)
         else:
             read_text(path)
-    return source, wanted
+    return source, recipe, wanted
 
 
 def forwards(dense: DenseModel, recipe: Recipe) -> AbstractContextManager[Any]:
@@ -303,14 +310,26 @@ def journal_of(output: Path | None, dense: DenseModel, recipe: Recipe) -> Journa
     return Journal(cache_directory() / "journals" / f"{key}.jsonl", scope)
 
 
-def recovered(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> Recovery | Fusion:
+def recovered(
+    dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter,
+    prepared: Mapping[Sublayer, Any] | None = None,
+) -> Recovery | Fusion:  # fmt: skip
     """Adapters, or the changes of kept weights that take their place."""
     evaluator = Evaluator(dense.model, dense.family, tokens)
     recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
     how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
     with forwards(dense, recipe):
         if not recipe.fuse:
-            return recover(evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, **how)
+            return recover(
+                evaluator,
+                plan.removed,
+                plan.rank,
+                reporter,
+                sources=plan.sources,
+                window=plan.window,
+                prepared=prepared,
+                **how,
+            )
         check_fusable(dense.family, plan.removed)
         biased = has_biases(dense.model.config)
         return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, **how)
@@ -325,7 +344,7 @@ def healed(
     Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
     the model writes as many others again.
     """
-    length = recipe.sequence_length
+    length = recipe.row_tokens
     if recipe.calibration:
         budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
         budget += HEALING_VALIDATION_WINDOWS * length

@@ -27,11 +27,12 @@ from pruning.models.loading import DenseModel, find_model, load_model
 from pruning.models.sizes import predicted_bytes
 from pruning.models.surgery import apply_plan
 from pruning.plan import Plan, Unit, sublayers_of
-from pruning.recipe import Counts, Emulation, Recipe
+from pruning.recipe import Counts, Emulation, Recipe, resolved
 from pruning.recovery.fitting import Fitted, fit_plans, together
 from pruning.search import selection
 from pruning.stages import calibrate, emulation_kind, groups_of, journal_of, judges_of, table_of
 from pruning.texts.calibration import read_text
+from pruning.variants import REMOVED, row
 from pruning.workdir import Journal, atomic_directory, check_output
 
 JUDGE_WINDOW = 512
@@ -89,13 +90,15 @@ def sweep(
     quiet_libraries()
     check_output(output, overwrite)
     for name in curves.choosers:
-        metric(recipe.importance if name == "greedy" else name)
+        metric(recipe.metric if name == "greedy" else name)
     questions = [read_questions(path, curves.limit) for path in curves.choice]
     for path in [*recipe.calibration, *([curves.judge] if curves.judge else [])]:
         read_text(path)
-    if "shared" in curves.emulations:
-        raise RecipeError("--emulations shared: a sweep removes attention, and shared replaces whole blocks")
+    for name in curves.emulations:
+        if name != REMOVED and row(name).unit == "block":
+            raise RecipeError(f"--emulations {name}: a sweep removes attention, and {name} replaces whole blocks")
     source = find_model(model, reporter)
+    recipe = resolved(recipe, source.config.max_position_embeddings)
     num_blocks = source.config.num_hidden_layers
     budgets = parse_budgets(attention, num_blocks - len(set(recipe.keep)))
     with reporter.stage("load"):
@@ -116,7 +119,7 @@ def sweep(
             orders[name], seconds, found = _order(dense, recipe, name, max(budgets), tokens, journal, reporter)
             scores[name] = {"seconds": seconds, "importance": found}
     points: list[dict[str, Any]] = []
-    judge = _Judge(dense, judging, questions, base.tolist(), answers, journal)
+    judge = _Judge(dense, judging, questions, base.tolist(), answers, journal, recipe.context or 0)
     for emulation in curves.emulations:
         with reporter.stage(emulation):
             how = recipe.model_copy(update={"emulation": emulation})
@@ -141,13 +144,13 @@ def _order(
     dense: DenseModel, recipe: Recipe, chooser: str, count: int, tokens: Any, journal: Journal, reporter: Reporter
 ) -> tuple[list[Unit], float, dict[str, Any]]:
     """Units in order of removal, seconds it took (journalled with them), and the scores."""
-    how, name = ("greedy", recipe.importance) if chooser == "greedy" else ("rank", chooser)
+    how, name = ("greedy", recipe.metric) if chooser == "greedy" else ("rank", chooser)
     key = ["order", how, name, count, recipe.model_dump_json(), _digest(tokens)]
     if (known := journal.recall(key)) is None:
         start = time.perf_counter()
         judges = judges_of(dense, recipe, tokens, journal, reporter)
         groups = groups_of(Counts(attention=max(1, count)), dense.model.config.num_hidden_layers, recipe.keep)
-        sampling = Sampling(recipe.seed, recipe.samples, max(1, count))
+        sampling = Sampling(recipe.seed, recipe.draws, max(1, count))
         chosen = selection.select(judges, groups, name, how, sampling, reporter)
         known = [[unit.block for unit in chosen.order], time.perf_counter() - start, table_of(chosen.scores, name)]
         journal.keep(key, known)
@@ -169,6 +172,7 @@ class _Judge:
         losses: Of the dense model, one a window, nats/token.
         answers: Its log-likelihoods, for each set.
         journal: What was measured before.
+        context: Tokens of the request that KV bytes are counted for.
     """
 
     dense: DenseModel
@@ -177,6 +181,7 @@ class _Judge:
     losses: Sequence[float]
     answers: Sequence[list[list[float]]]
     journal: Journal
+    context: int
 
 
 def _points(
@@ -245,7 +250,7 @@ def _share(values: Sequence[Sequence[float]], questions: Sequence[Question]) -> 
 def _point(judge: _Judge, chooser: str, emulation: str, plan: Plan, known: Sequence[Any]) -> dict[str, Any]:
     losses, seconds, found = known
     increase = bootstrap([a - b for a, b in zip(losses, judge.losses, strict=True)])
-    sizes = predicted_bytes(judge.dense, plan)
+    sizes = predicted_bytes(judge.dense, plan, judge.context)
     tasks = {}
     for each, mine, theirs in zip(judge.questions, found, judge.answers, strict=True):
         gap = [a - b for a, b in zip(_right(mine, each), _right(theirs, each), strict=True)]

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pruning.models.checkpoint import Manifest
 from pruning.plan import KINDS, Kind
-from pruning.variants.shared import SHARED
+from pruning.variants import cache_of
 from server.engine.compat import EngineFacts
 
 State = Literal["kept", "limited", "removed", "emulated"]
@@ -133,7 +133,7 @@ def take_inventory(
     dense: dict[Kind, State] = {"attention": "kept", "ffn": "kept"}
     blocks = sublayers(manifest, facts.windows) if manifest else (dense,) * facts.layers
     drafting = sublayers(draft) if draft else ()
-    sharing = sum(one == SHARED and at.startswith("attention.") for each in (manifest, draft) if each
+    sharing = sum(cache_of(one) == "full" and at.startswith("attention.") for each in (manifest, draft) if each
                   for at, one in each.removed.items())  # fmt: skip
     cached = sum(block["attention"] == "kept" for block in (*blocks, *drafting)) + sharing
     per_token, per_token_dense = one_layer * cached, one_layer * len(blocks)

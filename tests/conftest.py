@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pruning
 from pruning.export.writing import pruned_config, state_dict, write_weights
-from pruning.families import FAMILIES
+from pruning.families import FAMILIES, has_biases, own_window
 from pruning.forward.evaluator import Evaluator
 from pruning.models.checkpoint import MANIFEST, Manifest, hash_files, write_manifest
 from pruning.models.configuration import base_config_class
@@ -32,7 +32,6 @@ from pruning.plan import KINDS, Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery, fit_plan
 from pruning.recovery.fuse import Fusion, fuse
-from pruning.recovery.units import has_biases
 
 VOCABULARY = 320
 BLOCKS = 6
@@ -130,6 +129,17 @@ KV_SHARE_PLAN = Plan(
     rank=4,
 )
 
+WINDOW = 8
+
+
+def window_plan(model_type: str) -> Plan:
+    """Three limited attention layers of those that see all tokens, a removed one, and an emulated FFN."""
+    config = pico_config(model_type)
+    free = [block for block in range(BLOCKS) if own_window(config, block) is None]
+    limited = {Sublayer(block, "attention"): "window" for block in (free if len(free) < 4 else free[:3])}
+    return Plan(BLOCKS, {**limited, Sublayer(4, "ffn"): "low_rank"}, rank=4, window=WINDOW)
+
+
 SHARED_PLAN = Plan(BLOCKS, {Sublayer(b, kind): "shared" for b in (2, 4) for kind in KINDS}, rank=4)
 
 FUSIBLE_PLAN = Plan(BLOCKS, {**MIXED_PLAN.removed, Sublayer(2, "attention"): "low_rank"}, rank=4)
@@ -185,7 +195,7 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
             evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config)
         )
     else:
-        emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources)
+        emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources, plan.window)
         recovery = Recovery(emulations, {})
     apply_recovery(model, family, plan, recovery)
     directory.mkdir(parents=True, exist_ok=True)
@@ -262,7 +272,8 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
     """Factory of (checkpoint directory, the model in memory it was written from): `pico_checkpoint("llama")`.
 
     `"llama fused"` is the same with its emulations fused; in `"llama kv-share"` two of them attend to block 1's cache;
-    in `"llama shared"` blocks 2 and 4 have the weights of others and differences of rank 4.
+    in `"llama shared"` blocks 2 and 4 have the weights of others and differences of rank 4; `"llama window"` has
+    limited attention layers.
     """
     pruning.register()
     made: dict[str, tuple[Path, PreTrainedModel]] = {}
@@ -273,7 +284,7 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
             model = pico_model(model_type)
             directory = tmp_path_factory.mktemp(f"pruned-{name.replace(' ', '-')}")
             plans = {"fused": FUSIBLE_PLAN, "kv-share": KV_SHARE_PLAN, "shared": SHARED_PLAN, "": MIXED_PLAN}
-            plan = plans[variant]
+            plan = window_plan(model_type) if variant == "window" else plans[variant]
             made[name] = export_pico(model, model_type, plan, directory, fused=variant == "fused"), model
         return made[name]
 

@@ -17,6 +17,7 @@ from pruning.errors import EvaluationError, StorageError
 from pruning.evaluation.choice import Question, accuracy, answer, differences, read_letter_questions, read_questions
 from pruning.evaluation.generation import agreement, greedy, recall_prompts, recalled
 from pruning.evaluation.harness import run_tasks, run_tasks_on_server
+from pruning.evaluation.long_context import LongTasks, on_long_context
 from pruning.evaluation.paired import bootstrap, standard_error
 from pruning.evaluation.text import batches_of, compare, loss_by_position, text_windows, token_losses
 from pruning.families import Family
@@ -27,11 +28,12 @@ from pruning.texts.calibration import read_text
 
 PROMPT_TOKENS = 32
 RECALL_FACTS = 12
+NOTHING_HIDDEN = LongTasks()
 
 
-def loss(model: PreTrainedModel, family: Family, tokens: Tensor) -> float:
-    """Mean next-token cross-entropy over int64 [n, T], nats/token."""
-    return float(Evaluator(model, family, tokens).loss({}).mean())
+def loss(model: PreTrainedModel, family: Family, tokens: Tensor, batch_size: int = 4) -> float:
+    """Mean next-token cross-entropy over int64 [n, T], nats/token; `batch_size` rows at a time."""
+    return float(Evaluator(model, family, tokens, batch_size).loss({}).mean())
 
 
 def perplexity_ratio(dense_loss: float, pruned_loss: float) -> float:
@@ -158,6 +160,7 @@ class Wanted:
         tasks: Of lm-evaluation-harness.
         include: Directory of task files.
         url: Server to run the tasks against.
+        long_tasks: What to hide in long prompts.
     """
 
     text: Sequence[Path] = ()
@@ -175,29 +178,37 @@ class Wanted:
     tasks: Sequence[str] = ()
     include: Path | None = None
     url: str | None = None
+    long_tasks: LongTasks = NOTHING_HIDDEN
+
+    @property
+    def of_model(self) -> bool:
+        """Whether a model has to be loaded for anything but the harness's tasks."""
+        return bool(self.text or self.choice or self.letter or self.recall or self.long_tasks.kinds)
 
 
 def evaluate(
     name: str, against: str | None, wanted: Wanted, *, dtype: str, device: str, output: Path | None, reporter: Reporter
-) -> str:
-    """Load, measure, save as JSON if asked; return the table.
+) -> dict[str, Any]:
+    """Load, measure, save as JSON if asked; return what is saved.
 
     Raises:
         UserError: Anything about the request.
     """
     quiet_libraries()
-    if not (wanted.text or wanted.choice or wanted.letter or wanted.recall or wanted.tasks):
-        raise EvaluationError("nothing to measure; give --text, --choice, --letter, --recall or --tasks")
+    if not (wanted.of_model or wanted.tasks):
+        raise EvaluationError(
+            "nothing to measure; give --text, --choice, --letter, --recall, --long-context-tasks or --tasks"
+        )
     if min(wanted.window, *wanted.long_context, wanted.text_tokens) < 2:
         raise EvaluationError("windows and --text-tokens are at least 2 tokens")
     if output is not None and not output.resolve().parent.is_dir():
         raise StorageError(f"cannot write {output}: no such directory")
     questions_of(wanted)
-    for path in wanted.text:
+    for path in (*wanted.text, *([wanted.long_tasks.filler] if wanted.long_tasks.filler else [])):
         read_text(path)
+    wanted.long_tasks.check()
     found: dict[str, Any] = {"model": name, "against": against}
-    only_server = wanted.url is not None and not (wanted.text or wanted.choice or wanted.letter or wanted.recall)
-    if not only_server:
+    if wanted.of_model or wanted.url is None:
         with reporter.stage("load"):
             subject = load(name, dtype, device, reporter)
             dense = load(against, dtype, device, reporter) if against is not None else None
@@ -217,7 +228,7 @@ def evaluate(
             output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"cannot write {output}: {error.strerror or error}") from error
-    return table(found)
+    return found
 
 
 def questions_of(wanted: Wanted) -> list[list[Question]]:
@@ -236,9 +247,14 @@ def measure(subject: Loaded, dense: Loaded | None, wanted: Wanted, reporter: Rep
     """
     if dense is not None and dense.model.config.vocab_size != subject.model.config.vocab_size:
         raise EvaluationError("the two models have different vocabularies; give the dense model it was pruned from")
-    longest = max([wanted.window, *wanted.long_context], default=0)
-    if longest > subject.positions:
+    longest = max([wanted.window, *wanted.long_context])
+    if wanted.text and longest > subject.positions:
         raise EvaluationError(f"a window of {longest} tokens is over the model's {subject.positions} positions")
+    long_tasks = wanted.long_tasks
+    if long_tasks.kinds and (longest := max(long_tasks.lengths)) > subject.positions:
+        raise EvaluationError(
+            f"a prompt of {longest} tokens is over the model's {subject.positions} positions; lower --lengths"
+        )
     sets = questions_of(wanted)
     texts = {path: read_text(path) for path in wanted.text}
     cut = {
@@ -262,14 +278,29 @@ def measure(subject: Loaded, dense: Loaded | None, wanted: Wanted, reporter: Rep
         }
     if wanted.recall:
         out["recall"] = on_recall(subject, dense, wanted.recall, wanted.seed, reporter)
+    if long_tasks.kinds:
+        theirs = None if dense is None else dense.model
+        out["long_context_tasks"] = on_long_context(
+            subject.model, theirs, subject.tokenizer, long_tasks, wanted.seed, reporter
+        )
     if wanted.generate and dense is not None and cut:
         first = next(iter(cut.values()))
         out["generation"] = on_generation(subject, dense, first, wanted.generate, wanted.new_tokens)
     return out
 
 
+HEAD = ("", "value", "dense", "95% interval")
+
+
 def table(found: Mapping[str, Any]) -> str:
-    """The result for people: one row a measurement, with the dense model's and the 95% interval of the comparison."""
+    """The result for people, aligned; see `table_rows`."""
+    rows = [HEAD, *table_rows(found)]
+    width = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(width[i]) for i, cell in enumerate(row)).rstrip() for row in rows)
+
+
+def table_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """One row a measurement, with the dense model's and the 95% interval of the comparison, under `HEAD`."""
     rows: list[tuple[str, str, str, str]] = []
     for label, each in (("", found.get("text", {})), ("context ", found.get("long_context", {}))):
         for name, one in each.items():
@@ -291,15 +322,24 @@ def table(found: Mapping[str, Any]) -> str:
         gap = f"difference {_interval(one['exact_match_difference'])}" if dense else ""
         value = f"{one['exact_match']:.4f} ± {one['exact_match_stderr']:.4f}"
         rows.append((f"recall, exact match ({one['n']}, {one['facts']} facts)", value, dense, gap))
+    rows += [row for one in found.get("long_context_tasks", ()) for row in _long_rows(one)]
     if one := found.get("generation"):
         label = f"greedy tokens as dense (of {one['new_tokens']}, {one['prompts']} prompts)"
         rows.append((label, f"{one['mean_agreement']:.1f}", "", f"all alike {one['all_agree']:.0%}"))
     for task, values in found.get("tasks", {}).items():
         rows += [(f"{task} {k}", f"{v:.4f}", "", "") for k, v in values.items() if isinstance(v, float)]
-    head = ("", "value", "dense", "95% interval")
-    width = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
-    return "\n".join("  ".join(cell.ljust(width[i]) for i, cell in enumerate(row)).rstrip() for row in (head, *rows))
+    return rows
 
 
 def _interval(one: Mapping[str, float]) -> str:
     return f"{one['value']:.4f} [{one['low']:.4f}, {one['high']:.4f}]"
+
+
+def _long_rows(one: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    label = f"{one['kind']}, {one['length']} tokens" + ("" if one["depth"] is None else f", depth {one['depth']:g}")
+    rows = []
+    for name, key in ((f"{label}: found of {one['answers']}", "found"), ("  NLL, nats/token", "nll")):
+        dense = f"{one[f'dense_{key}']['value']:.4f}" if f"dense_{key}" in one else ""
+        interval = f"difference {_interval(one[f'{key}_difference'])}" if dense else _interval(one[key])
+        rows.append((name, f"{one[key]['value']:.4f}", dense, interval))
+    return rows

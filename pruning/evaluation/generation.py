@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pruning.texts.words import NAMES, THINGS
+
 ROWS = 8
-NAMES = (
-    "Alice", "Bruno", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis", "Maria",
-    "Nina", "Oscar", "Paul", "Quentin", "Rosa", "Simon", "Thomas", "Ursula", "Victor", "Wendy", "Xavier",
-)  # fmt: skip
-THINGS = (
-    "apple", "bread", "butter", "cheese", "cherry", "coffee", "garlic", "grape", "honey", "lemon", "mango", "melon",
-    "olive", "onion", "orange", "peach", "pepper", "potato", "pumpkin", "rice", "salmon", "spinach", "tomato", "walnut",
-)  # fmt: skip
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 RESAMPLES = 10_000
+Z95 = 1.959964  # of a standard normal, two-sided 95%
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +54,20 @@ def bootstrap(differences: Sequence[float], seed: int = 0, resamples: int = RESA
         means[first : first + rows] = values[generator.integers(0, len(values), (rows, len(values)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def wilson(share: float, n: int) -> Interval:
+    """Score interval of a share of n right answers; on the wide side for the mean of n values from 0 to 1.
+
+    Unlike a bootstrap it says something where all answers are right, or none.
+
+    Args:
+        share: 0 to 1.
+        n: Number of answers, at least 1.
+
+    Source: Wilson 1927, as in Brown, Cai and DasGupta 2001, equation 4.
+    """
+    z2 = Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return Interval(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))

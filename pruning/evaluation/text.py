@@ -77,11 +77,12 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, lim
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
-def _hidden(model: PreTrainedModel, batch: Tensor) -> Tensor:
+def final_states(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Normed final states [b, T-1, D] of all tokens of int64 [b, T] but the last, on the model's device."""
     return model.get_decoder()(input_ids=batch.to(model.device), use_cache=False).last_hidden_state[:, :-1]
 
 
-def _logits(model: PreTrainedModel, normed: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, normed: Tensor) -> Tensor:
     """Logits float32 [n, V] of normed final states [n, D], scaled and capped as the family does."""
     logits = model.get_output_embeddings()(normed).float()
     if scaling := getattr(model.config, "logits_scaling", None):
@@ -106,9 +107,9 @@ def token_losses(model: PreTrainedModel, windows: Tensor, advance: Callable[[], 
     """
     rows = []
     for batch in batches_of(windows):
-        states, targets = _hidden(model, batch).flatten(0, 1), batch[:, 1:].flatten().to(model.device)
+        states, targets = final_states(model, batch).flatten(0, 1), batch[:, 1:].flatten().to(model.device)
         parts = [
-            functional.cross_entropy(_logits(model, state), target, reduction="none")
+            functional.cross_entropy(logits_of(model, state), target, reduction="none")
             for state, target in zip(states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         ]
         rows.append(torch.cat(parts).view(len(batch), -1).cpu())
@@ -132,10 +133,10 @@ def compare(
     columns: list[list[Tensor]] = [[], [], [], []]
     for batch in batches_of(windows):
         targets = batch[:, 1:].flatten().to(reference.device)
-        pairs = (_hidden(reference, batch).flatten(0, 1), _hidden(other, batch).flatten(0, 1))
+        pairs = (final_states(reference, batch).flatten(0, 1), final_states(other, batch).flatten(0, 1))
         for first, second, target in zip(*(x.split(CHUNK_TOKENS) for x in (*pairs, targets)), strict=True):
-            p = _logits(reference, first).log_softmax(-1)
-            q = _logits(other, second).log_softmax(-1)
+            p = logits_of(reference, first).log_softmax(-1)
+            q = logits_of(other, second).log_softmax(-1)
             columns[0].append(-p.gather(1, target[:, None])[:, 0].cpu())
             columns[1].append(-q.gather(1, target[:, None])[:, 0].cpu())
             columns[2].append((p.exp() * (p - q)).sum(-1).clamp_min(0).cpu())

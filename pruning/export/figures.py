@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruning.variants import state_of
+
 INK = "#010203"  # stands for the page's own text colour in the SVG
 COLOURS = ("#3b7dd8", "#e07b39", "#3a9d5d", "#b0529e", "#8a8f3c", "#d14b4b")
-STATES = {"kept": "#3b7dd8", "emulated": "#e0a339", "removed": "#c9c9c9"}
+STATES = {"kept": "#3b7dd8", "limited": "#58a07c", "emulated": "#e0a339", "removed": "#c9c9c9"}
 MARKS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -68,7 +70,7 @@ def importance(values: Mapping[str, float], removed: Mapping[str, str], metric: 
         width = 0.8 / max(1, len(kinds))
         for column, kind in enumerate(kinds):
             found = {int(s.partition(".")[2]): v for s, v in values.items() if s.startswith(kind + ".")}
-            states = [_state(removed.get(f"{kind}.{b}")) for b in found]
+            states = [state_of(removed.get(f"{kind}.{b}")) for b in found]
             places, edge = [b + column * width for b in found], INK if column else "none"
             colours = [STATES[state] for state in states]
             axes.bar(places, list(found.values()), width, color=colours, edgecolor=edge, linewidth=0.4)
@@ -87,24 +89,20 @@ def importance(values: Mapping[str, float], removed: Mapping[str, str], metric: 
     return _draw("importance", "Importance", note, (9, 3.2), draw)
 
 
-def _state(emulation: str | None) -> str:
-    return "kept" if emulation is None else "removed" if emulation == "none" else "emulated"
-
-
 def strip(num_blocks: int, removed: Mapping[str, str]) -> Figure:
     """The plan: one cell a sublayer."""
 
     def draw(axes: Any) -> None:
         for row, kind in enumerate(("ffn", "attention")):
             for block in range(num_blocks):
-                state = _state(removed.get(f"{kind}.{block}"))
+                state = state_of(removed.get(f"{kind}.{block}"))
                 axes.barh(row, 0.9, left=block - 0.45, height=0.8, color=STATES[state])
         axes.set_yticks([0, 1], ["FFN", "attention"])
         axes.set_xlabel("block")
         axes.set_xlim(-0.6, num_blocks - 0.4)
-        for state, colour in STATES.items():
-            axes.barh([0], [0], color=colour, label=state)
-        axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.4))
+        for label, colour in STATES.items():
+            axes.barh([0], [0], color=colour, label=label)
+        axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.4))
 
     return _draw("plan", "Plan", "One column a block, input on the left.", (9, 1.5), draw)
 
@@ -204,6 +202,52 @@ def costs(points: Sequence[Mapping[str, Any]]) -> Figure:
         axes.legend()
 
     return _draw("costs", "What emulation gives back and costs", "Larger dots: more removed.", (9, 3.5), draw)
+
+
+def found_map(cells: Sequence[Mapping[str, Any]]) -> Figure:
+    """Heat map: share of the answers found, length by task and depth; the dense model's beside it where there is one.
+
+    Args:
+        cells: Rows of `pruning.evaluation.long_context.on_long_context`.
+    """
+    lengths = sorted({cell["length"] for cell in cells})
+    names = list(dict.fromkeys(_hidden(cell) for cell in cells))
+    panels = {"found": "this model"} | ({"dense_found": "dense"} if "dense_found" in cells[0] else {})
+    starts = [panel * (len(lengths) + 0.5) for panel in range(len(panels))]
+
+    def draw(axes: Any) -> None:
+        for start, (key, title) in zip(starts, panels.items(), strict=True):
+            for cell in cells:
+                x, y = start + lengths.index(cell["length"]), names.index(_hidden(cell))
+                share = cell[key]["value"]
+                axes.barh(y, 0.94, left=x - 0.47, height=0.88, color=_between(STATES["removed"], STATES["kept"], share))
+                axes.text(x, y, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.6 else "#1d2228")
+            axes.text(start + (len(lengths) - 1) / 2, -0.75, title, ha="center", va="bottom")
+        places = [start + i for start in starts for i in range(len(lengths))]
+        axes.set_xticks(places, [str(length) for length in lengths] * len(panels))
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.6)
+        axes.set_xlim(-0.6, starts[-1] + len(lengths) - 0.4)
+        axes.set_xlabel("tokens")
+        axes.tick_params(length=0)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+
+    note = (
+        "Share of the answers that greedy decoding writes exactly, 1 is all. The percentage is the place of what is "
+        "asked for, from the start of the text; without one it is spread over the text."
+    )
+    return _draw("found", "Found in a long context", note, (9, 1.1 + 0.32 * len(names)), draw)
+
+
+def _hidden(cell: Mapping[str, Any]) -> str:
+    return str(cell["kind"]) + ("" if cell["depth"] is None else f", {cell['depth']:.0%}")
+
+
+def _between(low: str, high: str, share: float) -> str:
+    """The colour at a share of the way from one to another, #rrggbb."""
+    pairs = [(int(low[i : i + 2], 16), int(high[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
 
 
 def _lines(points: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:

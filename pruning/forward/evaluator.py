@@ -15,18 +15,10 @@ from transformers import PreTrainedModel
 from pruning.families import Family
 from pruning.forward import parallel
 from pruning.forward.objective import Head, Objective
-from pruning.models.modeling import (
-    Tap,
-    blocks_of,
-    emulation_in,
-    fed,
-    lent,
-    places,
-    replace_sublayer,
-    sources_of,
-    tap_into,
-)
+from pruning.models.modeling import blocks_of, emulation_in, fed, lent, places, replace_sublayer, sources_of, tap_into
 from pruning.plan import KINDS, Kind, Sublayer
+from pruning.variants.base import Emulation
+from pruning.variants.taps import Tap
 from pruning.workdir import Journal
 
 STATE_BYTES = 2**30
@@ -72,15 +64,15 @@ def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module |
             setattr(block, name, module)
 
 
-class _Held(nn.Module):
+class _Held(Emulation):
     """An update that is known already, [b, T, D]."""
 
-    def __init__(self, update: Tensor) -> None:
+    def __init__(self, held: Tensor) -> None:
         super().__init__()
-        self.update = update
+        self.held = held
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.update
+        return self.held
 
 
 @dataclass(slots=True)
@@ -399,6 +391,8 @@ class Evaluator:
     def gate_gradients(self, gates: Tensor, number: int) -> Tensor:
         """Gradient of the loss by a gate on every sublayer's update: x + g f(x).
 
+        Where the view has an emulation for a sublayer, the gate goes from that (0) to the sublayer itself (1).
+
         Args:
             gates: float32 [L, 2], attention and ffn.
             number: Of the batch.
@@ -415,7 +409,7 @@ class Evaluator:
             for index in range(len(self.blocks)):
                 given = (index, hidden, kwargs[index], wide[:, index], taps)
                 hidden = checkpoint(self._gated, *given, use_reentrant=False)
-            loss = self._head.cross_entropy(hidden, batch[:, 1:]).mean(1).sum()
+            loss = self._reduce(self._head.cross_entropy(hidden, batch[:, 1:]), number).sum()
             (gradient,) = torch.autograd.grad(loss, wide)
         taps.clear()  # the graph holds them and they hold the graph, where no collector sees it
         return gradient.double().cpu()
@@ -428,8 +422,11 @@ class Evaluator:
                 emulation = base[sublayer]
                 hidden = hidden if emulation is None else self.run_and_tap(sublayer, hidden, kwargs, emulation, taps)
                 continue
+            other = hidden
+            if (emulation := self.emulations.get(sublayer)) is not None:
+                other = self.run_and_tap(sublayer, hidden, kwargs, emulation, dict(taps))
             after = self.run_and_tap(sublayer, hidden, kwargs, None, taps)
-            hidden = hidden + gates[:, column, None, None] * (after - hidden)
+            hidden = other + gates[:, column, None, None] * (after - other)
         return hidden
 
     def _rounds(self) -> list[list[int]]:
@@ -574,7 +571,8 @@ def describe(plan: Gone) -> list[str]:
 
 def _fingerprint(module: nn.Module | None) -> str:
     assert module is not None
-    digest = hashlib.sha256(str(sources_of(module)).encode())
+    described = module.entry() if isinstance(module, Emulation) else None
+    digest = hashlib.sha256(f"{sources_of(module)} {described}".encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())

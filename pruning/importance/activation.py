@@ -12,8 +12,8 @@ from pruning.console import Reporter
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling, Scores
-from pruning.models.modeling import rms_normalise
 from pruning.plan import Sublayer, Unit
+from pruning.variants.taps import rms_normalise
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Streams before and after, float32 [b, T, D] each -> float32 [b, T]."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pruning.console import Reporter
 from pruning.errors import ModelError
-from pruning.families import Family, family_of
+from pruning.families import Family, family_of, own_window
 from pruning.models.checkpoint import hash_files
 from pruning.workdir import atomic_directory, cache_directory
 
@@ -42,6 +42,12 @@ class DenseModel:
     tokenizer: Tokenizer
     family: Family
     weight_hash: str
+
+    @property
+    def limitable(self) -> list[int]:
+        """Blocks whose attention sees all tokens."""
+        config = self.model.config
+        return [block for block in range(config.num_hidden_layers) if own_window(config, block) is None]
 
 
 def embedded_gguf() -> Path:

@@ -3,95 +3,30 @@
 import copy
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from pruning.errors import CheckpointError
-from pruning.families import FAMILIES, Family
+from pruning.families import FAMILIES, Family, output_projection, places
 from pruning.models.configuration import config_class, register_configs
 from pruning.plan import KINDS, Kind
-from pruning.variants.kv_share import KVShareEmulation, Tap, rms_normalise
-from pruning.variants.shared import SHARED, SharedEmulation
-
-__all__ = ["KVShareEmulation", "Tap", "rms_normalise"]  # also named here
-
-
-class BiasEmulation(nn.Module):
-    """A constant update [D]: the mean of what the sublayer added (arXiv 2407.16286, emulated update)."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Update that broadcasts over [..., D]."""
-        return self.bias
-
-
-class LowRankEmulation(nn.Module):
-    """An affine map of rank r of the normalised residual stream: up(down(rms(x))) + bias."""
-
-    def __init__(self, hidden_size: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False)
-        self.up = nn.Linear(rank, hidden_size, bias=True)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Update [..., D] for the residual stream [..., D]."""
-        return self.up(self.down(rms_normalise(hidden)))
-
-
-class ContextEmulation(nn.Module):
-    """A map of rank r of the normalised residual stream and what kept attention layers before it put out.
-
-    up(down([rms(x), c_1, ..., c_k])) + bias. A per-token map cannot look at other tokens; the outputs of attention
-    layers that stay carry context at no cost in KV cache.
-
-    Args:
-        hidden_size: D.
-        rank: r.
-        sources: Blocks whose attention it reads, k of them, all before its own.
-
-    Source: inferred; a closed-form linear map in place of a layer (ReplaceMe, arXiv 2505.02819) with further
-        regressors.
-    """
-
-    def __init__(self, hidden_size: int, rank: int, sources: Sequence[int]) -> None:
-        super().__init__()
-        self.sources = tuple(sources)
-        self.taps: list[Tap] = []
-        self.down = nn.Linear(hidden_size * (1 + len(self.sources)), rank, bias=False)
-        self.up = nn.Linear(rank, hidden_size, bias=True)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Update [..., D] for the residual stream [..., D]; the taps hold the sources' outputs."""
-        return self.up(self.down(self.features(hidden)))
-
-    def features(self, hidden: Tensor) -> Tensor:
-        """What the map reads, [..., D (1+k)]; a source that put nothing out counts as zero."""
-        return context_features(hidden, [tap.output for tap in self.taps])
-
-
-def context_features(hidden: Tensor, outputs: Sequence[Tensor | None]) -> Tensor:
-    """[rms(x), c_1, ..., c_k] as one [..., D (1+k)] for a residual stream x [..., D]."""
-    contexts = [torch.zeros_like(hidden) if c is None else c.expand_as(hidden).to(hidden) for c in outputs]
-    return torch.cat([rms_normalise(hidden), *contexts], -1)
+from pruning.variants import of_entry
+from pruning.variants.base import Emulation
+from pruning.variants.taps import Tap
 
 
 def sources_of(emulation: nn.Module | None) -> tuple[int, ...]:
     """Blocks whose attention an emulation reads."""
-    return emulation.sources if isinstance(emulation, ContextEmulation | KVShareEmulation) else ()
+    return emulation.sources if isinstance(emulation, Emulation) else ()
 
 
 @contextmanager
 def fed(emulation: nn.Module | None, taps: Mapping[int, Tap]) -> Iterator[None]:
     """Let an emulation read these taps (block -> tap) inside the `with`; a source without one counts as zero."""
-    if not isinstance(emulation, ContextEmulation | KVShareEmulation):
+    if not isinstance(emulation, Emulation) or not emulation.sources:
         yield
         return
     saved = emulation.taps
@@ -111,44 +46,10 @@ def tap_into(attention: nn.Module, tap: Tap, *, cache: bool) -> ExitStack:
     return stack
 
 
-def build_emulation(spec: Mapping[str, Any] | None, hidden_size: int) -> nn.Module | None:
-    """Build the module a checkpoint's `emulation` entry names; None where there is none.
-
-    Raises:
-        CheckpointError: The kind is not known.
-    """
-    if spec is None:
-        return None
-    if spec["kind"] == "bias":
-        return BiasEmulation(hidden_size)
-    if spec["kind"] == "low_rank":
-        return LowRankEmulation(hidden_size, int(spec["rank"]))
-    if spec["kind"] == "context":
-        return ContextEmulation(hidden_size, int(spec["rank"]), spec["sources"])
-    if spec["kind"] == "kv_share":
-        ranks = int(spec["rank"]), int(spec["own_rank"])
-        return KVShareEmulation(hidden_size, int(spec["heads"]), int(spec["head_dim"]), spec["sources"], *ranks)
-    raise CheckpointError(f"emulation kind {spec['kind']!r} is not known to this version of Shoal; upgrade it")
-
-
-def describe_emulation(emulation: nn.Module | None) -> dict[str, Any] | None:
-    """The checkpoint's `emulation` entry for a module: what `build_emulation` builds it from."""
-    if emulation is None:
-        return None
-    if isinstance(emulation, BiasEmulation):
-        return {"kind": "bias"}
-    if isinstance(emulation, ContextEmulation):
-        return {"kind": "context", "rank": emulation.down.out_features, "sources": list(emulation.sources)}
-    if isinstance(emulation, KVShareEmulation | SharedEmulation):
-        return emulation.describe()
-    assert isinstance(emulation, LowRankEmulation)
-    return {"kind": "low_rank", "rank": emulation.down.out_features}
-
-
 class AttentionStandIn(nn.Module):
     """Takes the place of a removed attention module; has no KV cache."""
 
-    def __init__(self, emulation: nn.Module | None) -> None:
+    def __init__(self, emulation: Emulation | None) -> None:
         super().__init__()
         self.emulation = emulation
 
@@ -156,43 +57,30 @@ class AttentionStandIn(nn.Module):
         """The update (zero where nothing emulates it) and no attention weights."""
         if self.emulation is None:
             return hidden_states.new_zeros(()), None
-        if isinstance(self.emulation, KVShareEmulation):
-            return self.emulation(hidden_states, **kwargs), None
-        return self.emulation(hidden_states), None
+        return self.emulation.update(hidden_states, kwargs), None
 
 
 class FFNStandIn(nn.Module):
     """Takes the place of a removed FFN module."""
 
-    def __init__(self, emulation: nn.Module | None) -> None:
+    def __init__(self, emulation: Emulation | None) -> None:
         super().__init__()
         self.emulation = emulation
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The update (zero where nothing emulates it)."""
-        return hidden_states.new_zeros(()) if self.emulation is None else self.emulation(hidden_states)
+        return hidden_states.new_zeros(()) if self.emulation is None else self.emulation.update(hidden_states, {})
 
 
-def stand_in(kind: Kind, emulation: nn.Module | None) -> nn.Module:
+def stand_in(kind: Kind, emulation: Emulation | None) -> nn.Module:
     """The stand-in for a sublayer of this kind."""
     return AttentionStandIn(emulation) if kind == "attention" else FFNStandIn(emulation)
 
 
-def places(family: Family, kind: Kind) -> tuple[str, ...]:
-    """Attribute names of a sublayer's module and of the norms that are its own."""
-    module = family.attention if kind == "attention" else family.ffn
-    return (module, *(norm for norm in family.norms(kind) if norm))
-
-
-def output_projection(family: Family, kind: Kind) -> str | None:
-    """Attribute of a sublayer that holds its output projection; None where experts share the work."""
-    return family.attention_output if kind == "attention" else family.ffn_output
-
-
-def replace_sublayer(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None) -> None:
+def replace_sublayer(block: nn.Module, family: Family, kind: Kind, emulation: Emulation | None) -> None:
     """Take a sublayer and its norms out of a block, or only its linear maps where others are shared, in place."""
     module, *norms = places(family, kind)
-    if isinstance(emulation, SharedEmulation):
+    if emulation is not None and emulation.in_place:
         setattr(block, module, emulation.inside(getattr(block, module)))
         return
     setattr(block, module, stand_in(kind, emulation))
@@ -222,26 +110,17 @@ def number_cache_layers(blocks: Sequence[nn.Module], family: Family) -> None:
             index += 1
 
 
-def emulation_in(block: nn.Module, family: Family, kind: Kind) -> nn.Module | None:
+def emulation_in(block: nn.Module, family: Family, kind: Kind) -> Emulation | None:
     """What emulates a removed sublayer in this block; None where nothing does, or where it is kept."""
     emulation = getattr(getattr(block, places(family, kind)[0]), "emulation", None)
-    return emulation if isinstance(emulation, nn.Module) else None
+    return emulation if isinstance(emulation, Emulation) else None
 
 
-@contextmanager
-def lent(emulation: nn.Module | None, blocks: Sequence[nn.Module], family: Family, kind: Kind) -> Iterator[None]:
-    """Let a shared sublayer's differences borrow from their source among these blocks inside the `with`."""
-    if not isinstance(emulation, SharedEmulation):
-        yield
-        return
-    maps = list(emulation.maps().values())
-    saved = [shared.lender for shared in maps]
-    emulation.lend(getattr(blocks[emulation.source], places(family, kind)[0]))
-    try:
-        yield
-    finally:
-        for shared, lender in zip(maps, saved, strict=True):
-            shared.lender = lender
+def lent(
+    emulation: Emulation | None, blocks: Sequence[nn.Module], family: Family, kind: Kind
+) -> AbstractContextManager[None]:
+    """Let what emulates a sublayer borrow from other blocks inside the `with`."""
+    return nullcontext() if emulation is None else emulation.borrowing(blocks, places(family, kind)[0])
 
 
 def connect_sources(blocks: Sequence[nn.Module], family: Family) -> None:
@@ -249,13 +128,14 @@ def connect_sources(blocks: Sequence[nn.Module], family: Family) -> None:
     taps: dict[int, Tap] = {}
     for block in blocks:
         for kind, emulation in ((kind, emulation_in(block, family, kind)) for kind in KINDS):
-            if isinstance(emulation, SharedEmulation):
-                emulation.lend(getattr(blocks[emulation.source], places(family, kind)[0]))
-            for source in sources_of(emulation):
+            if emulation is None:
+                continue
+            emulation.borrow(blocks, places(family, kind)[0])
+            for source in emulation.sources:
                 if source not in taps:
                     taps[source] = Tap()
                     tap_into(getattr(blocks[source], family.attention), taps[source], cache=family.shares_cache)
-            if isinstance(emulation, ContextEmulation | KVShareEmulation):
+            if emulation.sources:
                 emulation.taps = [taps[source] for source in emulation.sources]
 
 
@@ -263,13 +143,13 @@ def apply_block_configs(blocks: nn.ModuleList, family: Family, config: Any) -> N
     """Give freshly built blocks the shape `config.block_configs` describes, in place."""
     for block, block_config in zip(blocks, config.block_configs, strict=True):
         for kind in KINDS:
-            spec = block_config[kind]["emulation"]
-            if spec is not None and spec["kind"] == SHARED:
-                own, output = getattr(block, places(family, kind)[0]), output_projection(family, kind)
-                shared = SharedEmulation.of(own, int(spec["source"]), int(spec["rank"]), output)
-                replace_sublayer(block, family, kind, shared)
-            elif block_config[kind]["no_op"]:
-                replace_sublayer(block, family, kind, build_emulation(spec, config.hidden_size))
+            entry = block_config[kind]
+            own, found = getattr(block, places(family, kind)[0]), of_entry(entry)
+            if found is not None:
+                built = found.build(entry, own, config, output_projection(family, kind))
+                replace_sublayer(block, family, kind, built)
+            elif entry["no_op"]:
+                replace_sublayer(block, family, kind, None)
         size = block_config["ffn"].get("intermediate_size", config.intermediate_size)
         if size != config.intermediate_size:
             resize_ffn(block, family, config, size)
@@ -283,8 +163,9 @@ def block_configs_of(model: nn.Module, family: Family) -> list[dict[str, dict[st
 
     def entry(block: nn.Module, kind: Kind) -> dict[str, Any]:
         module = getattr(block, family.attention if kind == "attention" else family.ffn)
+        emulation = emulation_in(block, family, kind)
         gone = isinstance(module, AttentionStandIn | FFNStandIn)
-        described = {"no_op": gone, "emulation": describe_emulation(emulation_in(block, family, kind))}
+        described = {"no_op": gone, "emulation": None} if emulation is None else emulation.entry()
         output = getattr(module, family.ffn_output, None) if kind == "ffn" and family.ffn_output else None
         if isinstance(output, nn.Linear) and output.in_features != usual_size:
             described["intermediate_size"] = output.in_features

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import torch
 
-from pruning.families import head_dim
+from pruning.families import has_biases, head_dim, output_projection, places
 from pruning.models.loading import DenseModel
-from pruning.models.modeling import blocks_of, output_projection, places
-from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, kv_bytes_per_token
-from pruning.recovery.units import has_biases, padded_size
-from pruning.variants.shared import SHARED, SharedEmulation, linear_maps
+from pruning.models.modeling import blocks_of
+from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, kv_bytes_of_request, padded_size
+from pruning.variants import REMOVED, cache_of, replaces, variant
+from pruning.variants.base import Shape
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -17,10 +17,10 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def kv_bytes(dense: DenseModel, kept_attention: int) -> int:
-    """KV cache bytes per token with so many attention layers."""
+def kv_layer_bytes(dense: DenseModel) -> int:
+    """KV cache bytes that one token takes in one attention layer."""
     config = dense.model.config
-    return kv_bytes_per_token(kept_attention, config.num_key_value_heads, head_dim(config), dense.model.dtype.itemsize)
+    return 2 * int(config.num_key_value_heads) * head_dim(config) * dense.model.dtype.itemsize
 
 
 def sublayer_bytes(dense: DenseModel) -> dict[Sublayer, int]:
@@ -32,18 +32,25 @@ def sublayer_bytes(dense: DenseModel) -> dict[Sublayer, int]:
     }
 
 
-def adapter_bytes(dense: DenseModel, kind: EmulationKind, rank: int, sources: int = 1) -> int:
-    """Weight bytes of what emulates one sublayer; an upper bound for `self_only` and near block 0."""
+def shape_of(dense: DenseModel, sublayer: Sublayer, rank: int, sources: int) -> Shape:
+    """The sizes of one sublayer that the bytes of a variant follow from."""
     config = dense.model.config
-    size, width = config.hidden_size, config.num_attention_heads * head_dim(config)
-    numbers = {
-        "none": 0, "bias": size, "low_rank": (2 * rank + 1) * size, "linear": (2 * size + 1) * size,
-        "context": ((2 + sources) * rank + 1) * size,
-        "self_only": (2 * config.num_key_value_heads * head_dim(config) + 1) * size,
-        "kv_share": (2 * width + 2 * rank + 1) * size + width,
-        "kv_share_low_rank": (3 * rank + 1) * size + (2 * rank + 1) * width,
-    }  # fmt: skip
-    return numbers[kind] * dense.model.dtype.itemsize
+    block = blocks_of(dense.model, dense.family)[sublayer.block]
+    own = getattr(block, places(dense.family, sublayer.kind)[0])
+    linear = {name: child for name, child in own.named_children() if isinstance(child, torch.nn.Linear)}
+    output = output_projection(dense.family, sublayer.kind)
+    return Shape(
+        hidden_size=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim(config),
+        dtype_bytes=dense.model.dtype.itemsize,
+        rank=rank,
+        sources=sources,
+        whole=sum(weight_bytes(getattr(block, name)) for name in places(dense.family, sublayer.kind)),
+        maps=[(child.in_features, child.out_features, child.bias is not None) for child in linear.values()],
+        output=list(linear).index(output) if output in linear else None,
+    )
 
 
 def fused_bytes(dense: DenseModel, sublayer: Sublayer, kind: EmulationKind, rank: int) -> int:
@@ -51,9 +58,11 @@ def fused_bytes(dense: DenseModel, sublayer: Sublayer, kind: EmulationKind, rank
 
     An upper bound: units are padded to a multiple for each FFN, not for each sublayer. `biases_bytes` come on top.
     """
+    if kind == REMOVED:
+        return 0
     size, biased = dense.model.config.hidden_size, has_biases(dense.model.config)
-    needed = {"none": 0, "bias": 0 if biased else 1, "low_rank": rank, "linear": size}[kind]
-    own = sublayer.kind == "ffn" and kind != "none"
+    needed = variant(kind).rank_when_fused(rank, size) or (0 if biased else 1)
+    own = sublayer.kind == "ffn"
     units = padded_size(needed) if needed or own else 0
     block = blocks_of(dense.model, dense.family)[sublayer.block]
     norms = sum(weight_bytes(getattr(block, name)) for name in places(dense.family, "ffn")[1:]) if own else 0
@@ -68,52 +77,54 @@ def biases_bytes(dense: DenseModel) -> int:
     return config.num_hidden_layers * (2 * config.intermediate_size + config.hidden_size) * dense.model.dtype.itemsize
 
 
-def saved_by_sharing(dense: DenseModel, sublayer: Sublayer, rank: int) -> int:
-    """Weight bytes of a sublayer's linear maps less those of its differences from another's; all else of it stays."""
-    block = blocks_of(dense.model, dense.family)[sublayer.block]
-    own = getattr(block, places(dense.family, sublayer.kind)[0])
-    with torch.device("meta"):
-        shared = SharedEmulation.of(own, 0, rank, output_projection(dense.family, sublayer.kind)).to(dense.model.dtype)
-    return sum(weight_bytes(linear) for linear in linear_maps(own).values()) - weight_bytes(shared)
-
-
 def saved_bytes(
     dense: DenseModel, removed: Mapping[Sublayer, EmulationKind], rank: int, sources: int, *, fused: bool
 ) -> dict[Sublayer, int]:
-    """Weight bytes that each removed sublayer saves, less those of what emulates it; `biases_bytes` are not in it."""
+    """Weight bytes that each sublayer saves, less those of what takes its place; `biases_bytes` are not in it."""
     each = sublayer_bytes(dense)
 
     def saved(sublayer: Sublayer, kind: EmulationKind) -> int:
-        if kind == SHARED:
-            return saved_by_sharing(dense, sublayer, rank)
-        if fused:
+        if kind == REMOVED:
+            return each[sublayer]
+        if fused and replaces(kind):
             return each[sublayer] - fused_bytes(dense, sublayer, kind, rank)
-        return each[sublayer] - adapter_bytes(dense, kind, rank, sources)
+        return each[sublayer] - variant(kind).weight_bytes(shape_of(dense, sublayer, rank, sources))
 
     return {sublayer: saved(sublayer, kind) for sublayer, kind in removed.items()}
 
 
-def predicted_bytes(dense: DenseModel, plan: Plan, *, fused: bool = False) -> dict[str, int]:
-    """Weight and KV bytes of the pruned model (at most, where its emulations are fused), and of the dense one."""
-    whole = weight_bytes(dense.model)
+def kv_layers(plan: Plan) -> tuple[int, int]:
+    """Attention layers that keep every token of a request, and those that keep a window."""
+    caches = [cache_of(plan.removed.get(Sublayer(block, "attention"))) for block in range(plan.num_blocks)]
+    return caches.count("full"), caches.count("window")
+
+
+def predicted_bytes(dense: DenseModel, plan: Plan, context: int, *, fused: bool = False) -> dict[str, int]:
+    """Weight and KV bytes of the pruned model (at most, where its emulations are fused), and of the dense one.
+
+    `kv_per_token` is what each further token of a long request takes; `kv_request` is what a request of `context`
+    tokens takes, windows included.
+    """
+    whole, layer = weight_bytes(dense.model), kv_layer_bytes(dense)
     saved = sum(saved_bytes(dense, plan.removed, plan.rank, plan.sources, fused=fused).values())
-    if fused and any(emulation != "none" for emulation in plan.removed.values()):
+    if fused and any(emulation != REMOVED for emulation in plan.removed.values()):
         saved -= biases_bytes(dense)
+    full, limited = kv_layers(plan)
     return {
         "weights_dense": whole,
         "weights": whole - saved,
-        "kv_per_token_dense": kv_bytes(dense, plan.num_blocks),
-        "kv_per_token": kv_bytes(dense, len(plan.kept("attention"))),
+        "kv_per_token_dense": layer * plan.num_blocks,
+        "kv_per_token": layer * full,
+        "context": context,
+        "kv_request_dense": kv_bytes_of_request(layer, plan.num_blocks, 0, 0, context),
+        "kv_request": kv_bytes_of_request(layer, full, limited, plan.window, context),
     }
 
 
-def describe_bytes(sizes: dict[str, int]) -> str:
+def describe_bytes(sizes: Mapping[str, int]) -> str:
     """One line for people."""
-    weights, kv = (
-        sizes["weights"] / sizes["weights_dense"],
-        sizes["kv_per_token"] / sizes["kv_per_token_dense"],
-    )
+    weights, kv = sizes["weights"] / sizes["weights_dense"], sizes["kv_request"] / sizes["kv_request_dense"]
     return (
-        f"weights {sizes['weights'] / 2**20:.1f} MiB ({weights:.1%} of dense), "
-        f"KV cache {sizes['kv_per_token']} bytes per token ({kv:.1%} of dense)"
+        f"weights {sizes['weights'] / 2**20:.1f} MiB ({weights:.1%} of dense), KV cache of a request of "
+        f"{sizes['context']} tokens {sizes['kv_request'] / 2**20:.1f} MiB ({kv:.1%} of dense)"
     )

@@ -7,19 +7,17 @@ from transformers import PreTrainedModel
 
 from pruning.families import Family, keep_blocks
 from pruning.models.modeling import (
-    ContextEmulation,
-    KVShareEmulation,
     blocks_of,
     connect_sources,
     number_cache_layers,
     replace_sublayer,
 )
 from pruning.plan import Plan, Sublayer
-from pruning.variants.shared import SharedEmulation
+from pruning.variants.base import Emulation
 
 
 def apply_plan(
-    model: PreTrainedModel, family: Family, plan: Plan, emulations: Mapping[Sublayer, nn.Module | None]
+    model: PreTrainedModel, family: Family, plan: Plan, emulations: Mapping[Sublayer, Emulation | None]
 ) -> None:
     """Cut the removed sublayers out of a dense model in place, and drop the blocks that are wholly removed.
 
@@ -32,10 +30,8 @@ def apply_plan(
     indices = plan.blocks_kept()
     kept = [blocks[index] for index in indices]
     for emulation in emulations.values():
-        if isinstance(emulation, ContextEmulation | KVShareEmulation):
-            emulation.sources = tuple(indices.index(source) for source in emulation.sources)
-        elif isinstance(emulation, SharedEmulation):
-            emulation.source = indices.index(emulation.source)
+        if emulation is not None:
+            emulation.renumber(indices)
     parent, _, name = family.blocks.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(kept))
     number_cache_layers(kept, family)

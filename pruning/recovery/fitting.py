@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruning.console import Reporter
 from pruning.forward.evaluator import Evaluator, Taps
 from pruning.forward.walk import Seen, forget_taps
 from pruning.plan import KINDS, EmulationKind, Sublayer
 from pruning.recovery.emulation import fit, sources_read
+from pruning.variants.base import Emulation, Job
 
 Removed = Mapping[Sublayer, EmulationKind]
 """Removed sublayers and the kind of their emulation."""
 
-Fitted = dict[Sublayer, nn.Module | None]
+Fitted = dict[Sublayer, Emulation | None]
 """Removed sublayers and what emulates each (None: nothing)."""
 
 
@@ -46,7 +47,12 @@ def together(evaluator: Evaluator, plans: Sequence[Removed], most: int) -> list[
 
 @torch.no_grad()
 def fit_plans(
-    evaluator: Evaluator, plans: Sequence[Removed], rank: int, reporter: Reporter, sources: int = 1
+    evaluator: Evaluator,
+    plans: Sequence[Removed],
+    rank: int,
+    reporter: Reporter,
+    sources: int = 1,
+    window: int = 0,
 ) -> list[Fitted]:
     """The emulations of every plan, each as `emulation.fit_plan` fits it alone.
 
@@ -59,6 +65,7 @@ def fit_plans(
         rank: r of the adapters.
         reporter: For progress.
         sources: k, kept attention layers that a `context` adapter reads.
+        window: Positions that a limited layer keeps.
     """
     fitted: list[Fitted] = [{} for _ in plans]
     last = [max(plan, key=_position, default=None) for plan in plans]
@@ -88,7 +95,8 @@ def fit_plans(
                     for (how, read), members in _alike(sublayer, stream.plans, plans, reads).items():
                         inputs = before if stream.hidden is None else stream.hidden
                         seen = Seen(before, kwargs)
-                        module = fit(evaluator, sublayer, inputs, dense, how, rank, stream.taps, read, seen)
+                        job = Job(evaluator, sublayer, inputs, dense, rank, stream.taps, window, read, seen)
+                        module = fit(how, job)
                         for number in members:
                             fitted[number][sublayer] = module
                         if going_on := [number for number in members if last[number] != sublayer]:
@@ -127,7 +135,7 @@ def _advance(
     sublayer: Sublayer,
     hidden: list[Tensor],
     kwargs: Sequence[Mapping[str, Any]],
-    module: nn.Module | None,
+    module: Emulation | None,
     taps: list[Taps],
 ) -> list[Tensor]:
     calls = zip(hidden, kwargs, taps, strict=True)

@@ -31,6 +31,7 @@ from pruning.recovery.compensation import compensate, output_projection
 from pruning.recovery.recalibration import recalibrate
 from pruning.recovery.units import Gate, Units, widened
 from pruning.regression import HeldOutMoments, held_out, token_weights
+from pruning.variants import REMOVED, variant
 
 STREAMS = 8  # at most that `_Walk` holds at a time
 
@@ -107,7 +108,7 @@ class Fusion:
     def plan(self, plan: Plan) -> Plan:
         """The plan as the fused model shows it: fused attention is simply gone, an FFN of units is an FFN."""
         gone = [s for s in plan.removed if not (s.kind == "ffn" and s.block in self.replaced)]
-        return Plan(plan.num_blocks, dict.fromkeys(gone, "none"))
+        return Plan(plan.num_blocks, dict.fromkeys(gone, REMOVED))
 
 
 def _refusal(family: Family) -> str | None:
@@ -135,11 +136,11 @@ def check_fusable(family: Family, removed: Removed) -> None:
     if (reason := _refusal(family)) is not None:
         raise RecipeError(f"--fuse: {reason}; leave --fuse out")
     for sublayer, kind in removed.items():
-        if kind not in ("none", "bias", "low_rank", "linear"):
+        if kind != REMOVED and variant(kind).rank_when_fused(1, 1) is None:
             raise RecipeError(
                 f"--fuse: no FFN can hold the {kind} of {sublayer}; use --emulation low-rank, linear or bias"
             )
-        if sublayer.kind == "attention" and kind != "none" and not places(sublayer, removed):
+        if sublayer.kind == "attention" and kind != REMOVED and not places(sublayer, removed):
             raise RecipeError(f"--fuse: {sublayer} has no FFN before it or in its block; --keep {sublayer.block}")
 
 
@@ -147,11 +148,11 @@ def places(attention: Sublayer, removed: Removed) -> list[str]:
     """FFNs that can take a removed attention layer's emulation: "previous" (no attention runs in between), "same"."""
     found = []
     block = attention.block - 1
-    while block >= 0 and removed.get(Sublayer(block, "ffn")) == "none" and Sublayer(block, "attention") in removed:
+    while block >= 0 and removed.get(Sublayer(block, "ffn")) == REMOVED and Sublayer(block, "attention") in removed:
         block -= 1
-    if block >= 0 and removed.get(Sublayer(block, "ffn")) != "none":
+    if block >= 0 and removed.get(Sublayer(block, "ffn")) != REMOVED:
         found.append("previous")
-    if removed.get(Sublayer(attention.block, "ffn")) != "none":
+    if removed.get(Sublayer(attention.block, "ffn")) != REMOVED:
         found.append("same")
     return found
 
@@ -233,7 +234,7 @@ class _Walk:
 
     def _gone(self, index: int) -> bool:
         """Whether a block is removed as a whole with nothing in its place."""
-        return all(self.removed.get(Sublayer(index, kind)) == "none" for kind in KINDS)
+        return all(self.removed.get(Sublayer(index, kind)) == REMOVED for kind in KINDS)
 
     def _attention(self, attention: Sublayer, middle: Batches, end: Batches) -> str:
         """Take the pruned streams through a block's attention; returns the place of its emulation, if it has one."""
@@ -242,7 +243,7 @@ class _Walk:
             self.pruned, self.before = self._kept(attention, middle), None
             return ""
         self.parted = True
-        if kind == "none":
+        if kind == REMOVED:
             return ""
         place = self._choose(attention, kind, middle, end)
         self.fusion.places[attention] = place
@@ -254,7 +255,7 @@ class _Walk:
     def _ffn(self, ffn: Sublayer, end: Batches, place: str) -> None:
         """Take the pruned streams through a block's FFN, or what takes its place, and the units it gains."""
         entering, kind = self.pruned, self.removed.get(ffn)
-        if kind == "none":
+        if kind == REMOVED:
             self.parted = True
             return
         if kind is None:
@@ -365,9 +366,11 @@ class _Walk:
         if not self.biased:
             rows = (x.flatten(0, -2).float() for x in reading.inputs())
             gate = Gate.along(self.act, zip(rows, map(token_weights, targets), strict=True))
-        turned = kind != "bias" and reading.block not in self.fusion.replaced
+        rank = variant(kind).rank_when_fused(self.rank, after[0].shape[-1])
+        assert rank is not None  # checked by `check_fusable`
+        turned = rank > 0 and reading.block not in self.fusion.replaced
         moments = self._moments(_features(gate, reading, turned), after, targets)
-        units, rest = gate.fit(moments, kind, self.rank, after[0], judged=judged)
+        units, rest = gate.fit(moments, rank, after[0], judged=judged)
         return Gain(units, rest if turned else None)
 
     def _moments(self, features: Iterable[Tensor], after: Batches, targets: Batches) -> HeldOutMoments:

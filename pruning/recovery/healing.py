@@ -28,6 +28,7 @@ from pruning.recovery.emulation import Recovery
 from pruning.recovery.lora import LoraLinear, add_lora
 from pruning.recovery.spam import SPAM
 from pruning.recovery.training_state import TrainingState, load_state, save_state
+from pruning.variants import REMOVED, variant
 
 Trained = Literal["adapters", "lora"]
 Optimizer = Literal["adamw", "spam"]
@@ -200,19 +201,20 @@ def _prepare(
                 changes |= {f"{family.blocks}.{index}.{attribute}.{name}": change for name, change in made.items()}
     for name, change in changes.items():
         parameters |= {f"{name}.down": change.down, f"{name}.up": change.up}
-    norms = _norms_of_shared(cut, family, plan)
+    norms = _trained_norms(cut, family, plan)
     parameters |= norms
     student = Student(cut, family, sum(block < first for block in plan.blocks_kept()))
     return _Training(student, copies, changes, norms, parameters)
 
 
-def _norms_of_shared(cut: PreTrainedModel, family: Family, plan: Plan) -> dict[str, nn.Parameter]:
+def _trained_norms(cut: PreTrainedModel, family: Family, plan: Plan) -> dict[str, nn.Parameter]:
     """The norms of sublayers with another block's weights, by their names in the dense model; here they are trained."""
     found: dict[str, nn.Parameter] = {}
     for block, index in zip(blocks_of(cut, family), plan.blocks_kept(), strict=True):
         for kind in KINDS:
-            shared = plan.removed.get(Sublayer(index, kind)) == "shared"
-            for norm in filter(None, family.norms(kind) if shared else ()):
+            own = plan.removed.get(Sublayer(index, kind), REMOVED)
+            trained = own != REMOVED and variant(own).trains_norms
+            for norm in filter(None, family.norms(kind) if trained else ()):
                 for name, parameter in list(getattr(block, norm).named_parameters()):
                     own = nn.Parameter(parameter.detach().float().clone())
                     setattr(getattr(block, norm), name, own)

@@ -15,22 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.plan import EmulationKind
+from pruning.plan import padded_size
 from pruning.regression import Affine, HeldOutMoments, NormalEquations, solve
 
 GATE = 1.0
 GATE_RIDGE = 1e-6
-UNITS_MULTIPLE = 8
-
-
-def has_biases(config: Any) -> bool:
-    """Whether a family's FFNs can have biases (its configuration says so by `mlp_bias`)."""
-    return hasattr(config, "mlp_bias")
-
-
-def padded_size(units: int) -> int:
-    """Units of an FFN that tensor parallelism can split: a multiple of 8, at least 8."""
-    return max(UNITS_MULTIPLE, -(-units // UNITS_MULTIPLE) * UNITS_MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +96,12 @@ class Gate:
             return x * self.act(torch.tensor(GATE)).to(x)
         return x * self.act(x @ self.direction)[..., None]
 
-    def fit(
-        self, moments: HeldOutMoments, kind: EmulationKind, rank: int, like: Tensor, *, judged: bool = False
-    ) -> tuple[Units, Tensor]:
+    def fit(self, moments: HeldOutMoments, rank: int, like: Tensor, *, judged: bool = False) -> tuple[Units, Tensor]:
         """The best units for the moments of features and updates.
 
         Args:
             moments: The first D features are `features` of the FFN's input; more may follow.
-            kind: Of the emulation.
-            rank: Of a low-rank map of the first D features.
+            rank: Of a map of the first D features; 0: a constant.
             like: Has the dtype, device and width wanted.
             judged: Whether held-out rows are left out, to be judged by.
 
@@ -123,12 +109,11 @@ class Gate:
             The units, and the map [more, D] float64 of the other features.
         """
         width = like.shape[-1]
-        if kind == "bias" and self.direction is None:
+        if not rank and self.direction is None:
             both = moments.fitted(judged)
             units = replace(Units.zeros(0, like, True), bias=(both.y_sum / both.weight).to(like))
             return units, torch.zeros(0, width, dtype=torch.float64)
-        rank = 1 if kind == "bias" else width if kind == "linear" else rank
-        fitted = moments.partly_low_rank(width, rank, intercept=self.direction is None, judged=judged)
+        fitted = moments.partly_low_rank(width, max(1, rank), intercept=self.direction is None, judged=judged)
         units = linear_units(fitted.low, like)
         if self.direction is not None:
             gate = self.direction.repeat(len(units.up), 1).to(like)

@@ -1,120 +1,19 @@
-"""Attention over the KV cache of another layer: the stand-in of a removed layer, and what its source hands on."""
+"""`kv_share` and `kv_share_low_rank`: attention over a kept layer's KV cache. The fit is in `kv_share_fit.py`."""
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-RMS_EPSILON = 1e-6
-
-
-def rms_normalise(hidden: Tensor) -> Tensor:
-    """Scale each token to unit root mean square: x / sqrt(mean(x^2) + 1e-6), computed in float32.
-
-    Args:
-        hidden: Residual stream [..., D].
-
-    Returns:
-        Same shape and dtype.
-
-    Source: arXiv 1910.07467, without the gain (the adapter's matrix carries it).
-    """
-    wide = hidden.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)).to(hidden.dtype)
+from pruning.errors import RecipeError
+from pruning.families import Family
+from pruning.plan import Sublayer, nearest_kept_attention
+from pruning.variants.base import Emulation, Job, Shape, Variant
+from pruning.variants.low_rank import LOW_RANK
+from pruning.variants.taps import rms_normalise
 
 
-class _Recorder:
-    """Stands before a KV cache, or for one that is not there, and notes what an attention layer reads from it."""
-
-    def __init__(self, cache: Any, tap: "Tap") -> None:
-        self._cache, self._tap = cache, tap
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self._cache is not None:
-            keys, values = self._cache.update(keys, values, *args, **kwargs)
-        self._tap.keys, self._tap.values = keys, values
-        return keys, values
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-
-class Tap:
-    """What one attention layer hands on in the forward under way, to the emulations that name it as a source.
-
-    Its two methods are hooks on that layer's module, and are copied with it.
-
-    Attributes:
-        output: What left the module (after its output projection, before any norm or multiplier), [..., D].
-        entered: The stream that entered the block, which is what a parallel family's FFN reads; others leave it out.
-        keys: What the module attended to, after its rotation and from its cache, [b, K, S, d].
-        values: The same.
-        module: The attention module.
-    """
-
-    def __init__(self, output: Tensor | None = None, entered: Tensor | None = None) -> None:
-        self.output = output
-        self.entered = entered
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.module: nn.Module | None = None
-
-    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        """Note the output; the signature is that of a forward hook."""
-        self.output = output[0] if isinstance(output, tuple) else output
-
-    def record(self, module: nn.Module, arguments: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Let the module note its keys and values; the signature is that of a forward pre-hook with keywords."""
-        self.module = module
-        return arguments, kwargs | {"past_key_values": _Recorder(kwargs.get("past_key_values"), self)}
-
-    def split(self, rows: int) -> "list[Tap]":
-        """One tap for each stream of `rows` windows that went through the layer together."""
-        assert self.output is not None
-        count = len(self.output) // rows
-        taps = [Tap() for _ in range(count)]
-        for name in ("output", "entered", "keys", "values"):
-            whole = getattr(self, name)
-            for tap, part in zip(taps, [None] * count if whole is None else whole.split(rows), strict=True):
-                setattr(tap, name, part)
-        for tap in taps:
-            tap.module = self.module
-        return taps
-
-    def rotate(self, query: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries [b, H, T, d] turned by their positions, as the layer turns its own."""
-        code = importlib.import_module(type(self.module).__module__)
-        rotated: Tensor = code.apply_rotary_pos_emb(query, query[:, :0], *position_embeddings)[0]
-        return rotated
-
-    def attend(self, query: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any) -> Tensor:
-        """Attention of other queries to what this layer attended to, by its own rotation, scale and kernel.
-
-        Args:
-            query: Not rotated yet, [b, H, T, d].
-            position_embeddings: Cosines and sines [b, T, d] as the model gives them to its blocks.
-            attention_mask: As the model gives it.
-
-        Returns:
-            Head contexts [b, T, H d].
-        """
-        assert self.module is not None
-        code = importlib.import_module(type(self.module).__module__)
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.module.config._attn_implementation, code.eager_attention_forward
-        )
-        window = getattr(self.module, "sliding_window", None)
-        assert self.keys is not None
-        rotated = self.rotate(query.to(self.keys.dtype), position_embeddings)
-        options = {"dropout": 0.0, "scaling": self.module.scaling} | ({"sliding_window": window} if window else {})
-        contexts, _ = kernel(self.module, rotated, self.keys, self.values, attention_mask, **options)
-        return contexts.flatten(2).to(query.dtype)
-
-
-class KVShareEmulation(nn.Module):
+class KVShareEmulation(Emulation):
     """Attention with queries and an output map of its own over the KV cache of a kept layer: no cache of its own.
 
     With c = attend(q(rms(x)), K_s, V_s) the update is C c + up(down(rms(x))) + bias with full maps, and
@@ -139,7 +38,6 @@ class KVShareEmulation(nn.Module):
         width = heads * head_dim
         self.heads, self.head_dim, self.rank, self.own_rank = heads, head_dim, rank, own_rank
         self.sources: tuple[int, ...] = tuple(sources)
-        self.taps: list[Tap] = []
         if rank:
             self.query_down = nn.Linear(hidden_size, rank, bias=False)
         self.query = nn.Linear(rank or hidden_size, width, bias=True)
@@ -165,3 +63,70 @@ class KVShareEmulation(nn.Module):
             "kind": "kv_share", "sources": list(self.sources), "heads": self.heads, "head_dim": self.head_dim,
             "rank": self.rank, "own_rank": self.own_rank,
         }  # fmt: skip
+
+    def update(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The update [b, T, D], given what the model gives to attention."""
+        found: Tensor = self(hidden, **kwargs)
+        return found
+
+
+class KVShare(Variant):
+    """The kind: full query and output maps."""
+
+    title = "the kv_share adapter"
+    way_out = "stands in the way; prune again with --emulation low-rank and --fuse, which removes it"
+
+    reads = frozenset({"keys", "values"})
+    sees_dense = True
+    full = True
+
+    def check(self, family: Family, config: Any) -> None:
+        """Refuse a family whose rotation, scale, soft cap or norm of queries is not one that it carries."""
+        if not family.shares_cache:
+            raise RecipeError(f"--emulation kv-share does not support {family.model_type}; use context or low-rank")
+
+    def sources(
+        self, gone: Collection[Sublayer], sublayer: Sublayer, layer_types: Sequence[str] | None, count: int
+    ) -> tuple[int, ...]:
+        """The nearest kept attention layer before it that sees the same window; none for an FFN."""
+        kept = nearest_kept_attention(gone, sublayer.block, sublayer.block) if sublayer.kind == "attention" else ()
+        alike = (block for block in kept if not layer_types or layer_types[block] == layer_types[sublayer.block])
+        return tuple(alike)[:1]
+
+    def fit(self, job: Job) -> Emulation:
+        """Fit the query map to the logits and the output map to the update; a low-rank map where it has no source."""
+        if not job.sources:
+            return LOW_RANK.fit(job)
+        from pruning.variants.kv_share_fit import fit_kv_share
+
+        assert job.seen is not None
+        return fit_kv_share(
+            job.evaluator, job.sublayer, job.sources[0], job.seen, job.inputs, job.targets, job.taps, job.rank,
+            full=self.full,
+        )  # fmt: skip
+
+    def build(self, entry: Mapping[str, Any], own: nn.Module, config: Any, output: str | None) -> KVShareEmulation:
+        """The untrained module."""
+        spec = entry["emulation"]
+        ranks = int(spec["rank"]), int(spec["own_rank"])
+        sizes = int(spec["heads"]), int(spec["head_dim"])
+        return KVShareEmulation(config.hidden_size, *sizes, spec["sources"], *ranks)
+
+    def weight_bytes(self, shape: Shape) -> int:
+        """Query and output maps, a map of the own input, two biases."""
+        width = shape.heads * shape.head_dim
+        return ((2 * width + 2 * shape.rank + 1) * shape.hidden_size + width) * shape.dtype_bytes
+
+
+class KVShareLowRank(KVShare):
+    """The kind: low-rank query and output maps."""
+
+    full = False
+
+    def weight_bytes(self, shape: Shape) -> int:
+        """The same maps, of rank r."""
+        width, rank = shape.heads * shape.head_dim, shape.rank
+        return ((3 * rank + 1) * shape.hidden_size + (2 * rank + 1) * width) * shape.dtype_bytes
+
+
+KV_SHARE, KV_SHARE_LOW_RANK = KVShare(), KVShareLowRank()

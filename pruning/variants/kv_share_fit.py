@@ -1,17 +1,13 @@
 """Fit attention over the KV cache of a kept layer in place of a removed one, in closed form (`kv-share`)."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.errors import RecipeError
-from pruning.families import Family
-from pruning.forward.evaluator import Evaluator, Taps
-from pruning.forward.walk import Seen
-from pruning.plan import EmulationKind, Sublayer, nearest_kept_attention
+from pruning.plan import Sublayer
 from pruning.regression import (
     RIDGES,
     Affine,
@@ -22,30 +18,16 @@ from pruning.regression import (
     held_out,
     token_weights,
 )
-from pruning.variants.kv_share import KVShareEmulation, Tap, rms_normalise
+from pruning.variants.kv_share import KVShareEmulation
+from pruning.variants.taps import Tap, rms_normalise
+
+if TYPE_CHECKING:
+    from pruning.forward.evaluator import Evaluator, Taps
+    from pruning.forward.walk import Seen
 
 RIDGE = 0.1  # of a feature's variance, for the query map
 STEPS = 12  # of conjugate gradients
 LEAST_GAIN = 0.01  # of held-out error, for another refinement
-
-KV_SHARE: tuple[EmulationKind, ...] = ("kv_share", "kv_share_low_rank")
-
-
-def check_shareable(family: Family, config: Any) -> None:
-    """Refuse a family whose attention layers cannot read each other's cache here.
-
-    Raises:
-        RecipeError: Its rotation, scale, soft cap or norm of queries is not one that `kv-share` carries.
-    """
-    if not family.shares_cache:
-        raise RecipeError(f"--emulation kv-share does not support {family.model_type}; use context or low-rank")
-
-
-def cache_sources(evaluator: Evaluator, gone: Collection[Sublayer], sublayer: Sublayer) -> tuple[int, ...]:
-    """The nearest kept attention layer before a removed one that sees the same window; none for an FFN."""
-    types = getattr(evaluator.model.config, "layer_types", None)
-    kept = nearest_kept_attention(gone, sublayer.block, sublayer.block) if sublayer.kind == "attention" else ()
-    return tuple(block for block in kept if not types or types[block] == types[sublayer.block])[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +225,8 @@ class _Sharing:
 
 
 def _rows(
-    evaluator: Evaluator, sublayer: Sublayer, source: int, before: Tensor, inputs: Tensor, target: Tensor,
-    arguments: Mapping[str, Any], taps: Taps, first: int,
+    evaluator: "Evaluator", sublayer: Sublayer, source: int, before: Tensor, inputs: Tensor, target: Tensor,
+    arguments: Mapping[str, Any], taps: "Taps", first: int,
 ) -> tuple[_Rows, Tap]:  # fmt: skip
     block = evaluator.blocks[sublayer.block]
     attention = block.get_submodule(evaluator.family.attention)
@@ -285,13 +267,13 @@ def _rows(
 
 @torch.no_grad()
 def fit_kv_share(
-    evaluator: Evaluator,
+    evaluator: "Evaluator",
     sublayer: Sublayer,
     source: int,
-    seen: Seen,
+    seen: "Seen",
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
-    taps: Sequence[Taps],
+    taps: "Sequence[Taps]",
     rank: int,
     *,
     full: bool,

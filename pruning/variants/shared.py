@@ -1,16 +1,21 @@
-"""Blocks made of another block's weights and low-rank differences: the modules, and ordinary weights from them."""
+"""`shared`: blocks made of another block's weights and low-rank differences. The fit is in `shared_fit.py`."""
 
-import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from pruning.errors import CheckpointError
+from pruning.errors import CheckpointError, RecipeError
 from pruning.families import Family
-from pruning.models.configuration import as_fields
+from pruning.plan import Sublayer
+from pruning.variants.base import Emulation, Job, Shape, Variant, shallow_copy
+
+if TYPE_CHECKING:
+    from pruning.console import Reporter
+    from pruning.forward.evaluator import Evaluator
 
 SHARED = "shared"
 
@@ -44,7 +49,7 @@ class SharedLinear(nn.Module):
         return out if self.scale is None else (out * self.scale).to(out.dtype)
 
 
-class SharedEmulation(nn.Module):
+class SharedEmulation(Emulation):
     """One sublayer's differences from the same sublayer of another block; its linear maps by their names.
 
     Args:
@@ -54,6 +59,8 @@ class SharedEmulation(nn.Module):
     Source: FlexiGPT, arXiv 2501.14713, abstract: a pruned block is replaced by the weights of one that stays, low-rank
         adapters of its own that start from an SVD, and a normalisation of its output features.
     """
+
+    in_place = True
 
     def __init__(self, source: int, rank: int) -> None:
         super().__init__()
@@ -82,9 +89,7 @@ class SharedEmulation(nn.Module):
 
         The maps are attributes of it and submodules of its `emulation`, so that they have one name in a checkpoint.
         """
-        made = copy.copy(sublayer)
-        for key, value in vars(made).items():
-            vars(made)[key] = copy.copy(value) if isinstance(value, dict) else value
+        made = shallow_copy(sublayer)
         for name, shared in self.maps().items():
             made._modules.pop(name, None)
             vars(made)[name] = shared
@@ -94,6 +99,74 @@ class SharedEmulation(nn.Module):
     def describe(self) -> dict[str, Any]:
         """The checkpoint's `emulation` entry."""
         return {"kind": SHARED, "source": self.source, "rank": self.rank}
+
+    def renumber(self, indices: Sequence[int]) -> None:
+        """Follow the removal of whole blocks."""
+        self.source = indices.index(self.source)
+
+    def borrow(self, blocks: Sequence[nn.Module], attribute: str) -> None:
+        """Let the maps borrow from the same sublayer of the block that lends."""
+        self.lend(getattr(blocks[self.source], attribute))
+
+    @contextmanager
+    def borrowing(self, blocks: Sequence[nn.Module], attribute: str) -> Iterator[None]:
+        """The same inside the `with`."""
+        maps = list(self.maps().values())
+        saved = [shared.lender for shared in maps]
+        self.borrow(blocks, attribute)
+        try:
+            yield
+        finally:
+            for shared, lender in zip(maps, saved, strict=True):
+                shared.lender = lender
+
+
+class Shared(Variant):
+    """The kind; it takes whole blocks."""
+
+    title = "another block's weights in the place"
+    way_out = "would be held twice; prune with --emulation none"
+
+    in_place = True
+    sees_dense = True
+    trains_norms = True
+
+    def check(self, family: Family, config: Any) -> None:
+        """Refuse a family whose blocks are not made of linear maps."""
+        if family.ffn_output is None:
+            raise RecipeError(f"--emulation shared does not support the experts of {family.model_type}; choose none")
+
+    def prepare(
+        self, evaluator: "Evaluator", wanted: Sequence[Sublayer], gone: Collection[Sublayer], rank: int, size: int,
+        reporter: "Reporter", enter: Callable[..., Any],
+    ) -> Mapping[Sublayer, SharedEmulation]:  # fmt: skip
+        """Who lends to whom, and the low-rank differences."""
+        from pruning.variants.shared_fit import differences
+
+        return differences(evaluator, wanted, gone, rank, reporter, enter)
+
+    def fit(self, job: Job) -> SharedEmulation:
+        """The prepared differences, with the output scaled."""
+        from pruning.variants.shared_fit import normalise_output
+
+        assert job.seen is not None
+        emulation: SharedEmulation = job.prepared
+        normalise_output(job.evaluator, job.sublayer, emulation, job.seen, job.noted, job.inputs, job.taps)
+        return emulation
+
+    def build(self, entry: Mapping[str, Any], own: nn.Module, config: Any, output: str | None) -> SharedEmulation:
+        """The untrained differences."""
+        spec = entry["emulation"]
+        return SharedEmulation.of(own, int(spec["source"]), int(spec["rank"]), output)
+
+    def weight_bytes(self, shape: Shape) -> int:
+        """The sublayer without its linear maps, and the differences of those."""
+        own = sum(inputs * outputs + biased * outputs for inputs, outputs, biased in shape.maps)
+        less = 0
+        for number, (inputs, outputs, biased) in enumerate(shape.maps):
+            rank = min(shape.rank, inputs, outputs)
+            less += (inputs + outputs) * rank + biased * outputs + (number == shape.output) * outputs
+        return shape.whole - (own - less) * shape.dtype_bytes
 
 
 def linear_maps(sublayer: nn.Module) -> dict[str, nn.Linear]:
@@ -118,14 +191,14 @@ def lenders_of(block_configs: Sequence[Mapping[str, Any]], family: Family) -> di
     return found
 
 
-def unshared(block_configs: Sequence[Mapping[str, Any]]) -> Any:
+def unshared(block_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The same blocks with ordinary sublayers in the place of those that share."""
 
     def plain(sublayer: Mapping[str, Any]) -> dict[str, Any]:
         spec = sublayer["emulation"]
         return {**sublayer, "emulation": None if spec is not None and spec["kind"] == SHARED else spec}
 
-    return as_fields([{kind: plain(sublayer) for kind, sublayer in block.items()} for block in block_configs])
+    return [{kind: plain(sublayer) for kind, sublayer in block.items()} for block in block_configs]
 
 
 def materialised(
@@ -173,3 +246,6 @@ def _ordinary(
     if (bias := lent.get(f"{lender}.bias")) is not None:
         whole = bias.float() + own["up.bias"].float()
         yield f"{name}.bias", (whole if scale is None else whole * scale.float()).to(bias.dtype)
+
+
+SHARED_VARIANT = Shared()

@@ -1,37 +1,28 @@
 """Give removed blocks the weights of kept ones and low-rank differences (`shared`), in closed form."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.console import Reporter
-from pruning.errors import RecipeError
-from pruning.families import Family
-from pruning.forward.evaluator import Evaluator, Taps
-from pruning.forward.walk import Seen, enter
-from pruning.models.modeling import output_projection, places
-from pruning.plan import KINDS, EmulationKind, Kind, Sublayer
+from pruning.families import output_projection, places
+from pruning.plan import KINDS, Kind, Sublayer
 from pruning.regression import token_weights
-from pruning.variants.shared import SHARED, SharedEmulation, linear_maps
+from pruning.variants.shared import SharedEmulation, linear_maps
+
+if TYPE_CHECKING:
+    from pruning.console import Reporter
+    from pruning.forward.evaluator import Evaluator, Taps
+    from pruning.forward.walk import Seen
 
 OVERSAMPLING = 8
 ITERATIONS_TO_CHOOSE, ITERATIONS_TO_FIT = 1, 8
 
 Moments = Mapping[tuple[Kind, str], Tensor]
 """Kind of sublayer and name of a linear map in it -> what enters it, sum of x x^T, float32 [in, in]."""
-
-
-def check_sharing(family: Family) -> None:
-    """Refuse a family whose blocks are not made of linear maps.
-
-    Raises:
-        RecipeError: Its FFNs are experts.
-    """
-    if family.ffn_output is None:
-        raise RecipeError(f"--emulation shared does not support the experts of {family.model_type}; choose none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +69,12 @@ def low_rank(difference: Tensor, moment: Tensor, rank: int, iterations: int) -> 
 
 @torch.no_grad()
 def differences(
-    evaluator: Evaluator, removed: Mapping[Sublayer, EmulationKind], rank: int, reporter: Reporter
+    evaluator: "Evaluator",
+    wanted: Sequence[Sublayer],
+    gone: Collection[Sublayer],
+    rank: int,
+    reporter: "Reporter",
+    enter: Callable[..., Any],
 ) -> dict[Sublayer, SharedEmulation]:
     """What every shared sublayer borrows and its low-rank differences from it, outputs not yet normalised.
 
@@ -87,26 +83,26 @@ def differences(
 
     Args:
         evaluator: Of the dense model, on the calibration tokens.
-        removed: Sublayer -> kind of emulation; nothing is done where none is "shared".
+        wanted: The sublayers that share.
+        gone: All that do not stay as they are; they cannot lend.
         rank: r.
         reporter: For progress.
+        enter: `forward.walk.enter`.
 
     Source: FlexiGPT, arXiv 2501.14713: low-rank differences by SVD, and a metric on them that chooses the base.
         Inferred: this metric, and weighing by inputs: the SVD of the weights alone was worse
         (docs/decisions/healing.md).
     """
-    wanted = sorted({sublayer.block for sublayer, kind in removed.items() if kind == SHARED})
-    kept = [b for b in range(len(evaluator.blocks)) if not any(Sublayer(b, kind) in removed for kind in KINDS)]
+    blocks = sorted({sublayer.block for sublayer in wanted})
+    kept = [b for b in range(len(evaluator.blocks)) if not any(Sublayer(b, kind) in gone for kind in KINDS)]
     found: dict[Sublayer, SharedEmulation] = {}
-    if not wanted:
-        return found
     streams, arguments = enter(evaluator, copies=1)
-    with reporter.progress("shared blocks", wanted[-1] + 1) as step:
-        for index in range(wanted[-1] + 1):
-            with _moments_of(evaluator, index if index in wanted else None) as moments:
+    with reporter.progress("shared blocks", blocks[-1] + 1) as step:
+        for index in range(blocks[-1] + 1):
+            with _moments_of(evaluator, index if index in blocks else None) as moments:
                 for number, every in enumerate(arguments):
                     streams[number] = evaluator.run_block(index, streams[number], every[index], {})
-            if index in wanted:
+            if index in blocks:
                 errors = {lender: _error(evaluator, index, lender, moments, rank) for lender in kept}
                 lender = min(kept, key=lambda j: (errors[j], abs(j - index), j))
                 reporter.say(f"  block {index} borrows from {lender}")
@@ -116,13 +112,13 @@ def differences(
     return found
 
 
-def _sublayer(evaluator: Evaluator, block: int, kind: Kind) -> nn.Module:
+def _sublayer(evaluator: "Evaluator", block: int, kind: Kind) -> nn.Module:
     module: nn.Module = getattr(evaluator.blocks[block], places(evaluator.family, kind)[0])
     return module
 
 
 @contextmanager
-def _moments_of(evaluator: Evaluator, block: int | None) -> Iterator[Moments]:
+def _moments_of(evaluator: "Evaluator", block: int | None) -> Iterator[Moments]:
     """Sum up what enters the linear maps of a block inside the `with`."""
     moments: dict[tuple[Kind, str], Tensor] = {}
 
@@ -138,7 +134,7 @@ def _moments_of(evaluator: Evaluator, block: int | None) -> Iterator[Moments]:
         yield moments
 
 
-def _error(evaluator: Evaluator, block: int, lender: int, moments: Moments, rank: int) -> float:
+def _error(evaluator: "Evaluator", block: int, lender: int, moments: Moments, rank: int) -> float:
     """Relative error that differences of a rank leave, summed over the maps of a block."""
     total = 0.0
     for kind in KINDS:
@@ -150,7 +146,7 @@ def _error(evaluator: Evaluator, block: int, lender: int, moments: Moments, rank
     return round(total, 6)
 
 
-def _fitted(evaluator: Evaluator, sublayer: Sublayer, lender: int, moments: Moments, rank: int) -> SharedEmulation:
+def _fitted(evaluator: "Evaluator", sublayer: Sublayer, lender: int, moments: Moments, rank: int) -> SharedEmulation:
     own, theirs = (_sublayer(evaluator, block, sublayer.kind) for block in (sublayer.block, lender))
     like = next(own.parameters())
     with torch.device(like.device):
@@ -168,13 +164,13 @@ def _fitted(evaluator: Evaluator, sublayer: Sublayer, lender: int, moments: Mome
 
 @torch.no_grad()
 def normalise_output(
-    evaluator: Evaluator,
+    evaluator: "Evaluator",
     sublayer: Sublayer,
     emulation: SharedEmulation,
-    seen: Seen,
-    noted: Sequence[Taps],
+    seen: "Seen",
+    noted: "Sequence[Taps]",
     inputs: Sequence[Tensor],
-    taps: Sequence[Taps],
+    taps: "Sequence[Taps]",
 ) -> None:
     """Scale every feature that a shared sublayer's output projection gives, in place.
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.errors import RecipeError
-from pruning.plan import KINDS, Plan, Sublayer, kv_bytes_per_token, nearest_kept_attention, parse_amount
+from pruning.plan import KINDS, Plan, Sublayer, kv_bytes_of_request, nearest_kept_attention, parse_amount
 from pruning.recipe import Recipe, counts
 
 
@@ -31,7 +31,9 @@ def test_a_share_is_rounded_to_the_nearest_count(total, share):
 @given(st.integers(1, 128), st.data())
 def test_kv_ratio_is_the_ratio_of_kept_attention_layers(blocks, data):
     kept = data.draw(st.integers(1, blocks))
-    assert kv_bytes_per_token(kept, 3, 64, 4) * blocks == kv_bytes_per_token(blocks, 3, 64, 4) * kept
+    dense = kv_bytes_of_request(1536, blocks, 0, 0, 100)
+    assert kv_bytes_of_request(1536, kept, 0, 0, 100) * blocks == dense * kept
+    assert kv_bytes_of_request(1536, kept, blocks - kept, 25, 100) * 4 * blocks == dense * (3 * kept + blocks)
 
 
 @given(st.integers(1, 12), st.data())

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import server.metrics as metrics
+from server.fields import table as fields_table
 from server.settings import table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -19,3 +20,7 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
     names = {v._name + ("_total" if v._type == "counter" else "") for v in instruments}
     documented = set(re.findall(r"^\| `(shoal_\w+)`", (DOCS / "metrics.md").read_text(), re.MULTILINE))
     assert documented == names
+
+
+def test_the_table_of_fields_is_the_one_that_is_applied():
+    assert fields_table() in (DOCS / "server.md").read_text()

@@ -19,6 +19,8 @@ from pruning.errors import RecipeError
 from pruning.export.writing import fields_of, state_dict
 from pruning.families import Family
 from pruning.models.modeling import block_configs_of
+from pruning.variants import of_entry
+from pruning.variants.base import Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,14 @@ class PrunedModel:
         fields = fields_of(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
         return cls(family, fields, block_configs_of(model, family), state_dict(model), companions)
 
-    def emulations(self) -> dict[str, str]:
-        """Sublayers that an adapter emulates -> its kind, such as `attention.4` -> `low_rank`."""
-        return {
-            f"{kind}.{index}": block[kind]["emulation"]["kind"]
+    def variants(self) -> dict[str, Variant]:
+        """Sublayers that became a variant, such as `attention.4`, and which."""
+        found = {
+            f"{kind}.{index}": of_entry(block[kind])
             for index, block in enumerate(self.block_configs)
             for kind in ("attention", "ffn")
-            if block[kind]["emulation"] is not None
         }
+        return {name: each for name, each in found.items() if each is not None}
 
     def ffn_size(self, block: int) -> int:
         """Units of a block's FFN; 0 where it is removed."""
@@ -76,13 +78,10 @@ class Format:
 
     def refusal(self, pruned: PrunedModel) -> str | None:
         """Why the format cannot hold this model; None where it can."""
-        if not self.adapters and (adapters := pruned.emulations()):
-            name, kind = next(iter(adapters.items()))
-            if kind == "shared":
-                return f"{name} shares another block's weights, which it would hold twice; prune with --emulation none"
-            more = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
-            how = "with --emulation low-rank and --fuse" if kind in ("context", "kv_share") else "with --fuse"
-            return f"the {kind} adapter of {name}{more} stands in the way; prune again {how}, which removes it"
+        if not self.adapters and (variants := pruned.variants()):
+            name, found = next(iter(variants.items()))
+            more = f" and {len(variants) - 1} more" if len(variants) > 1 else ""
+            return f"{found.title} of {name}{more} {found.way_out}"
         return importlib.import_module(self.module).refusal(pruned)
 
     def write(self, pruned: PrunedModel, directory: Path) -> int:

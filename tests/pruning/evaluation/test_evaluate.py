@@ -66,6 +66,42 @@ def test_a_model_agrees_with_itself(pico_directory, files, tmp_path, monkeypatch
     assert found["generation"]["all_agree"] == 1
 
 
+def test_long_context_tasks_beside_dense(pico_checkpoint, pico_directory, tmp_path, monkeypatch, capsys):
+    directory, dense, output = pico_checkpoint("llama")[0], pico_directory("llama"), tmp_path / "found.json"
+    run(
+        monkeypatch, directory, "--against", dense, "--long-context-tasks", "needle", "values", "--lengths", 200, 250,
+        "--depths", 0.25, 1, "--prompts", 2, "--output", output, "--report", tmp_path / "report",
+    )  # fmt: skip
+    cells = json.loads(output.read_text())["long_context_tasks"]
+    assert [(c["kind"], c["length"], c["depth"]) for c in cells] == [
+        ("needle", 200, 0.25), ("needle", 200, 1), ("needle", 250, 0.25), ("needle", 250, 1),
+        ("values", 200, None), ("values", 250, None),
+    ]  # fmt: skip
+    for cell in cells:
+        assert cell["n"] == 2
+        assert cell["found"]["low"] <= cell["found"]["value"] <= cell["found"]["high"]
+        gap = cell["nll_difference"]
+        assert gap["value"] == pytest.approx(cell["nll"]["value"] - cell["dense_nll"]["value"])
+        assert gap["low"] <= gap["value"] <= gap["high"]
+    shown = capsys.readouterr().out
+    assert "needle, 250 tokens, depth 0.25: found of 2" in shown
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<svg") == 1
+    for text in ("needle, 25%", "needle, 100%", "values", "this model", "dense", "250", "prune-export evaluate"):
+        assert text in page
+    assert f"{cells[0]['nll']['value']:.4f}" in page
+    assert (tmp_path / "report" / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_context_tasks_of_one_model_in_a_text_of_ones_own(pico_directory, files, tmp_path, monkeypatch):
+    output = tmp_path / "found.json"
+    run(monkeypatch, pico_directory("llama"), "--long-context-tasks", "needle", "--lengths", 256, "--depths", 0.5,
+        "--prompts", 1, "--filler", files[0], "--output", output)  # fmt: skip
+    (cell,) = json.loads(output.read_text())["long_context_tasks"]
+    assert cell["answers"] == 1
+    assert "dense_found" not in cell
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -76,6 +112,16 @@ def test_a_model_agrees_with_itself(pico_directory, files, tmp_path, monkeypatch
         (["--letter", "x.jsonl"], "--letter-examples go together"),
         (["--tasks", "x", "--url", "http://127.0.0.1:1"], "no model server answers at http://127.0.0.1:1/v1/models"),
         (["--tasks", "x", "--url", "nonsense"], "no model server answers at nonsense"),
+        (["--long-context-tasks", "needles"], "unknown long-context task 'needles'; there are needle, keys, values"),
+        (["--long-context-tasks", "needle", "--depths", "2"], "from 0 (start) to 1 (end), not 2"),
+        (["--long-context-tasks", "needle", "--prompts", "0"], "--prompts of at least 1"),
+        (
+            ["--long-context-tasks", "needle"],
+            "a prompt of 4096 tokens is over the model's 256 positions; lower --lengths",
+        ),
+        (["--long-context-tasks", "keys", "--lengths", "64"], "64 tokens hold no prompt of kind keys"),
+        (["--long-context-tasks", "needle", "--filler", "absent.txt"], "cannot read"),
+        (["--recall", "1", "--report", "no/such/directory"], "cannot write no/such/directory"),
         (["--recall", "1", "--output", "no/such/directory/x.json"], "no such directory"),
     ],
 )

@@ -12,9 +12,10 @@ from torch.nn import functional
 import pruning
 from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator, describe
-from pruning.models.modeling import BiasEmulation, LowRankEmulation
 from pruning.models.surgery import apply_plan
 from pruning.plan import KINDS, Plan, Sublayer
+from pruning.variants.bias import BiasEmulation
+from pruning.variants.low_rank import LowRankEmulation
 from tests.conftest import plain_logits
 
 EVERY = [Sublayer(block, kind) for block in range(6) for kind in KINDS]

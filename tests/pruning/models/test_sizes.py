@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pruning.console import Reporter
-from pruning.families import FAMILIES
+from pruning.families import FAMILIES, has_biases
 from pruning.forward.evaluator import Evaluator
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import predicted_bytes, sublayer_bytes, weight_bytes
@@ -13,7 +13,6 @@ from pruning.models.surgery import apply_plan
 from pruning.plan import Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.fuse import fuse
-from pruning.recovery.units import has_biases
 from tests.conftest import BLOCKS, pico_tokenizer, tokens
 
 
@@ -26,7 +25,7 @@ def dense_model(model, model_type: str) -> DenseModel:
 def test_a_removed_ffn_saves_its_own_bytes(model_type, block, pico):
     model = pico(model_type)
     plan = Plan(BLOCKS, {Sublayer(block, "ffn"): "none", Sublayer(2, "attention"): "none"}, rank=4)
-    predicted = predicted_bytes(dense_model(model, model_type), plan)
+    predicted = predicted_bytes(dense_model(model, model_type), plan, 64)
     assert predicted["weights_dense"] == weight_bytes(model)
     apply_plan(model, FAMILIES[model_type], plan, {})
     assert predicted["weights"] == weight_bytes(model)
@@ -42,7 +41,7 @@ def test_experts_weigh_more_than_the_dense_ffn_between_them(pico):
 def test_a_fused_model_weighs_at_most_what_is_predicted(model_type, emulation, pico):
     model, family = pico(model_type), FAMILIES[model_type]
     plan = Plan(BLOCKS, {Sublayer(2, "attention"): emulation, Sublayer(4, "ffn"): emulation}, rank=8)
-    predicted = predicted_bytes(dense_model(model, model_type), plan, fused=True)
+    predicted = predicted_bytes(dense_model(model, model_type), plan, 64, fused=True)
     evaluator = Evaluator(model, family, tokens())
     fusion = fuse(evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config))
     apply_recovery(model, family, plan, fusion)

@@ -10,9 +10,13 @@ from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator
-from pruning.models.modeling import ContextEmulation, LowRankEmulation, Tap, fed
+from pruning.models.modeling import fed
 from pruning.plan import Plan, Sublayer
-from pruning.recovery.emulation import fit, fit_candidates, fit_plan, recover, self_only
+from pruning.recovery.emulation import fit, fit_candidates, fit_plan, recover
+from pruning.variants.base import Job
+from pruning.variants.context import ContextEmulation
+from pruning.variants.low_rank import LowRankEmulation, self_attention
+from pruning.variants.taps import Tap
 from tests.conftest import check_exported_equals_masked, export_pico, losses, pico_model, tokens
 
 CONTEXT_PLAN = Plan(
@@ -120,7 +124,8 @@ def test_a_layer_that_repeats_another_is_recovered_by_context_and_not_by_a_map_o
     taps = [{1: Tap(c)} for c in heard]
     errors = {}
     for kind, sources in (("low_rank", ()), ("context", (1,))):
-        module = fit(evaluator, Sublayer(3, "attention"), streams, targets, kind, 8, taps, sources)
+        job = Job(evaluator, Sublayer(3, "attention"), streams, targets, 8, taps, sources=sources)
+        module = fit(kind, job)
         with fed(module, taps[0]):
             errors[kind] = float((streams[0] + module(streams[0]) - targets[0]).norm() / (heard[0] @ weight).norm())
     assert errors["context"] < 1e-2  # what the least penalty leaves
@@ -150,7 +155,7 @@ def test_self_only_is_attention_where_there_is_one_token(model_type):
 def test_self_only_refuses_a_norm_after_attention_and_one_that_is_shared(model_type):
     evaluator = Evaluator(pico_model(model_type), FAMILIES[model_type], tokens())
     with pytest.raises(RecipeError, match="self-only"):
-        self_only(evaluator, Sublayer(1, "attention"))
+        self_attention(evaluator, Sublayer(1, "attention"))
 
 
 def test_linear_is_no_worse_than_a_low_rank_and_is_stored_as_one_of_full_rank():

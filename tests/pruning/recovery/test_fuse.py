@@ -8,14 +8,14 @@ from transformers.activations import ACT2FN
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.export.formats import FORMATS, PrunedModel
-from pruning.families import FAMILIES
+from pruning.families import FAMILIES, has_biases
 from pruning.forward.evaluator import Evaluator
 from pruning.models.surgery import apply_plan
 from pruning.plan import Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import fit_plan
 from pruning.recovery.fuse import check_fusable, fusable, fuse, places
-from pruning.recovery.units import GATE, has_biases, linear_units, widened
+from pruning.recovery.units import GATE, linear_units, widened
 from pruning.regression import Affine
 
 FUSABLE = [name for name, family in FAMILIES.items() if fusable(family)]

@@ -13,14 +13,15 @@ from pruning.export.formats import PrunedModel, format_named
 from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator
 from pruning.models.loading import DenseModel
-from pruning.models.modeling import KVShareEmulation, LowRankEmulation
-from pruning.models.sizes import adapter_bytes
+from pruning.models.sizes import shape_of
 from pruning.plan import Plan, Sublayer
 from pruning.recovery.emulation import fit_candidates, fit_plan, recover
 from pruning.recovery.fitting import fit_plans
 from pruning.recovery.healing import Settings, heal
 from pruning.variants import kv_share_fit as kv_sharing
-from pruning.variants.kv_share_fit import cache_sources, check_shareable
+from pruning.variants import variant
+from pruning.variants.kv_share import KVShareEmulation
+from pruning.variants.low_rank import LowRankEmulation
 from tests.conftest import (
     KV_SHARE_PLAN,
     check_exported_equals_masked,
@@ -123,8 +124,9 @@ def test_sources_are_kept_attention_layers_of_the_same_window():
     model = pico_model("qwen2", sliding_window=16, **config)
     evaluator = Evaluator(model, FAMILIES["qwen2"], tokens(2, 24))
     gone = [Sublayer(b, "attention") for b in (0, 1, 4, 5)]
-    assert [cache_sources(evaluator, gone, s) for s in gone] == [(), (), (2,), (3,)]
-    assert cache_sources(evaluator, gone, Sublayer(4, "ffn")) == ()
+    types = evaluator.model.config.layer_types
+    assert [variant("kv_share").sources(gone, s, types, 1) for s in gone] == [(), (), (2,), (3,)]
+    assert variant("kv_share").sources(gone, Sublayer(4, "ffn"), types, 1) == ()
 
 
 def test_healing_trains_its_queries():
@@ -169,13 +171,15 @@ def test_predicted_bytes_are_those_of_the_adapter(kind):
     model, family = pico_model("qwen3"), FAMILIES["qwen3"]
     fitted = fit_plan(Evaluator(model, family, tokens()), {LATE: kind}, 4, Reporter())
     dense = DenseModel("pico", Path(), model, None, family, "")
-    assert adapter_bytes(dense, kind, 4) == sum(p.numel() * p.element_size() for p in fitted[LATE].parameters())
+    assert variant(kind).weight_bytes(shape_of(dense, LATE, 4, 1)) == sum(
+        p.numel() * p.element_size() for p in fitted[LATE].parameters()
+    )
 
 
 @pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - set(SHARING)))
 def test_other_families_are_refused(model_type):
     with pytest.raises(RecipeError, match=f"kv-share does not support {model_type}"):
-        check_shareable(FAMILIES[model_type], pico_config(model_type))
+        variant("kv_share").check(FAMILIES[model_type], pico_config(model_type))
 
 
 @pytest.mark.parametrize("name", ["nemotron-nas", "gguf", "llama"])

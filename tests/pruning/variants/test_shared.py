@@ -129,7 +129,7 @@ def test_the_scale_does_not_hurt_and_gives_the_size_of_what_agrees():
 def test_lent_weights_are_stored_once_and_predicted(model_type):
     model, family = pico_model(model_type), FAMILIES[model_type]
     dense = DenseModel("pico", Path(), model, None, family, "")
-    predicted = predicted_bytes(dense, SHARED_PLAN)
+    predicted = predicted_bytes(dense, SHARED_PLAN, 64)
     apply_plan(model, family, SHARED_PLAN, fitted(model, model_type, SHARED_PLAN))
     assert predicted["weights"] == weight_bytes(model) < predicted["weights_dense"]
     assert predicted["kv_per_token"] == predicted["kv_per_token_dense"]

@@ -1,0 +1,234 @@
+"""`window`: attention that looks back a little. It works inside the sublayer that was there and changes no weight."""
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pruning.errors import RecipeError
+from pruning.families import Family, head_dim, own_window
+from pruning.plan import Sublayer
+from pruning.variants.base import Emulation, Job, Shape, Variant, shallow_copy
+
+if TYPE_CHECKING:
+    from pruning.console import Reporter
+    from pruning.forward.evaluator import Evaluator
+
+KERNEL = "shoal_window"
+ENGINE_KERNELS = ("vllm",)  # limited by the engine itself
+
+
+class Window(Emulation):
+    """The limit of one attention layer: its last `size` positions, one of them a planted sink.
+
+    At every position p with p mod `size` = 0 the layer's key (after its rotation) and value are replaced by two
+    constants, those of a first token. Any `size` positions in a row then hold exactly one sink, on which heads rest
+    when they have nothing to do. The price is one token in `size`.
+
+    Args:
+        size: Positions that a token sees, its own among them.
+        kv_heads: K.
+        head_dim: d.
+        sink: Whether a sink is planted.
+
+    Attributes:
+        sink_key: [K, d], or absent.
+        sink_value: [K, d], or absent.
+
+    Source: windows and sinks, StreamingLLM, arXiv 2309.17453. Inferred: planting the sink.
+    """
+
+    in_place = True
+
+    def __init__(self, size: int, kv_heads: int, head_dim: int, sink: bool) -> None:
+        super().__init__()
+        self.size, self.sink = size, sink
+        if sink:
+            self.sink_key = nn.Parameter(torch.zeros(kv_heads, head_dim))
+            self.sink_value = nn.Parameter(torch.zeros(kv_heads, head_dim))
+
+    def describe(self) -> dict[str, Any]:
+        """The checkpoint's `window` entry."""
+        return {"size": self.size, "sink": self.sink}
+
+    def entry(self) -> dict[str, Any]:
+        """The checkpoint's entry of the sublayer."""
+        return {"no_op": False, "emulation": None, "window": self.describe()}
+
+    def inside(self, sublayer: nn.Module) -> nn.Module:
+        """The attention module with this limit; all weights are the given module's."""
+        made: Any = shallow_copy(sublayer)
+        for name, parameter in self.named_parameters():
+            made.register_parameter(name, parameter)
+        vars(made)["emulation"] = self  # an attribute, no submodule: the sinks have one name in a checkpoint
+        made.register_forward_pre_hook(self.limit, with_kwargs=True)
+        if made.config._attn_implementation not in ENGINE_KERNELS:
+            made.config = with_our_kernel(made.config)
+        return made
+
+    def limit(self, module: nn.Module, arguments: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Plant the sink in what the module caches; the signature is that of a forward pre-hook with keywords."""
+        planted = _Planted(kwargs.get("past_key_values"), module, self.size, kwargs.get("position_ids"))
+        return arguments, kwargs | {"past_key_values": planted}
+
+
+def with_our_kernel(config: Any) -> Any:
+    """The configuration with our kernel; the copy shares everything else."""
+    made = copy.copy(config)
+    vars(made)["_attn_implementation_internal"] = KERNEL
+    return made
+
+
+class _Planted:
+    """Stands before the KV cache of one layer, or for one that is not there, and plants the sink in what enters it."""
+
+    def __init__(self, cache: Any, module: nn.Module, size: int, positions: Tensor | None) -> None:
+        self._cache, self._module, self._size, self._positions = cache, module, size, positions
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values [b, K, T, d] of the new tokens -> those the layer attends to, [b, K, S, d]."""
+        sink = getattr(self._module, "sink_key", None)
+        if sink is not None:
+            positions = self._positions
+            if positions is None:
+                seen = 0 if self._cache is None else self._cache.get_seq_length()
+                positions = torch.arange(seen, seen + keys.shape[2], device=keys.device)[None]
+            here = (positions % self._size == 0)[:, None, :, None]
+            keys = torch.where(here, sink[:, None].to(keys), keys)
+            values = torch.where(here, self._module.sink_value[:, None].to(values), values)
+        if self._cache is None:
+            return keys, values
+        if isinstance(self._cache, DynamicCache) and args:
+            keep_window(self._cache, int(args[0]), self._size)
+        found: tuple[Tensor, Tensor] = self._cache.update(keys, values, *args, **kwargs)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def keep_window(cache: DynamicCache, layer: int, size: int) -> None:
+    """Let one layer of a cache that is still empty hold no more than a window."""
+    if layer < len(cache.layers):
+        held = cache.layers[layer]
+        if type(held) is DynamicLayer and not held.is_initialized:
+            cache.layers[layer] = DynamicSlidingWindowLayer(size)
+    else:
+        cache.layers += [DynamicLayer() for _ in range(layer - len(cache.layers))]
+        cache.layers.append(DynamicSlidingWindowLayer(size))
+
+
+def windowed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, softcap: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention of each token to the last `size` positions, in time linear in the length.
+
+    Args:
+        module: The limited attention module.
+        query: [b, H, T, d].
+        key: [b, K, S, d].
+        value: The same.
+        attention_mask: As the model gives it to full layers, bool or additive, [b, 1, T, >= S], or [b, >= S] of tokens
+            that are there; None: nothing is padded.
+        scaling: Of the logits.
+        dropout: Of the probabilities.
+        softcap: c of c tanh(logit / c).
+
+    Returns:
+        [b, T, H, d], and no probabilities.
+    """
+    size, length, seen = module.emulation.size, query.shape[2], key.shape[2]
+    padding = _visible(attention_mask, length, seen)
+    scale = scaling or query.shape[-1] ** -0.5
+    # Without a mask a text starts here, or one token sees all of its window; a static cache holds room behind the text.
+    own = torch.arange(length, device=query.device)[None, None, :, None] + (seen - 1 if length == 1 else 0)
+    if padding is not None and length != seen:
+        own = (seen - 1) - padding.flip(-1).int().argmax(-1, keepdim=True)
+    step = max(256, size) if length == seen else length
+    pieces = []
+    for start in range(0, length, step):
+        end = min(length, start + step)
+        first, last = (max(0, start - size + 1), end) if length == seen else (0, seen)
+        i, j = own[:, :, start:end], torch.arange(first, last, device=query.device)
+        allowed = (j <= i) & (i - j < size)
+        if padding is not None:
+            allowed = allowed & padding[:, :, start:end, first:last] | (i == j)  # a padded token sees itself
+        some = query[:, :, start:end], key[:, :, first:last], value[:, :, first:last]
+        pieces.append(_attention(*some, allowed, scale, dropout, softcap))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _visible(mask: Tensor | None, length: int, seen: int) -> Tensor | None:
+    """Which keys each token may see by the model's own mask, bool [b, 1, T, S]; None: all before it."""
+    if mask is None:
+        return None
+    visible = mask if mask.dtype == torch.bool else mask.bool() if mask.dim() == 2 else mask >= 0
+    if visible.dim() == 2:
+        visible = visible[:, None, None].expand(-1, 1, length, -1)
+    return visible[..., -seen:]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float, dropout: float, softcap: float | None
+) -> Tensor:
+    """Attention [b, H, T, d]; with logits that are capped, as Gemma 2's, where `softcap` says so."""
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
+        )
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap)) * softcap
+    probabilities = logits.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32)
+    return probabilities.to(value.dtype) @ value
+
+
+ALL_ATTENTION_FUNCTIONS.register(KERNEL, windowed_attention)
+
+
+class WindowVariant(Variant):
+    """The kind."""
+
+    title = "the window"
+    way_out = "cannot be held; use --format shoal or plan"
+    in_place = True
+    walks = False
+
+    def check(self, family: Family, config: Any) -> None:
+        """Refuse a model whose attention layers are all limited by design."""
+        blocks = range(config.num_hidden_layers)
+        if all(own_window(config, block) is not None for block in blocks):
+            raise RecipeError("every attention layer of this model has a sliding window already; nothing to limit")
+
+    def prepare(
+        self, evaluator: "Evaluator", wanted: Sequence[Sublayer], gone: Collection[Sublayer], rank: int, size: int,
+        reporter: "Reporter", enter: Callable[..., Any],
+    ) -> Mapping[Sublayer, Any]:  # fmt: skip
+        """The limit of each layer, with the sink, or none, that changes its update least."""
+        from pruning.variants.window_fit import limits
+
+        return {sublayer: limit.window for sublayer, limit in limits(evaluator, wanted, size, reporter).items()}
+
+    def fit(self, job: Job) -> Window:
+        """The prepared limit: it does not depend on what else is gone."""
+        window: Window = job.prepared
+        return window
+
+    def build(self, entry: Mapping[str, Any], own: nn.Module, config: Any, output: str | None) -> Window:
+        """The window with sinks still to load."""
+        spec = entry["window"]
+        return Window(int(spec["size"]), int(config.num_key_value_heads), head_dim(config), bool(spec["sink"]))
+
+    def weight_bytes(self, shape: Shape) -> int:
+        """All of the sublayer, and two constants."""
+        return shape.whole + 2 * shape.kv_heads * shape.head_dim * shape.dtype_bytes
+
+
+WINDOW = WindowVariant()

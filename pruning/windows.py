@@ -1,0 +1,116 @@
+"""Windows, stage by stage: the text to choose on, the limit of every layer, what plans are judged by, what is measured.
+
+A window is a share of the context, so plans are chosen on rows that are shorter than the context, with windows that are
+shorter by the same factor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruning.console import Reporter
+from pruning.errors import CalibrationError
+from pruning.evaluation.long_context import score
+from pruning.forward.evaluator import Evaluator, Residency
+from pruning.models.loading import DenseModel
+from pruning.plan import Sublayer
+from pruning.recipe import Recipe
+from pruning.search.selection import Judge
+from pruning.texts.calibration import from_files, last_windows, read_text, standard_library_ids
+from pruning.texts.long_context import code_prompts
+from pruning.variants.window import Window
+from pruning.variants.window_fit import limits, resized
+from pruning.workdir import Journal
+
+SINK_ROWS = 2  # rows that decide which sink each layer has
+CODE_PROMPTS = 2  # that plans are judged by, of eight codes each
+MEASURED_PROMPTS = 2  # dense and pruned, at the end
+HELD_OUT_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Every attention layer that may be limited, limited.
+
+    Attributes:
+        scored: With windows for the rows that plans are judged on.
+        served: The same with windows for the context.
+    """
+
+    scored: Mapping[Sublayer, Window]
+    served: Mapping[Sublayer, Window]
+
+
+def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Rows to choose on, int64 [n, T], and rows as long as the context to judge the result by, int64 [m, L]."""
+    assert recipe.context is not None
+    length, context, tokens = recipe.row_tokens, recipe.context, recipe.fit_tokens
+    rows, held = -(-tokens // length), max(1, HELD_OUT_TOKENS // context)
+    if recipe.calibration:
+        found = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
+        return found, last_windows(recipe.calibration, dense.tokenizer, held, context)
+    ids = standard_library_ids(dense.tokenizer)
+    needed = rows * length + held * context
+    if len(ids) < needed:
+        raise CalibrationError(f"the built-in text holds {len(ids)} tokens, not {needed}; give --calibration files")
+    return ids[: rows * length].view(rows, length), ids[-held * context :].view(held, context)
+
+
+def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter) -> Limits:
+    """Limit every attention layer that sees all tokens, with the sink, or none, that suits it."""
+    assert recipe.window is not None
+    assert recipe.context is not None
+    evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], batch_size=1)
+    wanted = [Sublayer(block, "attention") for block in dense.limitable]
+    size = max(2, recipe.window * rows.shape[1] // recipe.context)
+    found = {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
+    return Limits(found, {sublayer: resized(window, recipe.window) for sublayer, window in found.items()})
+
+
+def judges(
+    dense: DenseModel, recipe: Recipe, rows: Tensor, found: Limits, journal: Journal, residency: Residency | None = None
+) -> list[Judge]:
+    """What plans are judged by: loss on text, and NLL of codes that were hidden far before they are asked for.
+
+    Perplexity hardly sees what is fetched from far away. Each cost counts where it is positive: that a limit makes one
+    of the two better is no reason to limit it.
+    """
+    settings: dict[str, Any] = {"journal": journal, "residency": residency, "batch_size": 1}
+    windows = dict(found.scored)
+
+    def adapters(base: Sequence[Sublayer]) -> Mapping[Sublayer, Window]:
+        return windows
+
+    text = Evaluator(dense.model, dense.family, rows, **settings)
+    made = [Judge("text", text, 1.0, adapters, "windows", gains=False)]
+    if recipe.codes:
+        around = read_text(recipe.calibration[0]) if recipe.calibration else None
+        prompts = code_prompts(dense.tokenizer, around, rows.shape[1], CODE_PROMPTS, recipe.seed + 2)
+        tokens = torch.stack([prompt.tokens for prompt in prompts])
+        counted = torch.stack([prompt.counted for prompt in prompts])
+        codes = Evaluator(dense.model, dense.family, tokens, counted=counted, **settings)
+        made.append(Judge("far codes", codes, recipe.codes, adapters, "windows", gains=False))
+    return made
+
+
+@torch.inference_mode()
+def found_codes(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> dict[str, float]:
+    """How many hidden codes the model in memory finds, of how many, and their NLL in nats/token.
+
+    Prompts are half as long as the context, so that what is asked for lies outside of every window.
+    """
+    assert recipe.context is not None
+    around = read_text(recipe.calibration[0]) if recipe.calibration else None
+    length = recipe.context // 2
+    prompts = code_prompts(dense.tokenizer, around, length, MEASURED_PROMPTS, recipe.seed + 3)
+    with reporter.progress("hidden codes", len(prompts)) as step:
+        scores = score(dense.model, prompts, step.advance)
+    return {
+        "length": length,
+        "found": sum(sum(each.found) for each in scores),
+        "asked": sum(len(each.found) for each in scores),
+        "nll": sum(each.nll for each in scores) / len(scores),
+    }
