@@ -87,7 +87,8 @@ def run(
         found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
         judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
         chosen = choose(judges, recipe, wanted, reporter)
-        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter)
+        served = found.served if found else None
+        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, served)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
@@ -99,7 +100,7 @@ def run(
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
-        recovery = recovered(dense, plan, recipe, tokens, reporter, found.served if found else None)
+        recovery = recovered(dense, plan, recipe, tokens, reporter, served)
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
