@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from pruning.families import FAMILIES, head_dim
 from pruning.plan import Plan, Sublayer
@@ -144,6 +144,15 @@ def served(made) -> dict[str, dict]:
     return {name: results[str(directory)] for name, (directory, _) in made.items()}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_checkpoint_as_defined(family, made):
+    directory, model = made[family]
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+        assert (logits - model(ids).logits).abs().max() < 1e-3
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_requests_in_odd_chunks_and_across_windows_agree(family, made, served):
@@ -165,11 +174,18 @@ def test_two_tensor_parallel_workers_share_the_sinks_by_heads(made):
 
 @pytest.mark.engine
 def test_two_pipeline_stages_in_one_graph_each_agree(made):
+    directory, model = made["llama"]
     options = {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": TRACED}
-    names = ("llama", "olmo2")
-    results = run({made[name][0]: SHORT for name in names}, **options)
-    for directory, model in map(made.get, names):
-        check(results[str(directory)]["first"], model)
+    check(run({directory: AGAIN}, **options)[str(directory)]["first"], model)
+
+
+@pytest.mark.engine
+def test_a_limited_model_checks_the_guesses_of_a_limited_draft(made):
+    directory, model = made["llama"]
+    guessing = {"method": "draft_model", "model": str(directory), "num_speculative_tokens": 3}
+    served = run({directory: SHORT}, speculative_config=guessing, distributed_executor_backend="uni")[str(directory)]
+    check(served["first"], model)
+    assert served["accepted"] == served["guessed"] > 0  # the draft is the model itself
 
 
 @pytest.mark.engine
