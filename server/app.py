@@ -69,12 +69,15 @@ def assemble(
 
 def announce(inventory: Inventory, args: Namespace, settings: Settings) -> None:
     """Say what the cache holds, and to people a line to try."""
+    for note in inventory.notes:
+        logger.warning(note)
     if settings.log_format == "json":
-        logger.info(inventory.line())
+        for line in inventory.lines():
+            logger.info(line)
         return
     scheme = "https" if args.ssl_certfile else "http"
     host = "localhost" if args.host in ("0.0.0.0", "::", None, "") else args.host
-    print(inventory.line())
+    print(*inventory.lines(), sep="\n")
     print(
         f"Try: curl {scheme}://{host}:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d "
         f'\'{{"model": "{args.served_model_name[0]}", "temperature": 0, '

@@ -2,16 +2,39 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pruning.models.checkpoint import Manifest
 from pruning.plan import KINDS, Kind
 from pruning.variants import cache_of
 from server.engine.compat import EngineFacts
 
-State = Literal["kept", "removed", "emulated"]
+State = Literal["kept", "limited", "removed", "emulated"]
+STATES: tuple[State, ...] = get_args(State)
+CONTEXTS = (1024, 8192)  # and the longest
+SMALL_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What requests of one length take.
+
+    Attributes:
+        tokens: Of one request.
+        request_bytes: KV cache of one, between its steps.
+        request_bytes_dense: The same in the dense model.
+        fitting_tokens: Of such requests, all that the cache holds by what each reserves.
+        fitting_tokens_dense: The same of the dense model in the same bytes.
+    """
+
+    tokens: int
+    request_bytes: int
+    request_bytes_dense: int
+    fitting_tokens: int
+    fitting_tokens_dense: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,50 +43,53 @@ class Inventory:
 
     Attributes:
         blocks: State of each sublayer, one entry a block of the dense model.
-        kv_bytes_per_token: KV cache bytes of one token, a draft's included.
+        kv_bytes_per_token: KV cache bytes of one token, a draft's included; with windows the mean over a request as
+            long as the longest.
         kv_bytes_per_token_dense: The same for the dense model without a draft.
         capacity_tokens: Tokens the running engine's KV cache holds.
+        capacity_tokens_dense: Tokens of the dense model that fit into the same bytes.
+        capacity_bytes: Bytes of the KV cache.
         weight_bytes: Of the weight files (0 when they are not local).
         weight_bytes_dense: The same for the dense model.
         emulation_parameters: Numbers in all emulation adapters.
+        contexts: What requests take at some lengths, shortest first; empty where nothing is limited.
+        notes: What windows cost and do not save here, a sentence each.
     """
 
     blocks: tuple[dict[Kind, State], ...]
     kv_bytes_per_token: int
     kv_bytes_per_token_dense: int
     capacity_tokens: int
+    capacity_tokens_dense: int
+    capacity_bytes: int
     weight_bytes: int
     weight_bytes_dense: int
     emulation_parameters: int
-
-    @property
-    def capacity_tokens_dense(self) -> int:
-        """Tokens of the dense model that fit into the same bytes."""
-        if not self.kv_bytes_per_token_dense:
-            return self.capacity_tokens
-        return self.capacity_tokens * self.kv_bytes_per_token // self.kv_bytes_per_token_dense
-
-    @property
-    def capacity_bytes(self) -> int:
-        """Bytes of the KV cache."""
-        return self.capacity_tokens * self.kv_bytes_per_token
+    contexts: tuple[Context, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def count(self, kind: Kind, state: State) -> int:
         """Sublayers of a kind in a state."""
         return sum(block[kind] == state for block in self.blocks)
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         """What the server prints when it starts."""
-        return (
+        found = [
             f"KV cache: {self.capacity_tokens} tokens "
             f"(the dense model would hold {self.capacity_tokens_dense} in the same bytes)"
-        )
+        ]
+        if self.contexts:
+            each = [f"{c.fitting_tokens:,} ({c.fitting_tokens_dense:,}) at {c.tokens:,}" for c in self.contexts]
+            found.append(f"Tokens that fit (dense), by the length of a request: {'; '.join(each)}")
+        return found
 
 
-def sublayers(manifest: Manifest) -> tuple[dict[Kind, State], ...]:
-    """State of each sublayer of a pruned checkpoint."""
+def sublayers(manifest: Manifest, limited: Collection[int] = ()) -> tuple[dict[Kind, State], ...]:
+    """State of each sublayer of a pruned checkpoint, of which some attention layers are limited."""
 
     def state(block: int, kind: Kind) -> State:
+        if kind == "attention" and block in limited:
+            return "limited"
         emulation = manifest.removed.get(f"{kind}.{block}")
         if emulation is None:
             return "kept"
@@ -99,17 +125,72 @@ def take_inventory(
     weights = sum(end - start for start, end in (h["data_offsets"] for h in headers.values()))
     adapters = sum(math.prod(header["shape"]) for name, header in headers.items() if ".emulation." in name)
     dense: dict[Kind, State] = {"attention": "kept", "ffn": "kept"}
-    blocks = sublayers(manifest) if manifest else (dense,) * facts.layers
+    blocks = sublayers(manifest, facts.windows) if manifest else (dense,) * facts.layers
     drafting = sublayers(draft) if draft else ()
     sharing = sum(cache_of(one) == "full" and at.startswith("attention.") for each in (manifest, draft) if each
                   for at, one in each.removed.items())  # fmt: skip
     cached = sum(block["attention"] == "kept" for block in (*blocks, *drafting)) + sharing
+    per_token, per_token_dense = one_layer * cached, one_layer * len(blocks)
+    capacity_dense = facts.capacity_tokens * per_token // per_token_dense if per_token_dense else facts.capacity_tokens
+    pool_bytes = facts.capacity_tokens * per_token
+    contexts: tuple[Context, ...] = ()
+    notes: tuple[str, ...] = ()
+    if facts.windows and facts.shape and facts.dense_shape:
+        contexts = tuple(_context(tokens, facts, one_layer) for tokens in _lengths(facts.max_model_len))
+        notes = _notes(facts)
+        per_token = contexts[-1].request_bytes // contexts[-1].tokens
+        capacity_dense = contexts[-1].fitting_tokens_dense
+        pool_bytes = facts.pool_blocks * facts.shape.group_layers * facts.shape.block_tokens * one_layer
     return Inventory(
         blocks=blocks,
-        kv_bytes_per_token=one_layer * cached,
-        kv_bytes_per_token_dense=one_layer * len(blocks),
+        kv_bytes_per_token=per_token,
+        kv_bytes_per_token_dense=per_token_dense,
         capacity_tokens=facts.capacity_tokens,
+        capacity_tokens_dense=capacity_dense,
+        capacity_bytes=pool_bytes,
         weight_bytes=weights,
         weight_bytes_dense=manifest.sizes["weights_dense"] if manifest else weights,
         emulation_parameters=adapters,
+        contexts=contexts,
+        notes=notes,
     )
+
+
+def _lengths(longest: int) -> list[int]:
+    return [*(tokens for tokens in CONTEXTS if tokens < longest), longest]
+
+
+def _context(tokens: int, facts: EngineFacts, one_layer: int) -> Context:
+    assert facts.shape is not None
+    assert facts.dense_shape is not None
+    pool = facts.pool_blocks * facts.shape.group_layers
+    return Context(
+        tokens,
+        facts.shape.held(tokens) * one_layer,
+        facts.dense_shape.held(tokens) * one_layer,
+        pool * tokens // facts.shape.layer_blocks(tokens),
+        pool * tokens // facts.dense_shape.layer_blocks(tokens),
+    )
+
+
+def _notes(facts: EngineFacts) -> tuple[str, ...]:
+    """What windows cost and do not save in this engine."""
+    shape, longest = facts.shape, facts.max_model_len
+    assert shape is not None
+    if not facts.hybrid:
+        return (
+            "windows save no KV cache: vLLM's hybrid KV cache manager is off "
+            "(--disable-hybrid-kv-cache-manager, or a KV connector that cannot do with it)",
+        )
+    here, unhurried = shape.layer_blocks(longest), replace(shape, in_flight_tokens=1).layer_blocks(longest)
+    if here == unhurried:
+        return ()
+    note = (
+        f"{1 - unhurried / here:.0%} of what a request of {longest:,} tokens reserves is for the "
+        f"{shape.in_flight_tokens:,} tokens that may be in flight in its limited layers"
+    )
+    small = replace(shape, in_flight_tokens=shape.in_flight_tokens * SMALL_CHUNK // facts.chunk_tokens)
+    if facts.chunk_tokens > SMALL_CHUNK:
+        fitting = facts.pool_blocks * shape.group_layers * longest // small.layer_blocks(longest)
+        note += f"; with --max-num-batched-tokens {SMALL_CHUNK} instead of {facts.chunk_tokens} {fitting:,} would fit"
+    return (note,)

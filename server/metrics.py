@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pruning.plan import KINDS
 from server.engine.compat import device_memory
-from server.inventory import Inventory
+from server.inventory import STATES, Inventory
 
 LATEST: Literal["mostrecent"] = "mostrecent"
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
@@ -35,6 +35,18 @@ KV_TOKENS = Gauge(
     multiprocess_mode=LATEST,
 )
 KV_CAPACITY = Gauge("shoal_kv_cache_capacity_bytes", "Bytes of the KV cache.", multiprocess_mode=LATEST)
+REQUEST_BYTES = Gauge(
+    "shoal_kv_request_bytes",
+    "KV cache bytes of one request by its length; only where attention is limited to windows.",
+    ["variant", "context"],
+    multiprocess_mode=LATEST,
+)
+FITTING_TOKENS = Gauge(
+    "shoal_kv_cache_fitting_tokens",
+    "Tokens of requests of one length that fit; only where attention is limited to windows.",
+    ["variant", "context"],
+    multiprocess_mode=LATEST,
+)
 WEIGHT_BYTES = Gauge(
     "shoal_weight_bytes", "Bytes of the weights, as served and dense.", ["variant"], multiprocess_mode=LATEST
 )
@@ -80,11 +92,16 @@ def publish(inventory: Inventory, version: str, vllm_version: str, model_name: s
     KV_TOKENS.labels("served").set(inventory.capacity_tokens)
     KV_TOKENS.labels("dense").set(inventory.capacity_tokens_dense)
     KV_CAPACITY.set(inventory.capacity_bytes)
+    for context in inventory.contexts:
+        REQUEST_BYTES.labels("served", context.tokens).set(context.request_bytes)
+        REQUEST_BYTES.labels("dense", context.tokens).set(context.request_bytes_dense)
+        FITTING_TOKENS.labels("served", context.tokens).set(context.fitting_tokens)
+        FITTING_TOKENS.labels("dense", context.tokens).set(context.fitting_tokens_dense)
     WEIGHT_BYTES.labels("served").set(inventory.weight_bytes)
     WEIGHT_BYTES.labels("dense").set(inventory.weight_bytes_dense)
     ADAPTERS.set(inventory.emulation_parameters)
     for kind in KINDS:
-        for state in ("kept", "removed", "emulated"):
+        for state in STATES:
             SUBLAYERS.labels(kind, state).set(inventory.count(kind, state))
 
 

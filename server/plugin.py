@@ -8,8 +8,10 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from pruning.models.configuration import register_configs
+    from server.engine.cache_groups import install
 
     register_configs()
+    install()
     known = ModelRegistry.get_supported_archs()
     for family in FAMILIES.values():
         if family.architecture not in known:

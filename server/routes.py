@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
@@ -26,6 +27,8 @@ def describe(manifest: Manifest | None, inventory: Inventory, draft: Manifest | 
             "bytes_per_token_dense": inventory.kv_bytes_per_token_dense,
             "tokens": inventory.capacity_tokens,
             "tokens_dense": inventory.capacity_tokens_dense,
+            "contexts": [asdict(context) for context in inventory.contexts],
+            "notes": list(inventory.notes),
         },
         "weight_bytes": inventory.weight_bytes,
         "weight_bytes_dense": inventory.weight_bytes_dense,
@@ -35,7 +38,7 @@ def describe(manifest: Manifest | None, inventory: Inventory, draft: Manifest | 
 def summarise(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]:
     """What a model's entry in `/v1/models` says of its pruning."""
     gone = {
-        kind: [block for block, states in enumerate(inventory.blocks) if states[kind] != "kept"]
+        kind: [block for block, states in enumerate(inventory.blocks) if states[kind] in ("removed", "emulated")]
         for kind in ("attention", "ffn")
     }
     return {
@@ -43,6 +46,7 @@ def summarise(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]
         "base_model": manifest.base.get("model") if manifest else None,
         "blocks": len(inventory.blocks),
         "attention_removed": gone["attention"],
+        "attention_limited": [b for b, states in enumerate(inventory.blocks) if states["attention"] == "limited"],
         "ffn_removed": gone["ffn"],
         "emulated": inventory.count("attention", "emulated") + inventory.count("ffn", "emulated"),
         "kv_bytes_per_token": inventory.kv_bytes_per_token,

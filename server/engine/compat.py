@@ -8,9 +8,9 @@ import logging
 import os
 import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -32,6 +32,7 @@ from vllm.utils.system_utils import decorate_logs, set_process_title
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from server.engine.cache_groups import CacheShape, dense_shape_of, shape_of, windows_of
 from server.errors import EngineError, SettingsError
 
 try:  # vLLM 0.33
@@ -60,6 +61,12 @@ class EngineFacts:
         kv_dtype_bytes: Of one cached number.
         max_running: Requests all engines run at once.
         max_model_len: Tokens of one sequence.
+        windows: Block -> W, of the layers that are limited.
+        shape: Of the cache; None: not looked at.
+        dense_shape: Of the dense model's, without a draft.
+        pool_blocks: Blocks that the caches of all engines have.
+        chunk_tokens: Tokens that one step takes, at most.
+        hybrid: Whether limited layers give back the blocks behind their windows.
     """
 
     capacity_tokens: int
@@ -70,6 +77,12 @@ class EngineFacts:
     kv_dtype_bytes: int
     max_running: int
     max_model_len: int
+    windows: Mapping[int, int] = field(default_factory=dict)
+    shape: CacheShape | None = None
+    dense_shape: CacheShape | None = None
+    pool_blocks: int = 0
+    chunk_tokens: int = 1
+    hybrid: bool = True
 
 
 class _Parser(FlexibleArgumentParser):
@@ -251,6 +264,12 @@ def engine_facts(engine: Any) -> EngineFacts:
         kv_dtype_bytes=dtype_bytes,
         max_running=int(config.scheduler_config.max_num_seqs) * engines,
         max_model_len=int(model.max_model_len),
+        windows=windows_of(model.hf_text_config),
+        shape=shape_of(config),
+        dense_shape=dense_shape_of(config),
+        pool_blocks=int(cache.num_gpu_blocks or 0),
+        chunk_tokens=int(config.scheduler_config.max_num_batched_tokens),
+        hybrid=not config.scheduler_config.disable_hybrid_kv_cache_manager,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pruning.errors import CheckpointError
 from pruning.models.checkpoint import verify
+from server.engine import variants
 
 SKIP_VERIFICATION = "SHOAL_SKIP_VERIFICATION"
 
@@ -47,7 +48,7 @@ def check_stage(block_configs: Sequence[Any], start: int, end: int, *, may_lack_
             emulation = block_configs[index][kind]["emulation"] or {}
             for source in emulation.get("sources", ()):
                 if not start <= source < end:
-                    what = "KV cache" if emulation["kind"] == "kv_share" else "attention output"
+                    what = variants.stand_in(emulation).reads
                     raise CheckpointError(
                         f"{stage} reads the {what} of block {source}, which another stage holds; {split}"
                     )

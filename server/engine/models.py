@@ -3,6 +3,7 @@
 While a stock model builds its blocks, the attention and FFN class names in its module are replaced by
 `Absent` wherever `block_configs` says so: the dense module is never allocated and vLLM finds no `Attention` to give
 a KV cache to. A stand-in (`stand_ins.py`) then takes the place, and the stock `forward` of the block runs unchanged.
+A limited layer is the stock module too, built with another `Attention` (`variants/window.py`).
 Blocks that share another's weights in the checkpoint are stock blocks here, with ordinary weights made while loading.
 
 Families that vLLM runs through transformers' own code are in `transformers_models.py`.
@@ -17,9 +18,17 @@ from torch import Tensor, nn
 
 from pruning.families import FAMILIES, Family
 from pruning.variants.shared import materialised
+from server.engine import variants
 from server.engine.loader import check_directory, check_stage, lacks_attention
 from server.engine.stand_ins import Absent, Place, build_emulation, connect_sources, install
-from server.engine.vllm import idle_attention, is_first_worker, replaced, stock, tensor_parallel_size
+from server.engine.vllm import (
+    attention_classes,
+    idle_attention,
+    is_first_worker,
+    replaced,
+    stock,
+    tensor_parallel_size,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +107,15 @@ def _pruning_layers(
     def build(layer: Callable[..., nn.Module], prefix: str) -> nn.Module:
         spec = config.block_configs[int(prefix.rpartition(".")[2])]
         gone = [kind for kind in ("attention", "ffn") if spec[kind]["no_op"]]
+        changes = [] if "attention" in gone else list(variants.changes_of(spec["attention"]))
+        targets: dict[str, Any] = {name: Absent for kind in gone for name in seam.constructs(kind)}
+        for variant, entry in changes:
+            targets |= dict.fromkeys(attention_classes(seam.attention), variant.attention_class(entry))
         size = spec["ffn"].get("intermediate_size", config.intermediate_size)
-        with replaced({name: Absent for kind in gone for name in seam.constructs(kind)}), _sized(config, size):
+        with replaced(targets), _sized(config, size):
             block = layer(prefix=prefix)
+        for variant, entry in changes:
+            variant.prepare(getattr(block, family.attention), entry)
         share = 1 / tensor_parallel_size() if seam.partial else 1
         for kind in gone:
             before, after = family.norms(kind)

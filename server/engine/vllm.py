@@ -18,15 +18,19 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 __all__ = [
+    "Attention",
     "ColumnParallelLinear",
     "RMSNorm",
     "RowParallelLinear",
+    "attention_classes",
     "attention_over",
     "idle_attention",
     "is_first_worker",
+    "longest_text",
     "replaced",
     "stock",
     "sum_over_ranks",
+    "tensor_parallel_rank",
     "tensor_parallel_size",
 ]
 
@@ -39,6 +43,16 @@ def is_first_worker() -> bool:
 def tensor_parallel_size() -> int:
     """Ranks that share every layer."""
     return get_tensor_model_parallel_world_size()
+
+
+def tensor_parallel_rank() -> int:
+    """Which of them this is."""
+    return get_tensor_model_parallel_rank()
+
+
+def longest_text() -> int:
+    """Tokens of the longest sequence that the model under construction will see."""
+    return int(get_current_vllm_config().model_config.max_model_len)
 
 
 def sum_over_ranks(partial: Tensor) -> Tensor:
@@ -92,6 +106,18 @@ def attention_over(source: Any, name: str) -> nn.Module:
 def stock(name: str) -> Any:
     """A module of vLLM's models, such as `llama`."""
     return importlib.import_module(f"vllm.model_executor.models.{name}")
+
+
+def attention_classes(target: str) -> list[str]:
+    """Where a model's attention class (`module:Class`) and those it inherits from look up vLLM's `Attention`."""
+    module, _, name = target.partition(":")
+    prefix = "vllm.model_executor.models."
+    homes = [home.__module__ for home in getattr(stock(module), name).__mro__ if home.__module__.startswith(prefix)]
+    return [
+        f"{home.removeprefix(prefix)}:Attention"
+        for home in homes
+        if hasattr(importlib.import_module(home), "Attention")
+    ]
 
 
 @contextmanager

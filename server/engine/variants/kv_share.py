@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from server.engine.variants.interface import Emulation, Stage, StandInVariant
 from server.engine.vllm import ColumnParallelLinear, RowParallelLinear, attention_over
 
 
-class KVShare(nn.Module):
+class KVShare(Emulation):
     """Queries and an output map over another layer's cache, as `pruning.variants.kv_share.KVShareEmulation`.
 
     Full matrices are sharded by heads under tensor parallelism, as those of ordinary attention. Of low-rank maps the
@@ -30,22 +31,23 @@ class KVShare(nn.Module):
         self.down = nn.Linear(hidden_size, own_rank, bias=False)
         self.up = nn.Linear(own_rank, hidden_size, bias=True)
 
-    def connect(self, source: nn.Module, name: str) -> None:
-        """Attend to the cache of this attention module from now on.
+    def connect(self, stage: Stage, block: int, spec: Mapping[str, Any]) -> None:
+        """Attend to the cache of the attention layer that the entry names, with its rotation."""
+        (source,) = spec["sources"]
+        attention = stage.attention(source)
+        self.rotary = attention.rotary_emb
+        name = attention.attn.layer_name.replace(f".{source}.", f".{block}.", 1)
+        self.attention = attention_over(attention.attn, name)
 
-        Args:
-            source: vLLM's attention module of an earlier block, with its rotation.
-            name: Of the new attention layer, such as `model.layers.4.self_attn.attn`.
-        """
-        self.rotary = source.rotary_emb
-        self.attention = attention_over(source.attn, name)
-
-    def forward(self, normalised: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
         """Update [tokens, D]."""
-        query, _ = self.query(self.query_down(normalised) if self.rank else normalised)
+        query, _ = self.query(self.query_down(hidden) if self.rank else hidden)
         query, _ = self.rotary(positions, query, None)
         contexts = self.attention(query, None, None)
         mapped, _ = self.context(contexts)
-        own = self.down(normalised)
+        own = self.down(hidden)
         update: Tensor = self.up(mapped + own) if self.rank else mapped + self.up(own)
         return update
+
+
+VARIANT = StandInVariant(lambda spec, hidden_size, fused: KVShare(hidden_size, spec), reads="KV cache")

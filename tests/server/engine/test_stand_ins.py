@@ -6,7 +6,9 @@ from torch import nn
 
 from pruning.errors import CheckpointError
 from server.engine.loader import check_stage
-from server.engine.stand_ins import LowRank, Source, build_emulation
+from server.engine.stand_ins import build_emulation
+from server.engine.variants.interface import Source
+from server.engine.variants.low_rank import LowRank
 
 KEPT = {"no_op": False, "emulation": None}
 GONE = {"no_op": True, "emulation": None}

@@ -1,0 +1,165 @@
+"""vLLM limits attention to windows with planted sinks as defined, for every family.
+
+The reference is the dense model in transformers with the definition written out: an attention function that overwrites
+keys and values at each multiple of W and masks what is outside the window.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AttentionInterface, PreTrainedModel
+
+from pruning.families import FAMILIES, head_dim
+from pruning.plan import Plan, Sublayer
+from tests.conftest import BLOCKS, engine_environment, export_pico, pico_model, rewrite_manifest
+
+PLAN = Plan(BLOCKS, {Sublayer(1, "attention"): "bias", Sublayer(2, "ffn"): "none"})
+WINDOW = 24  # neither a multiple of vLLM's blocks nor a length that a family slides by itself
+LENGTHS = (150, 67)
+NEW_TOKENS = 200
+AGAIN = 12
+CHUNK = 37
+NEAR_TIE = 1e-3
+PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
+
+
+def own_layers(config) -> list[int]:
+    """Attention layers that a family does not slide itself."""
+    types = getattr(config, "layer_types", None) or ["full_attention"] * BLOCKS
+    gone = {sublayer.block for sublayer in PLAN.removed if sublayer.kind == "attention"}
+    return [layer for layer in range(BLOCKS) if types[layer] == "full_attention" and layer not in gone]
+
+
+def planted_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **named):
+    """Attention as windows define it: [B, T, H, d] of a query [B, H, T, d], key and value [B, K, T, d]."""
+    length = query.shape[2]
+    at = torch.arange(length)
+    size = named.get("sliding_window")
+    if (limit := getattr(module, "limit", None)) is not None:
+        size, sinks = limit
+        if sinks is not None:
+            here = (at % size == 0)[:, None]
+            key, value = (torch.where(here, s[:, None], x) for s, x in zip(sinks, (key, value), strict=True))
+    seen = at[:, None] >= at
+    if size is not None:
+        seen &= at[:, None] - at < size
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (module.scaling if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("planted", planted_attention)
+
+
+def limited(
+    model_type: str, directory: Path, size: int = WINDOW, sinks: bool = True, bare: int | None = 0
+) -> tuple[Path, PreTrainedModel]:
+    """A checkpoint that limits all layers but two (where as many are full), and the reference.
+
+    Args:
+        model_type: Family.
+        directory: Of the checkpoint.
+        size: W.
+        sinks: Whether windows have planted sinks.
+        bare: Of the limited layers, the one that has none all the same.
+    """
+    own = {"sliding_window": None} if model_type == "mistral" else {}
+    model = pico_model(model_type, max_position_embeddings=448, **own)
+    export_pico(model, model_type, PLAN, directory)
+    config = json.loads((directory / "config.json").read_text())
+    full = own_layers(model.config)
+    layers = full[:1] + full[2:4] if len(full) > 3 else full
+    tensors, generator = load_file(directory / "model.safetensors"), torch.Generator().manual_seed(5)
+    family = FAMILIES[model_type]
+    for order, layer in enumerate(layers):
+        sink = sinks and (order != bare or len(layers) == 1)
+        config["block_configs"][layer]["attention"]["window"] = {"size": size, "sink": sink}
+        attention = getattr(model.get_submodule(family.blocks)[layer], family.attention)
+        attention.limit = size, None
+        if sink:
+            shape = model.config.num_key_value_heads, head_dim(model.config)
+            pair = [torch.randn(shape, generator=generator) * scale for scale in (0.5, 0.3)]
+            attention.limit = size, pair
+            names = [f"{family.blocks}.{layer}.{family.attention}.{name}" for name in ("sink_key", "sink_value")]
+            tensors |= dict(zip(names, pair, strict=True))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    rewrite_manifest(directory)
+    model.set_attn_implementation("planted")
+    return directory, model
+
+
+def run(models: list[Path], max_tokens: int = NEW_TOKENS, again: int = AGAIN, **options) -> dict[str, dict]:
+    """What vLLM makes of the prompts with each checkpoint; one process for all."""
+    job = {"models": [str(m) for m in models], "prompts": PROMPTS, "max_tokens": max_tokens,
+           "max_tokens_again": again, "options": options}  # fmt: skip
+    command = [sys.executable, str(Path(__file__).with_name("windows.py")), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=engine_environment())
+    assert done.returncode == 0, done.stderr[-6000:]
+    lines = [line.partition("RESULT ")[2] for line in done.stdout.splitlines() if "RESULT " in line]
+    return {result["model"]: result for result in map(json.loads, lines)}
+
+
+def check(answers: list[dict], model: PreTrainedModel) -> None:
+    """Every log-probability is the reference's, and every token its greedy one."""
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor([prompt + answer["tokens"]])
+        with torch.inference_mode():
+            rows = model(ids).logits[0].float().log_softmax(-1)
+        expected = rows[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        if answer["prompt"]:
+            assert (torch.tensor(answer["prompt"]) - expected[: len(prompt) - 1]).abs().max() < 1e-3
+        chosen = expected[len(prompt) - 1 :]
+        assert (torch.tensor(answer["chosen"]) - chosen).abs().max() < 1e-3
+        assert (rows[len(prompt) - 1 : -1].max(-1).values - chosen).max() < NEAR_TIE
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, tuple[Path, PreTrainedModel]]:
+    return {name: limited(name, tmp_path_factory.mktemp(name) / "limited") for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def served(made) -> dict[str, dict]:
+    options = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 4, "distributed_executor_backend": "uni"}
+    results = run([directory for directory, _ in made.values()], **options)
+    return {name: results[str(directory)] for name, (directory, _) in made.items()}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_requests_in_odd_chunks_and_across_windows_agree(family, made, served):
+    check(served[family]["first"], made[family][1])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hits_in_the_prefix_cache_change_nothing(family, made, served):
+    assert [one["cached"] for one in served[family]["third"]] == [128, 64]  # whole blocks of 32
+    for name in ("second", "third"):
+        check(served[family][name], made[family][1])
+
+
+@pytest.mark.engine
+def test_two_tensor_parallel_workers_share_the_sinks_by_heads(made):
+    directory, model = made["llama"]
+    check(run([directory], 60, again=0, tensor_parallel_size=2)[str(directory)]["first"], model)
+
+
+@pytest.mark.engine
+def test_a_window_as_long_as_the_text_without_sinks_is_the_dense_model(tmp_path):
+    length = max(LENGTHS) + 4
+    directory, _ = limited("llama", tmp_path / "limited", size=length, sinks=False)
+    dense = export_pico(pico_model("llama", max_position_embeddings=448), "llama", PLAN, tmp_path / "dense")
+    results = run([directory, dense], 4, again=0, distributed_executor_backend="uni")
+    mine, theirs = (results[str(one)]["first"] for one in (directory, dense))
+    assert mine == theirs

@@ -1,0 +1,46 @@
+"""Run vLLM on checkpoints with limited layers, one after another in one process; print JSON lines.
+
+Started by `test_windows.py`.
+"""
+
+import gc
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 448, "block_size": 32}
+
+
+def _logprobs(output) -> dict:
+    answer = output.outputs[0]
+    return {
+        "tokens": list(answer.token_ids),
+        "prompt": [next(iter(entry.values())).logprob for entry in output.prompt_logprobs or [] if entry],
+        "chosen": [entry[token].logprob for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)],
+        "cached": output.num_cached_tokens,
+    }
+
+
+def main(job: dict) -> None:
+    """Of each checkpoint: one batch with prompt log-probabilities, then the same prompts again from the cache."""
+    for model in job["models"]:
+        llm = LLM(model, skip_tokenizer_init=True, disable_log_stats=True, **(OPTIONS | job["options"]))
+        fixed = {"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 0}
+        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+        scored = SamplingParams(max_tokens=job["max_tokens"], prompt_logprobs=0, **fixed)
+        result = {"model": model, "first": [_logprobs(o) for o in llm.generate(prompts, scored, use_tqdm=False)]}
+        again = SamplingParams(max_tokens=job["max_tokens_again"], **fixed)
+        for name in ("second", "third") if job["max_tokens_again"] else ():
+            result[name] = [_logprobs(o) for o in llm.generate(prompts, again, use_tqdm=False)]
+        cache = llm.llm_engine.vllm_config.cache_config
+        result["blocks"], result["tokens"] = cache.num_gpu_blocks, cache.kv_cache_size_tokens
+        print("RESULT " + json.dumps(result), flush=True)
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
