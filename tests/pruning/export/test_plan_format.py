@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ from transformers import AutoModelForCausalLM
 from pruning.console import Reporter
 from pruning.errors import CheckpointError, RecipeError
 from pruning.families import FAMILIES, own_window
+from pruning.forward.evaluator import Evaluator
 from pruning.models.applied import apply_plan_file
 from pruning.models.checkpoint import Manifest, hash_file, read_manifest, verify
 from pruning.models.plan_file import PLAN, PlanFile, Raw, read_plan
 from pruning.models.weight_files import ADDED, BASE, INDEX
 from pruning.pipeline import run
 from pruning.recipe import Recipe
-from pruning.variants import VARIANTS, variant
+from pruning.variants import VARIANTS, variant, window_fit
 from tests.conftest import BLOCKS, pico_config, pico_model, pico_tokenizer, run_prune_export
 
 IDS = torch.randint(3, 320, (2, 60), generator=torch.Generator().manual_seed(4))
@@ -42,6 +44,21 @@ def export(model: Path, output: Path, text: Path, **recipe) -> Path:
 def logits(directory: Path, **options) -> torch.Tensor:
     with torch.inference_mode():
         return AutoModelForCausalLM.from_pretrained(directory, **options)(IDS).logits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def planted() -> Iterator[None]:
+    """Have every limited layer but the first planted with a sink, which tiny random models gain nothing by."""
+
+    usual = window_fit.first_tokens
+
+    def candidates(evaluator: Evaluator) -> list[dict]:
+        first, *others = usual(evaluator)
+        return [first, *({name: sink for name, sink in each.items() if name != "none"} for each in others)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(window_fit, "first_tokens", candidates)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +141,7 @@ def test_a_plan_that_takes_something_out_is_refused(plan, tmp_path):
     blocks = [{kind: {"no_op": True, "emulation": None} for kind in ("attention", "ffn")}] * BLOCKS
     forged = tmp_path / "forged.safetensors"
     forged.write_bytes(found.document.model_copy(update={"block_configs": blocks}).render(found.tensors))
-    with pytest.raises(CheckpointError, match="takes attention.0 out"):
+    with pytest.raises(CheckpointError, match=r"takes attention\.0 out"):
         read_plan(forged)
 
 
@@ -192,6 +209,16 @@ def test_an_export_of_windows_shares_the_dense_files(dense, checkpoint):
     index = json.loads((checkpoint / INDEX).read_text())["weight_map"]
     assert set(index.values()) == {BASE, ADDED}
     assert index.keys() == {*load_file(theirs), *load_file(checkpoint / ADDED)}
+
+
+def test_without_sinks_nothing_is_added(dense, text, tmp_path, monkeypatch):
+    bare = [{"none": None}] * BLOCKS
+    monkeypatch.setattr(window_fit, "first_tokens", lambda _: bare)
+    checkpoint = export(dense, tmp_path / "checkpoint", text)
+    plan = export(dense, tmp_path / "plan", text, format="plan")
+    assert not (checkpoint / ADDED).exists()
+    assert not load_file(plan / PLAN)
+    assert torch.equal(logits(apply_plan_file(str(dense), str(plan), print)), logits(checkpoint))
 
 
 def test_exporting_leaves_the_mode_of_the_dense_files(tmp_path, dense, text):
