@@ -25,7 +25,13 @@ class Settings(BaseSettings):
     served_model_name: list[str] = Field(
         default_factory=list, description="Further names clients may use; the first is the directory's base name."
     )
-    skip_verification: bool = Field(False, description="Do not check the checkpoint's SHA-256 manifest.")
+    skip_verification: bool = Field(
+        False, description="Do not check the checkpoint's SHA-256 manifest, nor weights against a plan."
+    )
+    plan: str | None = Field(
+        None,
+        description="Plan of prune-export to serve a dense model with: a file, its directory, or a hub id.",
+    )
     draft: Path | None = Field(
         None, description="Checkpoint pruned from the served model, to guess tokens that the model then checks."
     )

@@ -14,31 +14,26 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pruning.console import Reporter
 from pruning.errors import CheckpointError, RecipeError
 from pruning.families import FAMILIES, own_window
-from pruning.forward.evaluator import Evaluator
 from pruning.models.applied import apply_plan_file
 from pruning.models.checkpoint import Manifest, hash_file, read_manifest, verify
 from pruning.models.plan_file import PLAN, PlanFile, Raw, read_plan
 from pruning.models.weight_files import ADDED, BASE, INDEX
-from pruning.pipeline import run
 from pruning.recipe import Recipe
 from pruning.variants import VARIANTS, variant, window_fit
-from tests.conftest import BLOCKS, pico_config, pico_model, pico_tokenizer, run_prune_export
+from tests.conftest import (
+    BLOCKS,
+    export_windows,
+    pico_config,
+    pico_model,
+    pico_tokenizer,
+    planting_sinks,
+    run_prune_export,
+)
 
 IDS = torch.randint(3, 320, (2, 60), generator=torch.Generator().manual_seed(4))
 SLIDING = {"mistral"}  # nothing of it can be limited
-
-
-def export(model: Path, output: Path, text: Path, **recipe) -> Path:
-    """A window plan of three layers, or of all that can be limited."""
-    fixed = {
-        "calibration": [text], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
-        "emulation": "window", "window": 8, "context": 64, "attention": 3,
-    }  # fmt: skip
-    run(str(model), output, Recipe(**fixed | recipe), overwrite=False, dry_run=False, reporter=Reporter())
-    return output
 
 
 def logits(directory: Path, **options) -> torch.Tensor:
@@ -48,16 +43,7 @@ def logits(directory: Path, **options) -> torch.Tensor:
 
 @pytest.fixture(scope="module", autouse=True)
 def planted() -> Iterator[None]:
-    """Have every limited layer but the first planted with a sink, which tiny random models gain nothing by."""
-
-    usual = window_fit.first_tokens
-
-    def candidates(evaluator: Evaluator) -> list[dict]:
-        first, *others = usual(evaluator)
-        return [first, *({name: sink for name, sink in each.items() if name != "none"} for each in others)]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window_fit, "first_tokens", candidates)
+    with planting_sinks():
         yield
 
 
@@ -68,12 +54,12 @@ def dense(pico_directory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(dense, text, tmp_path_factory) -> Path:
-    return export(dense, tmp_path_factory.mktemp("plan") / "plan", text, format="plan")
+    return export_windows(dense, tmp_path_factory.mktemp("plan") / "plan", text, format="plan")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(dense, text, tmp_path_factory) -> Path:
-    return export(dense, tmp_path_factory.mktemp("checkpoint") / "checkpoint", text)
+    return export_windows(dense, tmp_path_factory.mktemp("checkpoint") / "checkpoint", text)
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +179,7 @@ def test_what_changes_weights_is_refused_at_once(flags, dense, tmp_path, monkeyp
 
 def test_the_default_emulation_is_refused_with_its_name(dense, tmp_path, text):
     with pytest.raises(RecipeError, match="--emulation low-rank changes some"):
-        export(dense, tmp_path / "out", text, format="plan", emulation="low-rank", window=None)
+        export_windows(dense, tmp_path / "out", text, format="plan", emulation="low-rank", window=None)
 
 
 def test_only_windows_leave_weights_alone():
@@ -214,8 +200,8 @@ def test_an_export_of_windows_shares_the_dense_files(dense, checkpoint):
 def test_without_sinks_nothing_is_added(dense, text, tmp_path, monkeypatch):
     bare = [{"none": None}] * BLOCKS
     monkeypatch.setattr(window_fit, "first_tokens", lambda _: bare)
-    checkpoint = export(dense, tmp_path / "checkpoint", text)
-    plan = export(dense, tmp_path / "plan", text, format="plan")
+    checkpoint = export_windows(dense, tmp_path / "checkpoint", text)
+    plan = export_windows(dense, tmp_path / "plan", text, format="plan")
     assert not (checkpoint / ADDED).exists()
     assert not load_file(plan / PLAN)
     assert torch.equal(logits(apply_plan_file(str(dense), str(plan), print)), logits(checkpoint))
@@ -224,7 +210,7 @@ def test_without_sinks_nothing_is_added(dense, text, tmp_path, monkeypatch):
 def test_exporting_leaves_the_mode_of_the_dense_files(tmp_path, dense, text):
     mine = shutil.copytree(dense, tmp_path / "dense")
     (mine / "model.safetensors").chmod(0o640)
-    export(mine, tmp_path / "out", text)
+    export_windows(mine, tmp_path / "out", text)
     assert (mine / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
@@ -234,7 +220,7 @@ def test_weights_behind_links_are_linked_for_real(tmp_path, dense, text):
     mine.mkdir()
     for path in dense.iterdir():
         (mine / path.name).symlink_to(path)
-    out = export(mine, tmp_path / "out", text)
+    out = export_windows(mine, tmp_path / "out", text)
     assert (out / BASE).samefile(dense / "model.safetensors")
     assert not (out / BASE).is_symlink()
 
@@ -244,7 +230,7 @@ def test_where_files_cannot_be_linked_they_are_copied(tmp_path, dense, text, mon
         raise OSError("another file system")
 
     monkeypatch.setattr(os, "link", refuse)
-    out = export(dense, tmp_path / "out", text)
+    out = export_windows(dense, tmp_path / "out", text)
     assert (out / BASE).read_bytes() == (dense / "model.safetensors").read_bytes()
     assert (out / BASE).stat().st_nlink == 1
     verify(out)
@@ -254,11 +240,11 @@ def test_files_in_shards_keep_their_names(tmp_path, dense, text):
     sharded = tmp_path / "sharded"
     pico_model("llama").save_pretrained(sharded, max_shard_size="200KB")
     pico_tokenizer().save_pretrained(sharded)
-    out = export(sharded, tmp_path / "out", text)
+    out = export_windows(sharded, tmp_path / "out", text)
     shards = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert len(shards) > 2
     assert all((out / name).samefile(sharded / name) for name in shards)
-    assert torch.equal(logits(out), logits(export(dense, tmp_path / "single", text)))
+    assert torch.equal(logits(out), logits(export_windows(dense, tmp_path / "single", text)))
 
 
 def test_each_file_is_hashed_once(tmp_path, dense, text, monkeypatch):
@@ -269,7 +255,7 @@ def test_each_file_is_hashed_once(tmp_path, dense, text, monkeypatch):
         return hash_file(path)
 
     monkeypatch.setattr("pruning.models.checkpoint.hash_file", counting)
-    export(dense, tmp_path / "out", text)
+    export_windows(dense, tmp_path / "out", text)
     assert hashed.count("model.safetensors") + hashed.count(BASE) == 1
 
 
@@ -277,7 +263,7 @@ def test_half_precision_weights_stay_in_their_dtype_unless_asked_otherwise(tmp_p
     half = tmp_path / "half"
     pico_model("llama").to(torch.bfloat16).save_pretrained(half)
     pico_tokenizer().save_pretrained(half)
-    out = export(half, tmp_path / "out", text)
+    out = export_windows(half, tmp_path / "out", text)
     assert (out / BASE).samefile(half / "model.safetensors")
     manifest = verify(out)
     assert manifest.base["dtype"] == "bfloat16"
@@ -287,7 +273,7 @@ def test_half_precision_weights_stay_in_their_dtype_unless_asked_otherwise(tmp_p
     assert manifest.sizes["weights"] == sum(
         tensor.nbytes for name in (BASE, ADDED) for tensor in load_file(out / name).values()
     )
-    asked = export(half, tmp_path / "asked", text, dtype="float32")
+    asked = export_windows(half, tmp_path / "asked", text, dtype="float32")
     assert not (asked / BASE).exists()
     assert {tensor.dtype for tensor in load_file(asked / "model.safetensors").values()} == {torch.float32}
     torch.testing.assert_close(logits(out, dtype=torch.float32), logits(asked), atol=1e-5, rtol=0)
@@ -298,10 +284,10 @@ def test_checkpoint_and_plan_of_every_family_hold_the_same_model(model_type, pic
     dense, config = pico_directory(model_type), pico_config(model_type)
     free = sum(own_window(config, block) is None for block in range(BLOCKS))
     recipe = {"attention": min(3, free), "keep": [b for b in range(BLOCKS) if own_window(config, b) is not None]}
-    checkpoint = export(dense, tmp_path / "checkpoint", text, **recipe)
-    plan = export(dense, tmp_path / "plan", text, format="plan", **recipe)
+    checkpoint = export_windows(dense, tmp_path / "checkpoint", text, **recipe)
+    plan = export_windows(dense, tmp_path / "plan", text, format="plan", **recipe)
     applied = apply_plan_file(str(dense), str(plan), print)
-    written = export(dense, tmp_path / "written", text, dtype="bfloat16", **recipe)
+    written = export_windows(dense, tmp_path / "written", text, dtype="bfloat16", **recipe)
     assert (checkpoint / BASE).samefile(dense / "model.safetensors")
     assert not (written / BASE).exists()
     assert written.joinpath("model.safetensors").is_file()
