@@ -218,14 +218,19 @@ class Recipe(BaseModel):
     ] = None
     seed: Annotated[int, CALIBRATION, Field(description="Seed of everything drawn.")] = 0
     dtype: Annotated[
-        Dtype, OUTPUT, Field(description="Dtype to compute and store in; auto: float32 on CPU, else the model's own.")
+        Dtype,
+        OUTPUT,
+        Field(
+            description="Dtype to compute and store in; auto: float32 on CPU, else the model's own, which weights that "
+            "do not change are stored in anyway."
+        ),
     ] = "auto"
     stream: Annotated[
         bool, OUTPUT, Field(description="Score with the blocks read from disk one at a time (`score` only).")
     ] = False
     device: Annotated[str, OUTPUT, Field(description="cpu, cuda, cuda:1 or auto.")] = "auto"
     format: Annotated[
-        Literal["shoal", "nemotron-nas", "gguf", "llama"],
+        Literal["shoal", "plan", "nemotron-nas", "gguf", "llama"],
         OUTPUT,
         Field(description="Who can read the checkpoint; see `prune-export list`."),
     ] = "shoal"

@@ -16,6 +16,8 @@ from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.choice import read_questions
 from pruning.evaluation.tasks import TaskEvaluator, holds_questions, parse_task, read_task
+from pruning.export.formats import format_named
+from pruning.export.untouched import changes_weights, links_to
 from pruning.families import has_biases, own_window
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator, Residency
@@ -292,6 +294,9 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Rec
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
     if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
         raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
+    if not format_named(recipe.format).weights and (changing := weight_changing_flag(recipe, wanted)) is not None:
+        raise RecipeError(f"--format {recipe.format} holds no weights, and {changing} changes some; leave it out, "
+                          "or use --format shoal")  # fmt: skip
     for path in recipe.calibration:
         read_text(path)
     for path, _ in map(parse_task, recipe.task):
@@ -300,6 +305,29 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Rec
         else:
             read_text(path)
     return source, recipe, wanted
+
+
+def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
+    """The flag by which weights of the dense model go or change; None: they all stay as they are."""
+    kind = emulation_kind(recipe)
+    if changes_weights([kind]):
+        return f"--emulation {recipe.kind}"
+    flags = {
+        "--blocks": wanted.blocks and row(kind).unit != "block",
+        "--compensate": recipe.compensate,
+        "--recalibrate": recipe.recalibrate,
+        "--fuse": recipe.fuse,
+        "--heal lora": recipe.heal == "lora",
+    }
+    return next((flag for flag, given in flags.items() if given), None)
+
+
+def shares_weights(recipe: Recipe, wanted: Counts, dense: DenseModel, output: Path) -> bool:
+    """Whether the export takes next to no room: a plan file, or links to the dense model's files."""
+    if not format_named(recipe.format).weights:
+        return True
+    same = recipe.dtype == "auto" and weight_changing_flag(recipe, wanted) is None
+    return same and links_to(dense.directory, output)
 
 
 def forwards(dense: DenseModel, recipe: Recipe) -> AbstractContextManager[Any]:

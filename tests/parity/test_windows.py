@@ -15,9 +15,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from pruning.families import FAMILIES, head_dim
+from pruning.models.applied import apply_plan_file
 from pruning.plan import Plan, Sublayer
 from server.engine.compat import TRACED
-from tests.conftest import BLOCKS, engine_environment, export_pico, pico_model, rewrite_manifest
+from server.engine.loader import SKIP_VERIFICATION
+from tests.conftest import (
+    BLOCKS,
+    engine_environment,
+    export_pico,
+    export_windows,
+    pico_model,
+    pico_tokenizer,
+    planting_sinks,
+    rewrite_manifest,
+)
 
 PLAN = Plan(BLOCKS, {Sublayer(1, "attention"): "bias", Sublayer(2, "ffn"): "none"})
 WINDOW = 24  # neither a multiple of vLLM's blocks nor a length that a family slides by itself
@@ -196,3 +207,21 @@ def test_a_window_as_long_as_the_text_without_sinks_is_the_dense_model(tmp_path)
     results = run({directory: 4, dense: 4}, distributed_executor_backend="uni")
     mine, theirs = (results[str(one)]["first"] for one in (directory, dense))
     assert mine == theirs
+
+
+@pytest.mark.engine
+def test_a_plan_over_the_dense_directory_writes_what_the_exported_checkpoint_writes(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dense = tmp_path / "dense"
+    pico_model("llama", max_position_embeddings=448).save_pretrained(dense)
+    pico_tokenizer().save_pretrained(dense)
+    with planting_sinks():
+        checkpoint = export_windows(dense, tmp_path / "checkpoint", text, window=WINDOW)
+        plan = export_windows(dense, tmp_path / "plan", text, window=WINDOW, format="plan")
+    applied = apply_plan_file(str(dense), str(plan), print)
+    checked = {SKIP_VERIFICATION: "1"}  # as prune-serve sets it
+    results = run({checkpoint: 60, applied: 60}, variables=checked, distributed_executor_backend="uni")
+    mine, theirs = (results[str(one)] for one in (applied, checkpoint))
+    assert mine.pop("model") != theirs.pop("model")
+    assert mine == theirs
+    check(mine["first"], AutoModelForCausalLM.from_pretrained(checkpoint))
