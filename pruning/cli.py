@@ -90,7 +90,8 @@ def score_units(
     from pruning.request import checked
 
     reporter = Reporter()
-    request = checked(model, recipe, reporter)
+    bare = recipe.model_copy(update={"emulation": recipe.emulation or "none"})
+    request = checked(model, bare, reporter)
     from pruning.pipeline import score
 
     score(request, output, units=units, reporter=reporter)
@@ -259,6 +260,7 @@ def sweep_model(
     from pruning.request import Curves, checked_sweep
 
     recipe = Recipe(
+        emulation="none",
         importance=importance, rank=rank, keep=keep, calibration=calibration, calibration_tokens=calibration_tokens,
         score_tokens=score_tokens, sequence_length=sequence_length, seed=seed, dtype=dtype, device=device,
     )  # fmt: skip

@@ -76,7 +76,7 @@ class Recipe(BaseModel):
     samples: Annotated[
         int | None,
         SELECTION,
-        Field(ge=1, description="Subnetworks or orders drawn by metrics that sample: 8, or 2 for windows."),
+        Field(ge=1, description="Subnetworks or orders drawn by metrics that sample: 8, or 1 for windows."),
     ] = None
     search: Annotated[Search, SELECTION, Field(description="How the plan is chosen.")] = "rank"
     recovery_aware: Annotated[
@@ -136,7 +136,7 @@ class Recipe(BaseModel):
         RECOVERY,
         Field(
             description="What a sublayer becomes: none (removed), or a kind of `prune-export list`. By default window "
-            "where attention is limited, low-rank where FFNs or blocks are asked for."
+            "for attention; low-rank for FFNs and blocks, and beside flags that concern adapters."
         ),
     ] = None
     rank: Annotated[
@@ -205,7 +205,7 @@ class Recipe(BaseModel):
     calibration_tokens: Annotated[
         int | None,
         CALIBRATION,
-        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 4096."),
+        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 3072."),
     ] = None
     score_tokens: Annotated[
         int, CALIBRATION, Field(ge=1, description="Tokens (of the same) that importance is measured on.")
@@ -213,18 +213,23 @@ class Recipe(BaseModel):
     sequence_length: Annotated[
         int | None,
         CALIBRATION,
-        Field(ge=8, description="Tokens in one calibration row: 256, or 2048 (the context, if less) for windows."),
+        Field(ge=8, description="Tokens in one calibration row: 256, or 1024 (the context, if less) for windows."),
     ] = None
     seed: Annotated[int, CALIBRATION, Field(description="Seed of everything drawn.")] = 0
     dtype: Annotated[
-        Dtype, OUTPUT, Field(description="Dtype to compute and store in; auto: float32 on CPU, else the model's own.")
+        Dtype,
+        OUTPUT,
+        Field(
+            description="Dtype to compute and store in; auto: float32 on CPU, else the model's own, which weights that "
+            "do not change are stored in anyway."
+        ),
     ] = "auto"
     stream: Annotated[
         bool, OUTPUT, Field(description="Score with the blocks read from disk one at a time (`score` only).")
     ] = False
     device: Annotated[str, OUTPUT, Field(description="cpu, cuda, cuda:1 or auto.")] = "auto"
     format: Annotated[
-        Literal["shoal", "nemotron-nas", "gguf", "llama"],
+        Literal["shoal", "plan", "nemotron-nas", "gguf", "llama"],
         OUTPUT,
         Field(description="Who can read the checkpoint; see `prune-export list`."),
     ] = "shoal"
@@ -233,7 +238,8 @@ class Recipe(BaseModel):
     def kind(self) -> str:
         """What sublayers become."""
         others = self.ffn is not None or self.blocks is not None or self.sublayers is not None
-        others = others or self.weight_budget is not None or self.fuse or self.format in ("nemotron-nas", "gguf")
+        others = others or self.weight_budget is not None or self.format in ("nemotron-nas", "gguf")
+        others = others or self.recovery_aware or self.copying > 0 or self.compensate or self.fuse
         return self.emulation or ("low-rank" if others else "window")
 
     @property
@@ -244,7 +250,7 @@ class Recipe(BaseModel):
     @property
     def draws(self) -> int:
         """What metrics that sample draw."""
-        return self.samples or (2 if limits(self) else 8)
+        return self.samples or (1 if limits(self) else 8)
 
     @property
     def row_tokens(self) -> int:

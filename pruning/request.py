@@ -9,13 +9,14 @@ from pruning.budget import Counts, check, counts, resolved
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task, read_questions
+from pruning.export.formats import format_named
 from pruning.families import own_window
 from pruning.importance import metric
 from pruning.models.finding import Source, find_model
 from pruning.plan import Sublayer
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
-from pruning.variants import REMOVED, row, variant
+from pruning.variants import REMOVED, changes_weights, row, variant
 from pruning.workdir import check_output
 
 
@@ -82,11 +83,29 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> Request:
         raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
     if kind != REMOVED:
         variant(kind).check(source.family, source.config)
+    if not format_named(recipe.format).weights and (changing := weight_changing_flag(recipe, wanted)) is not None:
+        raise RecipeError(f"--format {recipe.format} holds no weights, and {changing} changes some; leave it out, "
+                          "or use --format shoal")  # fmt: skip
     if recipe.fuse:
         from pruning.recovery.fuse import check_fusable
 
         check_fusable(source.family, {Sublayer(0, "ffn"): kind})
     return Request(source, recipe, wanted)
+
+
+def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
+    """The flag by which weights of the dense model go or change; None: they all stay as they are."""
+    kind = emulation_kind(recipe)
+    if changes_weights([kind]):
+        return f"--emulation {recipe.kind}"
+    flags = {
+        "--blocks": wanted.blocks and row(kind).unit != "block",
+        "--compensate": recipe.compensate,
+        "--recalibrate": recipe.recalibrate,
+        "--fuse": recipe.fuse,
+        "--heal lora": recipe.heal == "lora",
+    }
+    return next((flag for flag, given in flags.items() if given), None)
 
 
 def _sparing(source: Source, recipe: Recipe) -> tuple[Recipe, list[int]]:

@@ -17,6 +17,8 @@ from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task
 from pruning.evaluation.tasks import TaskEvaluator, read_task
+from pruning.export.formats import format_named
+from pruning.export.untouched import links_to
 from pruning.families import has_biases
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator, Residency
@@ -28,6 +30,7 @@ from pruning.recipe import Recipe, emulation_kind, limits
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import Precision, Settings, heal
+from pruning.request import weight_changing_flag
 from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
@@ -71,7 +74,7 @@ def judges_of(
     """
     if limits(recipe) and not recipe.task:
         found = found or windows.limited(dense, recipe, tokens, reporter)
-        return windows.judges(dense, recipe, tokens, found, journal, residency)
+        return windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
     settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
@@ -257,6 +260,14 @@ def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
     if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
     return plan
+
+
+def shares_weights(recipe: Recipe, wanted: Counts, dense: DenseModel, output: Path) -> bool:
+    """Whether the export takes next to no room: a plan file, or links to the dense model's files."""
+    if not format_named(recipe.format).weights:
+        return True
+    same = recipe.dtype == "auto" and weight_changing_flag(recipe, wanted) is None
+    return same and links_to(dense.directory, output)
 
 
 def forwards(dense: DenseModel, recipe: Recipe) -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pruning.console import Reporter
 from pruning.errors import ModelError
 from pruning.families import Family, family_of
+from pruning.models.hub import MODEL_FILES, snapshot
 from pruning.workdir import cache_directory
 
 if TYPE_CHECKING:
@@ -182,17 +183,7 @@ def _read_fields(directory: Path, name: str) -> dict[str, Any]:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"no such model {name!r}: not a directory, a .gguf file or {EMBEDDED!r}, and the Hugging Face hub "
-            "does not have it or cannot be reached"
-        ) from error
+    return snapshot(name, MODEL_FILES, f"no such model {name!r}: not a directory, a .gguf file or {EMBEDDED!r}")
 
 
 def _short(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Load the dense model: a Hugging Face id or directory, a GGUF file, or the embedded default."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from pruning.console import Reporter
 from pruning.errors import ModelError
 from pruning.families import Family, own_window
 from pruning.finite import check_tensors
-from pruning.models.checkpoint import hash_files
+from pruning.models.checkpoint import combined, hash_each
 from pruning.models.finding import Source, find_model
 
 
@@ -24,6 +25,7 @@ class DenseModel:
         name: What the user typed.
         directory: Where the weights and tokenizer are.
         weight_hash: SHA-256 over the weight files.
+        hashes: SHA-256 of each of them, by name, where it was kept.
     """
 
     name: str
@@ -32,6 +34,7 @@ class DenseModel:
     tokenizer: Tokenizer
     family: Family
     weight_hash: str
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def limitable(self) -> list[int]:
@@ -68,7 +71,8 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise ModelError(f"the weights of {source.name} lack {absent[0]}{more}; copy them again")
     check_tensors(model.state_dict().items(), f"the weights of {source.name}")
-    return DenseModel(source.name, source.directory, model, tokenizer, source.family, hash_files(source.weights))
+    hashes = hash_each(source.weights)
+    return DenseModel(source.name, source.directory, model, tokenizer, source.family, combined(hashes), hashes)
 
 
 def load_tokenizer(source: Source) -> Tokenizer:

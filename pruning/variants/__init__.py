@@ -10,7 +10,7 @@ Another package adds a kind with `add`, or with an entry point in the group `sho
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
@@ -132,6 +132,11 @@ def variant(name: str) -> "Variant":
 def replaces(kind: str) -> bool:
     """Whether a kind, or "none", takes the place of the whole sublayer, so that its own weights go."""
     return kind == REMOVED or not variant(kind).in_place
+
+
+def changes_weights(kinds: Iterable[str]) -> bool:
+    """Whether one of these kinds lets weights of the dense model go or changes them."""
+    return any(kind in (REMOVED, FUSED) or variant(kind).changes_weights for kind in kinds)
 
 
 def cache_of(kind: str | None) -> Literal["none", "window", "full"]:

@@ -180,7 +180,8 @@ def test_formats_that_cannot_hold_it_say_so_in_its_words(diagonal, pico, tmp_pat
     export_pico(model, "llama", PLAN, tmp_path / "out")
     pruned = PrunedModel.of(model, FAMILIES["llama"], tmp_path / "out")
     says = "the diagonal adapter of attention.2 and 2 more goes no further; use --format shoal"
-    assert {name: form.refusal(pruned) for name, form in FORMATS.items()} == {
+    assert "weights of the dense model go" in (FORMATS["plan"].refusal(pruned) or "")
+    assert {name: form.refusal(pruned) for name, form in FORMATS.items() if name != "plan"} == {
         "shoal": None, "nemotron-nas": says, "gguf": says, "llama": says
     }  # fmt: skip
 
