@@ -49,5 +49,7 @@ def test_a_changed_figure_is_noticed_and_mended(copy, document, shown):
 def test_missing_results_are_said_to_be_missing(copy):
     (copy / "benchmarks" / "results" / "serving.json").unlink()
     assert run(copy).returncode == 0
-    table = (copy / "README.md").read_text().partition("<!-- table: serving_short -->\n")[2].partition("<!-- end -->")[0]
+    table = (
+        (copy / "README.md").read_text().partition("<!-- table: serving_short -->\n")[2].partition("<!-- end -->")[0]
+    )
     assert table == "Not measured yet.\n"
