@@ -216,7 +216,8 @@ def speculation(results: Results) -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        serving, serving_short, windows, latency, recovery, healing, overhead, quality, choosers, subnetworks, speculation,
+        serving, serving_short, windows, latency, recovery, healing, overhead, quality, choosers, subnetworks,
+        speculation,
     )
 }  # fmt: skip
 
