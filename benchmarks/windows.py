@@ -72,7 +72,7 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
             base = recipe.window, rows, windows.limited(dense, recipe, rows, reporter)
         _, rows, found = base
         wanted = counts(recipe, dense.model.config.num_hidden_layers)
-        chosen = choose(windows.judges(dense, recipe, rows, found, journal), recipe, wanted, reporter)
+        chosen = choose(windows.judges(dense, recipe, rows, found, journal, reporter), recipe, wanted, reporter)
         plan = plan_of(chosen.order, dense.model.config.num_hidden_layers, recipe)
         made.append((budget, plan, found, time.process_time() - start))
     return made
@@ -100,8 +100,8 @@ def main() -> None:
     dense = load_model(find_model(options.model, reporter), "auto", "auto")
     rows = text_windows(read_text(options.text), dense.tokenizer, options.context, options.rows * options.context)
     document = json.loads(options.output.read_text()) if options.output.exists() else {"rows": {}}
-    settings = {"text": options.text.name, "rows": options.rows, "calibration": [p.name for p in options.calibration]}
-    document |= {"model": options.model, "machine": machine(), "piece": PIECE, **settings}
+    document |= {"model": options.model, "machine": machine(), "piece": PIECE, "text": options.text.name}
+    document |= {"held_out_rows": options.rows, "calibration": [path.name for path in options.calibration]}
 
     def keep(name: str, row: dict[str, Any]) -> None:
         document["rows"][name] = row

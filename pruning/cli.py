@@ -84,7 +84,8 @@ def score_units(
     """
     from pruning.pipeline import score
 
-    score(model, output, recipe, units=units, reporter=Reporter())
+    bare = recipe.model_copy(update={"emulation": recipe.emulation or "none"})
+    score(model, output, bare, units=units, reporter=Reporter())
 
 
 @app.command(name="convert")
@@ -240,6 +241,7 @@ def sweep_model(
     from pruning.sweep import Curves, sweep
 
     recipe = Recipe(
+        emulation="none",
         importance=importance, rank=rank, keep=keep, calibration=calibration, calibration_tokens=calibration_tokens,
         score_tokens=score_tokens, sequence_length=sequence_length, seed=seed, dtype=dtype, device=device,
     )  # fmt: skip

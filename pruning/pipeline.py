@@ -14,6 +14,7 @@ from pruning.errors import RecipeError, StorageError
 from pruning.evaluation.evaluate import loss, perplexity_ratio
 from pruning.export.formats import PrunedModel, format_named
 from pruning.export.report import score_table, write_card, write_report
+from pruning.export.untouched import changes_weights, known_hashes, untouched
 from pruning.export.writing import copy_companions
 from pruning.families import Family
 from pruning.forward import parallel
@@ -42,6 +43,7 @@ from pruning.stages import (
     judges_of,
     plan_of,
     recovered,
+    shares_weights,
     table_of,
     tasks_of,
     within_budget,
@@ -77,9 +79,8 @@ def run(
         healing_precision(dense, recipe)
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
-        check_free_space(
-            output, int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05) + 2**24
-        )
+        needed = int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05)
+        check_free_space(output, (0 if shares_weights(recipe, wanted, dense, output) else needed) + 2**24)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
@@ -87,7 +88,8 @@ def run(
         found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
         judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
         chosen = choose(judges, recipe, wanted, reporter)
-        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter)
+        served = found.served if found else None
+        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, served)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
@@ -99,7 +101,7 @@ def run(
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
-        recovery = recovered(dense, plan, recipe, tokens, reporter, found.served if found else None)
+        recovery = recovered(dense, plan, recipe, tokens, reporter, served)
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
@@ -111,11 +113,6 @@ def run(
         quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, reporter)
         if healing is not None:
             quality["healing"] = healing
-        pruned = PrunedModel.of(dense.model, dense.family, dense.directory)
-        if (reason := format_named(recipe.format).refusal(pruned)) is not None:
-            raise RecipeError(f"--format {recipe.format}: {reason}")
-        sizes["weights"] = format_named(recipe.format).write(pruned, directory)
-        copy_companions(dense.directory, directory)
         manifest = Manifest(
             shoal_version=pruning.__version__,
             base={"model": dense.name, "weight_hash": dense.weight_hash, "dtype": str(dense.model.dtype)[6:]},
@@ -128,14 +125,25 @@ def run(
             stages=dict(reporter.stages),
             files={},
         )
+        whole = not recovery.weights and not changes_weights(manifest.removed.values())
+        shared = untouched(dense, manifest, recipe.dtype) if whole else None
+        pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared)
+        if (reason := format_named(recipe.format).refusal(pruned)) is not None:
+            raise RecipeError(f"--format {recipe.format}: {reason}")
+        manifest.sizes["weights"] = format_named(recipe.format).write(pruned, directory)
+        if format_named(recipe.format).weights:
+            copy_companions(dense.directory, directory)
         write_card(directory, manifest)
         write_report(directory, manifest)
-        write_manifest(directory, manifest)
+        hashes = known_hashes(shared, directory)
+        write_manifest(directory, manifest, hashes)
     with reporter.stage("verify"):
-        manifest = verify(output)
+        manifest = verify(output, hashes)
     journal.discard()
     healing_state(output).unlink(missing_ok=True)
-    reporter.say(f"wrote {output}: {describe_bytes(sizes)}")
+    reporter.say(f"wrote {output}: {describe_bytes(manifest.sizes)}")
+    if not format_named(recipe.format).weights:
+        reporter.say(f"serve it: prune-serve {dense.directory} --plan {output}")
     ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
     rows = f"rows of {quality['row_tokens']} tokens of held-out text"
     reporter.say(f"perplexity on {rows}: {ratio:.4f} times dense")
@@ -159,16 +167,17 @@ def _cut_and_measure(
     batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
     evaluator = Evaluator(dense.model, family, held_out, batch)
     quality: dict[str, Any] = {"text": "held-out calibration windows", "row_tokens": held_out.shape[1]}
+    codes = None
     if limits(recipe):
         quality["dense_loss"] = float(evaluator.loss({}).mean())
-        quality["codes_dense"] = windows.found_codes(dense, recipe, reporter)
+        codes = windows.found_codes(dense, recipe, reporter)
     else:
         plans = [{}, dict.fromkeys(plan.removed)]
         quality["dense_loss"], quality["removed_loss"] = evaluator.values(plans).mean(1).tolist()
     apply_recovery(dense.model, family, plan, recovery)
     quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
-    if limits(recipe):
-        quality["codes"] = windows.found_codes(dense, recipe, reporter)
+    if codes is not None:
+        quality |= {"codes_dense": codes, "codes": windows.found_codes(dense, recipe, reporter)}
     return quality
 
 

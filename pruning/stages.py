@@ -16,7 +16,9 @@ from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.choice import read_questions
 from pruning.evaluation.tasks import TaskEvaluator, holds_questions, parse_task, read_task
-from pruning.families import has_biases
+from pruning.export.formats import format_named
+from pruning.export.untouched import changes_weights, links_to
+from pruning.families import has_biases, own_window
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator, Residency
 from pruning.importance import Sampling, Scores, metric
@@ -38,6 +40,7 @@ HEALING_VALIDATION_WINDOWS = 16
 HEALING_TOKENS = 10_000_000  # text read where the number of updates is not known
 HEALING_MINUTES = 30.0
 SEARCH_FIT_TOKENS = 16384  # that a search fits its emulations on, in each half; every base that it tries costs a fit
+SEARCH_BATCH_TOKENS = 2048
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
@@ -69,7 +72,7 @@ def judges_of(
     """
     if limits(recipe) and not recipe.task:
         found = found or windows.limited(dense, recipe, tokens, reporter)
-        return windows.judges(dense, recipe, tokens, found, journal, residency)
+        return windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
     settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
@@ -123,7 +126,7 @@ def _task_judge(dense: DenseModel, recipe: Recipe, task: str, text: Judge, setti
 
 def _identity(recipe: Recipe, tokens: Tensor) -> str:
     """Digest of what adapters depend on besides the model."""
-    settings = f"{recipe.emulation} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
+    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
     return hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
@@ -194,8 +197,9 @@ def tasks_of(
 
 
 def within_budget(
-    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
-) -> list[Unit]:
+    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter,
+    prepared: Mapping[Sublayer, Any] | None = None,
+) -> list[Unit]:  # fmt: skip
     """The units of `order` that a budget in weights or in loss lets go; all where there is no such budget.
 
     Raises:
@@ -213,26 +217,28 @@ def within_budget(
             raise RecipeError(f"--weight-budget {recipe.weight_budget} is out of reach: not even all sublayers save it")
         return list(order[:count])
     if recipe.max_loss_increase is not None:
-        return _within_loss(dense, recipe, order, tokens, held_out, reporter)
+        return _within_loss(dense, recipe, order, tokens, held_out, reporter, prepared)
     return list(order)
 
 
 def _within_loss(
-    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
-) -> list[Unit]:
+    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter,
+    prepared: Mapping[Sublayer, Any] | None,
+) -> list[Unit]:  # fmt: skip
     """The longest start of `order` whose emulated plan stays inside the loss budget, by bisection."""
     bound = recipe.max_loss_increase
     assert bound is not None
     fitting = Evaluator(dense.model, dense.family, tokens)
-    judging = Evaluator(dense.model, dense.family, held_out)
+    judging = Evaluator(dense.model, dense.family, held_out, max(1, SEARCH_BATCH_TOKENS // held_out.shape[1]))
     before = float(judging.loss({}).mean())
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
         removed = dict.fromkeys(sublayers_of(order[:middle]), emulation_kind(recipe))
-        increase = (
-            float(judging.loss(fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)).mean()) - before
-        )
+        emulations: Mapping[Sublayer, Any] = prepared or {}
+        if prepared is None:
+            emulations = fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)
+        increase = float(judging.loss({s: emulations[s] for s in removed}).mean()) - before
         reporter.say(f"{middle} removed: loss increase {increase:.4f} nats per token")
         fits, fails = (middle, fails) if increase <= bound else (fits, middle)
     if not fits:
@@ -242,7 +248,7 @@ def _within_loss(
 
 def emulation_kind(recipe: Recipe) -> EmulationKind:
     """The recipe's emulation as the plan names it."""
-    return recipe.emulation.replace("-", "_")
+    return recipe.kind.replace("-", "_")
 
 
 def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
@@ -274,7 +280,11 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Rec
         raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
     source = find_model(model, reporter)
     recipe = resolved(recipe, source.config.max_position_embeddings)
-    wanted = counts(recipe, source.config.num_hidden_layers)
+    num_blocks, own = source.config.num_hidden_layers, list[int]()
+    if limits(recipe):
+        own = [block for block in range(num_blocks) if own_window(source.config, block)]
+        recipe = recipe.model_copy(update={"keep": sorted({*recipe.keep, *own})})  # sliding by design
+    wanted = counts(recipe, num_blocks, len(own))
     if recipe.fuse:
         check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
     kind = emulation_kind(recipe)
@@ -283,7 +293,10 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Rec
     if recipe.rank > source.config.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
     if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
-        raise RecipeError(f"--emulation {recipe.emulation} is for attention only; choose another for FFNs")
+        raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
+    if not format_named(recipe.format).weights and (changing := weight_changing_flag(recipe, wanted)) is not None:
+        raise RecipeError(f"--format {recipe.format} holds no weights, and {changing} changes some; leave it out, "
+                          "or use --format shoal")  # fmt: skip
     for path in recipe.calibration:
         read_text(path)
     for path, _ in map(parse_task, recipe.task):
@@ -292,6 +305,29 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Rec
         else:
             read_text(path)
     return source, recipe, wanted
+
+
+def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
+    """The flag by which weights of the dense model go or change; None: they all stay as they are."""
+    kind = emulation_kind(recipe)
+    if changes_weights([kind]):
+        return f"--emulation {recipe.kind}"
+    flags = {
+        "--blocks": wanted.blocks and row(kind).unit != "block",
+        "--compensate": recipe.compensate,
+        "--recalibrate": recipe.recalibrate,
+        "--fuse": recipe.fuse,
+        "--heal lora": recipe.heal == "lora",
+    }
+    return next((flag for flag, given in flags.items() if given), None)
+
+
+def shares_weights(recipe: Recipe, wanted: Counts, dense: DenseModel, output: Path) -> bool:
+    """Whether the export takes next to no room: a plan file, or links to the dense model's files."""
+    if not format_named(recipe.format).weights:
+        return True
+    same = recipe.dtype == "auto" and weight_changing_flag(recipe, wanted) is None
+    return same and links_to(dense.directory, output)
 
 
 def forwards(dense: DenseModel, recipe: Recipe) -> AbstractContextManager[Any]:

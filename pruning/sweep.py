@@ -203,7 +203,7 @@ def _points(
     known = {str(key(plan)): judge.journal.recall(key(plan)) for plan in wanted.values()}
     missing = [plan for one, plan in {str(key(p)): p for p in wanted.values()}.items() if known[one] is None]
     fitting = Evaluator(judge.dense.model, judge.dense.family, tokens)
-    with reporter.progress(f"plans, {recipe.emulation}", len(missing)) as step:
+    with reporter.progress(f"plans, {recipe.kind}", len(missing)) as step:
         for group in together(fitting, [plan.removed for plan in missing], PLANS_AT_ONCE):
             some = [missing[number] for number in group]
             start = time.perf_counter()
@@ -218,7 +218,7 @@ def _points(
                 known[str(key(plan))] = [loss, seconds, found]
                 judge.journal.keep(key(plan), known[str(key(plan))])
                 step.advance()
-    return [_point(judge, name, recipe.emulation, plan, known[str(key(plan))]) for (name, _), plan in wanted.items()]
+    return [_point(judge, name, recipe.kind, plan, known[str(key(plan))]) for (name, _), plan in wanted.items()]
 
 
 def _answers(

@@ -20,13 +20,14 @@ from pruning.plan import Sublayer
 from pruning.recipe import Recipe
 from pruning.search.selection import Judge
 from pruning.texts.calibration import from_files, last_windows, read_text, standard_library_ids
-from pruning.texts.long_context import code_prompts
+from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
 from pruning.variants.window import Window
 from pruning.variants.window_fit import limits, resized
 from pruning.workdir import Journal
 
 SINK_ROWS = 2  # rows that decide which sink each layer has
-CODE_PROMPTS = 2  # that plans are judged by, of eight codes each
+CODE_PROMPTS = 2  # that plans are judged by
+TOKENS_FOR_A_CODE = 96  # of a prompt, at least; eight codes at most
 MEASURED_PROMPTS = 2  # dense and pruned, at the end
 HELD_OUT_TOKENS = 8192
 
@@ -71,8 +72,9 @@ def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter)
 
 
 def judges(
-    dense: DenseModel, recipe: Recipe, rows: Tensor, found: Limits, journal: Journal, residency: Residency | None = None
-) -> list[Judge]:
+    dense: DenseModel, recipe: Recipe, rows: Tensor, found: Limits, journal: Journal, reporter: Reporter,
+    residency: Residency | None = None,
+) -> list[Judge]:  # fmt: skip
     """What plans are judged by: loss on text, and NLL of codes that were hidden far before they are asked for.
 
     Perplexity hardly sees what is fetched from far away. Each cost counts where it is positive: that a limit makes one
@@ -86,9 +88,8 @@ def judges(
 
     text = Evaluator(dense.model, dense.family, rows, **settings)
     made = [Judge("text", text, 1.0, adapters, "windows", gains=False)]
-    if recipe.codes:
-        around = read_text(recipe.calibration[0]) if recipe.calibration else None
-        prompts = code_prompts(dense.tokenizer, around, rows.shape[1], CODE_PROMPTS, recipe.seed + 2)
+    prompts = _prompts(dense, recipe, rows.shape[1], CODE_PROMPTS, recipe.seed + 2, reporter) if recipe.codes else []
+    if prompts:
         tokens = torch.stack([prompt.tokens for prompt in prompts])
         counted = torch.stack([prompt.counted for prompt in prompts])
         codes = Evaluator(dense.model, dense.family, tokens, counted=counted, **settings)
@@ -96,16 +97,30 @@ def judges(
     return made
 
 
+def _prompts(
+    dense: DenseModel, recipe: Recipe, length: int, count: int, seed: int, reporter: Reporter
+) -> list[LongPrompt]:
+    """Prompts with hidden codes; none, and a note, where they are too short to hide any."""
+    around = read_text(recipe.calibration[0]) if recipe.calibration else None
+    keys = min(KEYS, max(1, length // TOKENS_FOR_A_CODE))
+    try:
+        return code_prompts(dense.tokenizer, around, length, count, seed, keys)
+    except CalibrationError as error:
+        reporter.say(f"note: no codes are hidden in rows of {length} tokens ({error})")
+        return []
+
+
 @torch.inference_mode()
-def found_codes(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> dict[str, float]:
-    """How many hidden codes the model in memory finds, of how many, and their NLL in nats/token.
+def found_codes(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> dict[str, float] | None:
+    """How many hidden codes the model in memory finds, of how many, and their NLL in nats/token; None: none hidden.
 
     Prompts are half as long as the context, so that what is asked for lies outside of every window.
     """
     assert recipe.context is not None
-    around = read_text(recipe.calibration[0]) if recipe.calibration else None
     length = recipe.context // 2
-    prompts = code_prompts(dense.tokenizer, around, length, MEASURED_PROMPTS, recipe.seed + 3)
+    prompts = _prompts(dense, recipe, length, MEASURED_PROMPTS, recipe.seed + 3, reporter)
+    if not prompts:
+        return None
     with reporter.progress("hidden codes", len(prompts)) as step:
         scores = score(dense.model, prompts, step.advance)
     return {

@@ -67,9 +67,11 @@ def atomic_directory(output: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
-        # safetensors writes for the owner's eyes only, and a checkpoint is served by another user than made it.
+        # safetensors writes for the owner's eyes only, and a checkpoint is served by another user than made it. Files
+        # that have another name elsewhere are somebody else's too and stay as they are.
         for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+            if path.is_dir() or not (path.is_symlink() or path.stat().st_nlink > 1):
+                path.chmod(0o755 if path.is_dir() else 0o644)
         if output.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
             output.rename(retired / "old")

@@ -50,26 +50,28 @@ def serve(
     """Serve DIRECTORY until SIGTERM.
 
     Args:
-        directory: A checkpoint of prune-export, or any Hugging Face directory or id.
+        directory: A checkpoint of prune-export, or any Hugging Face directory or id (with --plan: of a dense model).
         engine: After `--`: arguments of `vllm serve`, such as --max-model-len 8192.
         settings: How to serve.
     """
     settings = settings or Settings()
-    _check(directory, settings)
+    model = _check(directory, settings)
     from server.app import run
     from server.engine.compat import parse_arguments, set_parsers
 
     os.environ[GRAMMAR_SECONDS] = str(settings.grammar_seconds)  # read within the engine's processes
     logging = ["--logging-config.formatter", settings.log_format]
-    args = parse_arguments([directory, *logging, *engine], _defaults(directory, settings))
+    args = parse_arguments([model, *logging, *engine], _defaults(directory, settings))
     _check_combination(args, settings)
     set_parsers(args, *_parsers(directory, args.chat_template, settings))
     return run(args, settings)
 
 
-def _check(directory: str, settings: Settings) -> None:
-    """Refuse a damaged checkpoint before vLLM is even imported."""
+def _check(directory: str, settings: Settings) -> str:
+    """Refuse a damaged checkpoint or plan before vLLM is even imported; return what vLLM is to load."""
+    from pruning.models.applied import apply_plan_file
     from pruning.models.checkpoint import is_pruned, verify
+    from pruning.models.plan_file import PLAN
     from server.drafts import check_draft
     from server.engine.loader import SKIP_VERIFICATION
     from server.errors import SettingsError
@@ -82,7 +84,12 @@ def _check(directory: str, settings: Settings) -> None:
         from server.auth import read_keys
 
         read_keys(settings.api_keys_file)
-    if settings.skip_verification:
+    if settings.plan is not None:
+        directory = str(apply_plan_file(directory, settings.plan, _say, hashed=not settings.skip_verification))
+        os.environ[SKIP_VERIFICATION] = "1"  # it holds links to what was checked just now
+    elif (path / PLAN).is_file() and not (path / "config.json").exists():
+        raise SettingsError(f"{directory} holds a plan and no weights; prune-serve DENSE --plan {directory}")
+    elif settings.skip_verification:
         os.environ[SKIP_VERIFICATION] = "1"
     elif path.is_dir() and is_pruned(path):
         verify(path)
@@ -90,6 +97,11 @@ def _check(directory: str, settings: Settings) -> None:
     if settings.draft is not None:
         check_draft(settings.draft, directory, verified=not settings.skip_verification)
         os.environ[SKIP_VERIFICATION] = "1"
+    return directory
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def _check_combination(args: Namespace, settings: Settings) -> None:

@@ -29,7 +29,13 @@ class Settings(BaseSettings):
         "auto", description="How tool calls are read: a parser of vLLM, `none`, or the one that fits the chat template."
     )
     reasoning_parser: str = Field("auto", description="How reasoning is told from the answer, likewise.")
-    skip_verification: bool = Field(False, description="Do not check the checkpoint's SHA-256 manifest.")
+    skip_verification: bool = Field(
+        False, description="Do not check the checkpoint's SHA-256 manifest, nor weights against a plan."
+    )
+    plan: str | None = Field(
+        None,
+        description="Plan of prune-export to serve a dense model with: a file, its directory, or a hub id.",
+    )
     draft: Path | None = Field(
         None, description="Checkpoint pruned from the served model, to guess tokens that the model then checks."
     )

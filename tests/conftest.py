@@ -32,6 +32,7 @@ from pruning.plan import KINDS, Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery, fit_plan
 from pruning.recovery.fuse import Fusion, fuse
+from pruning.variants import window_fit
 
 VOCABULARY = 320
 BLOCKS = 6
@@ -287,6 +288,54 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
             plan = window_plan(model_type) if variant == "window" else plans[variant]
             made[name] = export_pico(model, model_type, plan, directory, fused=variant == "fused"), model
         return made[name]
+
+    return make
+
+
+@contextmanager
+def planting_sinks() -> Iterator[None]:
+    """Have every limited layer but the first planted with a sink, by which tiny random models gain nothing."""
+    usual = window_fit.first_tokens
+
+    def candidates(evaluator: Evaluator) -> list[dict[str, Any]]:
+        first, *others = usual(evaluator)
+        return [first, *({name: sink for name, sink in each.items() if name != "none"} for each in others)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(window_fit, "first_tokens", candidates)
+        yield
+
+
+def export_windows(model: Path, output: Path, text: Path, **recipe: Any) -> Path:
+    """Limit three attention layers of a tiny model to windows of 8 tokens, with prune-export."""
+    from pruning.console import Reporter
+    from pruning.pipeline import run
+    from pruning.recipe import Recipe
+
+    fixed = {
+        "calibration": [text], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
+        "emulation": "window", "window": 8, "context": 64, "attention": 3,
+    }  # fmt: skip
+    run(str(model), output, Recipe(**fixed | recipe), overwrite=False, dry_run=False, reporter=Reporter())
+    return output
+
+
+@pytest.fixture(scope="session")
+def pico_plan(
+    pico_directory: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """Factory of (directory of a plan file, checkpoint of the same plan) for `pico_directory` of a family."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(model_type: str = "llama") -> tuple[Path, Path]:
+        if model_type not in made:
+            place, dense = tmp_path_factory.mktemp(f"windows-{model_type}"), pico_directory(model_type)
+            with planting_sinks():
+                made[model_type] = (
+                    export_windows(dense, place / "plan", text, format="plan"),
+                    export_windows(dense, place / "checkpoint", text),
+                )
+        return made[model_type]
 
     return make
 

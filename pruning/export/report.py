@@ -10,6 +10,7 @@ from pruning import __version__
 from pruning.errors import RecipeError, StorageError
 from pruning.evaluation.evaluate import HEAD, table_rows
 from pruning.export import figures
+from pruning.export.formats import format_named
 from pruning.importance import metric
 from pruning.models.checkpoint import Manifest
 from pruning.plan import Unit
@@ -104,6 +105,8 @@ def write_card(directory: Path, manifest: Manifest) -> None:
     if tasks := task_rows(manifest):
         head, *rows = (f"| {' | '.join(row)} |" for row in tasks)
         table += "\n\n".join(["", TASKS_NOTE, "\n".join([head, "|---" * len(tasks[0]) + "|", *rows])])
+    whole = format_named(manifest.recipe.get("format", "shoal")).weights
+    serving = "prune-serve DIR" if whole else "prune-serve DENSE --plan DIR"
     (directory / "README.md").write_text(
         "---\ntags: [shoal, depth-pruned]\nlibrary_name: transformers\n---\n\n"
         f"# {manifest.base['model']}, depth-pruned\n\n"
@@ -111,7 +114,7 @@ def write_card(directory: Path, manifest: Manifest) -> None:
         "One letter a block: K kept, L limited to a window, E emulated, - removed.\n\n"
         f"    attention  {strip(manifest, 'attention')}\n    ffn        {strip(manifest, 'ffn')}\n\n"
         f"| | dense | pruned | ratio |\n|---|---|---|---|\n{table}\n\n"
-        f"Serve it: `prune-serve DIR`. Made by:\n\n    {command(manifest)}\n",
+        f"Serve it: `{serving}`. Made by:\n\n    {command(manifest)}\n",
         encoding="utf-8",
     )
 

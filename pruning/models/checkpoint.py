@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -60,14 +61,32 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_files(files: list[Path]) -> str:
+def hash_each(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by its name, in their order."""
+    return {file.name: hash_file(file) for file in files}
+
+
+def combined(hashes: Mapping[str, str]) -> str:
+    """SHA-256 over files' own, in their order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, hashes.values()))).hexdigest()
+
+
+def hash_files(files: Sequence[Path]) -> str:
     """SHA-256 over the files' own, in their order."""
-    return hashlib.sha256(b"".join(bytes.fromhex(hash_file(file)) for file in files)).hexdigest()
+    return combined(hash_each(files))
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Hash every file of the directory and write `pruning.json`."""
-    manifest.files = {p.name: hash_file(p) for p in sorted(directory.iterdir()) if p.name != MANIFEST}
+def write_manifest(directory: Path, manifest: Manifest, known: Mapping[str, str] | None = None) -> None:
+    """Hash every file of the directory and write `pruning.json`.
+
+    Args:
+        directory: Of the checkpoint.
+        manifest: All but the hashes.
+        known: File name -> SHA-256 of files that were hashed already.
+    """
+    known = known or {}
+    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    manifest.files = {name: known.get(name) or hash_file(directory / name) for name in names}
     (directory / MANIFEST).write_bytes(manifest.render())
 
 
@@ -112,8 +131,12 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path) -> Manifest:
+def verify(directory: Path, known: Mapping[str, str] | None = None) -> Manifest:
     """Check every file of a checkpoint against the manifest.
+
+    Args:
+        directory: Of the checkpoint.
+        known: File name -> SHA-256 of files that this process has hashed already.
 
     Raises:
         CheckpointError: A file is missing, altered, unlisted where it could be loaded, or outside the directory.
@@ -127,7 +150,7 @@ def verify(directory: Path) -> Manifest:
             raise CheckpointError(f"{path} is a symbolic link; a checkpoint holds plain files only")
         if not path.is_file():
             raise CheckpointError(f"{directory} lacks {name}; copy it again or export again")
-        if hash_file(path) != expected:
+        if ((known or {}).get(name) or hash_file(path)) != expected:
             raise CheckpointError(f"{path} does not match its SHA-256 in {MANIFEST}; copy it again or export again")
     for path in directory.iterdir():
         loadable = path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".py", ".gguf", ".pkl"}

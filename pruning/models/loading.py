@@ -1,7 +1,8 @@
 """Load the dense model: a Hugging Face id or directory, a GGUF file, or the embedded default."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from pruning.console import Reporter
 from pruning.errors import ModelError
 from pruning.families import Family, family_of, own_window
-from pruning.models.checkpoint import hash_files
+from pruning.models.checkpoint import combined, hash_each
+from pruning.models.hub import MODEL_FILES, snapshot
 from pruning.workdir import atomic_directory, cache_directory
 
 EMBEDDED = "smollm2-135m"
@@ -34,6 +36,7 @@ class DenseModel:
         name: What the user typed.
         directory: Where the weights and tokenizer are.
         weight_hash: SHA-256 over the weight files.
+        hashes: SHA-256 of each of them, by name, where it was kept.
     """
 
     name: str
@@ -42,6 +45,7 @@ class DenseModel:
     tokenizer: Tokenizer
     family: Family
     weight_hash: str
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def limitable(self) -> list[int]:
@@ -170,7 +174,8 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
         model = model.eval().to(device)
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise ModelError(f"cannot load {source.name}: {' '.join(str(error).split())[:300]}") from error
-    return DenseModel(source.name, source.directory, model, tokenizer, source.family, hash_files(source.weights))
+    hashes = hash_each(source.weights)
+    return DenseModel(source.name, source.directory, model, tokenizer, source.family, combined(hashes), hashes)
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
@@ -199,14 +204,4 @@ def _read_config(directory: Path, name: str) -> PretrainedConfig:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"no such model {name!r}: not a directory, a .gguf file or {EMBEDDED!r}, and the Hugging Face hub "
-            "does not have it or cannot be reached"
-        ) from error
+    return snapshot(name, MODEL_FILES, f"no such model {name!r}: not a directory, a .gguf file or {EMBEDDED!r}")

@@ -174,6 +174,17 @@ def block_configs_of(model: nn.Module, family: Family) -> list[dict[str, dict[st
     return [{kind: entry(block, kind) for kind in KINDS} for block in blocks_of(model, family)]
 
 
+def added_tensors(model: nn.Module, family: Family) -> dict[str, Tensor]:
+    """What variants that work inside a sublayer add to a model's parameters, by their names in a checkpoint."""
+    return {
+        f"{family.blocks}.{index}.{places(family, kind)[0]}.{name}": parameter.data
+        for index, block in enumerate(blocks_of(model, family))
+        for kind in KINDS
+        if (emulation := emulation_in(block, family, kind)) is not None and emulation.in_place
+        for name, parameter in emulation.named_parameters()
+    }
+
+
 def base_model_class(family: Family, head: str = "ForCausalLM") -> type[PreTrainedModel]:
     """The dense family's `<Name>ForCausalLM`, or its `<Name>Model` without the output projection."""
     stem = family.decoder if head == "Model" and family.decoder else f"{family.name}{head}"

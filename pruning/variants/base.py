@@ -137,6 +137,7 @@ class Variant:
         sees_dense: Whether its fit asks for what the sublayer reads in the dense model (`Job.seen`).
         rank_when_fused: Rank of the FFN units that can carry it, given (r, D): 0 a constant; None: none can.
         trains_norms: Whether healing trains the norms of the sublayer, which stay.
+        changes_weights: Whether weights of the dense model go or change; if not, a plan file can hold it.
         walks: Whether its fit depends on what else is gone; if not, `prepare` gives the module itself.
     """
 
@@ -146,6 +147,7 @@ class Variant:
     reads: ClassVar[frozenset[str]] = frozenset({"output"})
     sees_dense: ClassVar[bool] = False
     trains_norms: ClassVar[bool] = False
+    changes_weights: ClassVar[bool] = True
     walks: ClassVar[bool] = True
 
     def check(self, family: Family, config: Any) -> None:

@@ -199,6 +199,7 @@ class WindowVariant(Variant):
     title = "the window"
     way_out = "cannot be held; use --format shoal or plan"
     in_place = True
+    changes_weights = False
     walks = False
 
     def check(self, family: Family, config: Any) -> None:

@@ -12,12 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from pruning.families import FAMILIES, head_dim
+from pruning.models.applied import apply_plan_file
 from pruning.plan import Plan, Sublayer
 from server.engine.compat import TRACED
-from tests.conftest import BLOCKS, engine_environment, export_pico, pico_model, rewrite_manifest
+from server.engine.loader import SKIP_VERIFICATION
+from tests.conftest import (
+    BLOCKS,
+    engine_environment,
+    export_pico,
+    export_windows,
+    pico_model,
+    pico_tokenizer,
+    planting_sinks,
+    rewrite_manifest,
+)
 
 PLAN = Plan(BLOCKS, {Sublayer(1, "attention"): "bias", Sublayer(2, "ffn"): "none"})
 WINDOW = 24  # neither a multiple of vLLM's blocks nor a length that a family slides by itself
@@ -144,6 +155,15 @@ def served(made) -> dict[str, dict]:
     return {name: results[str(directory)] for name, (directory, _) in made.items()}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_checkpoint_as_defined(family, made):
+    directory, model = made[family]
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+        assert (logits - model(ids).logits).abs().max() < 1e-3
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_requests_in_odd_chunks_and_across_windows_agree(family, made, served):
@@ -165,11 +185,18 @@ def test_two_tensor_parallel_workers_share_the_sinks_by_heads(made):
 
 @pytest.mark.engine
 def test_two_pipeline_stages_in_one_graph_each_agree(made):
+    directory, model = made["llama"]
     options = {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": TRACED}
-    names = ("llama", "olmo2")
-    results = run({made[name][0]: SHORT for name in names}, **options)
-    for directory, model in map(made.get, names):
-        check(results[str(directory)]["first"], model)
+    check(run({directory: AGAIN}, **options)[str(directory)]["first"], model)
+
+
+@pytest.mark.engine
+def test_a_limited_model_checks_the_guesses_of_a_limited_draft(made):
+    directory, model = made["llama"]
+    guessing = {"method": "draft_model", "model": str(directory), "num_speculative_tokens": 3}
+    served = run({directory: SHORT}, speculative_config=guessing, distributed_executor_backend="uni")[str(directory)]
+    check(served["first"], model)
+    assert served["accepted"] == served["guessed"] > 0  # the draft is the model itself
 
 
 @pytest.mark.engine
@@ -180,3 +207,21 @@ def test_a_window_as_long_as_the_text_without_sinks_is_the_dense_model(tmp_path)
     results = run({directory: 4, dense: 4}, distributed_executor_backend="uni")
     mine, theirs = (results[str(one)]["first"] for one in (directory, dense))
     assert mine == theirs
+
+
+@pytest.mark.engine
+def test_a_plan_over_the_dense_directory_writes_what_the_exported_checkpoint_writes(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dense = tmp_path / "dense"
+    pico_model("llama", max_position_embeddings=448).save_pretrained(dense)
+    pico_tokenizer().save_pretrained(dense)
+    with planting_sinks():
+        checkpoint = export_windows(dense, tmp_path / "checkpoint", text, window=WINDOW)
+        plan = export_windows(dense, tmp_path / "plan", text, window=WINDOW, format="plan")
+    applied = apply_plan_file(str(dense), str(plan), print)
+    checked = {SKIP_VERIFICATION: "1"}  # as prune-serve sets it
+    results = run({checkpoint: 60, applied: 60}, variables=checked, distributed_executor_backend="uni")
+    mine, theirs = (results[str(one)] for one in (applied, checkpoint))
+    assert mine.pop("model") != theirs.pop("model")
+    assert mine == theirs
+    check(mine["first"], AutoModelForCausalLM.from_pretrained(checkpoint))

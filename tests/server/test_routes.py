@@ -24,7 +24,7 @@ def client():
     def stock_models():
         return {}
 
-    inventory = Inventory((KEPT,), 2, 2, 100, 0, 0, 0)
+    inventory = Inventory((KEPT,), 2, 2, 100, 100, 200, 0, 0, 0)
     adopt(app, router(None, inventory, cards, None, "0.32.0").routes)
     return TestClient(app)
 

@@ -18,9 +18,30 @@ from transformers import PreTrainedModel
 from pruning.errors import RecipeError
 from pruning.export.writing import fields_of, state_dict
 from pruning.families import Family
-from pruning.models.modeling import block_configs_of
+from pruning.models.checkpoint import Manifest
+from pruning.models.modeling import added_tensors, block_configs_of
+from pruning.models.weight_files import WeightFiles
 from pruning.variants import of_entry
 from pruning.variants.base import Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Untouched:
+    """A dense directory of which a plan changes no weight.
+
+    Attributes:
+        base: Its weight files.
+        hashes: SHA-256 of files there, by name, as far as they are known.
+        dtype: Of its weights, as in `config.json`.
+        keeps_dtype: Whether that is the dtype to store in.
+        manifest: What `pruning.json` is going to say.
+    """
+
+    base: WeightFiles
+    hashes: Mapping[str, str]
+    dtype: str
+    keeps_dtype: bool
+    manifest: Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +52,10 @@ class PrunedModel:
         family: Of the dense model.
         fields: Configuration of the dense family with the blocks that are left; JSON.
         block_configs: As in the checkpoint format, one entry for each block that is left.
-        tensors: Parameter name -> tensor, names as in the checkpoint format.
+        tensors: Parameter name -> tensor, names as in the checkpoint format; without the dense model's where its files
+            serve as they are.
         companions: Directory with the tokenizer's files.
+        untouched: The dense model, where none of its weights changes.
     """
 
     family: Family
@@ -40,12 +63,22 @@ class PrunedModel:
     block_configs: list[dict[str, Any]]
     tensors: Mapping[str, Tensor]
     companions: Path
+    untouched: Untouched | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, family: Family, companions: Path) -> "PrunedModel":
+    def of(
+        cls, model: PreTrainedModel, family: Family, companions: Path, untouched: Untouched | None = None
+    ) -> "PrunedModel":
         """A model that `apply_plan` has cut."""
         fields = fields_of(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
-        return cls(family, fields, block_configs_of(model, family), state_dict(model), companions)
+        shared = untouched is not None and untouched.keeps_dtype
+        tensors = added_tensors(model, family) if shared else state_dict(model)
+        return cls(family, fields, block_configs_of(model, family), tensors, companions, untouched)
+
+    def added(self) -> dict[str, Tensor]:
+        """The tensors that the dense model does not have, where none of its weights changes."""
+        assert self.untouched is not None
+        return {name: tensor for name, tensor in self.tensors.items() if name not in self.untouched.base.files}
 
     def variants(self) -> dict[str, Variant]:
         """Sublayers that became a variant, such as `attention.4`, and which."""
@@ -70,11 +103,13 @@ class Format:
         module: Module with `refusal(pruned) -> str | None` and `write(pruned, directory) -> int` (bytes of weights).
         help: Who reads it and what it can hold.
         adapters: Whether it can hold emulation adapters.
+        weights: Whether it holds weights of the dense model, so that they may be changed ones.
     """
 
     module: str
     help: str
     adapters: bool = False
+    weights: bool = True
 
     def refusal(self, pruned: PrunedModel) -> str | None:
         """Why the format cannot hold this model; None where it can."""
@@ -93,10 +128,14 @@ FORMATS: Mapping[str, Format] = {
     "shoal": Format(
         "pruning.export.formats.shoal", "prune-serve, and vLLM or transformers with this package", adapters=True
     ),
+    "plan": Format(
+        "pruning.export.formats.plan", "prune-serve DENSE --plan, for plans that change no weight: no weights in it",
+        adapters=True, weights=False,
+    ),
     "nemotron-nas": Format("pruning.export.formats.nemotron_nas", "stock vLLM with --trust-remote-code, no plugin"),
     "gguf": Format("pruning.export.formats.llama_cpp", "llama.cpp, by its deci architecture"),
     "llama": Format("pruning.export.formats.ordinary", "anything that reads the model's own family; no KV cache saved"),
-}
+}  # fmt: skip
 
 
 def format_named(name: str) -> Format:

@@ -1,0 +1,78 @@
+"""Plans that change no weight of the dense model: what can be shared with it, and what that is in bytes."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from pruning.errors import CheckpointError
+from pruning.export.formats import Untouched
+from pruning.models.checkpoint import Manifest
+from pruning.models.loading import DenseModel
+from pruning.models.weight_files import WeightFiles, placed, weight_files
+from pruning.plan import EmulationKind
+from pruning.variants import FUSED, REMOVED, variant
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+def changes_weights(kinds: Iterable[EmulationKind]) -> bool:
+    """Whether one of these kinds lets weights of the dense model go or changes them."""
+    return any(kind in (REMOVED, FUSED) or variant(kind).changes_weights for kind in kinds)
+
+
+def untouched(dense: DenseModel, manifest: Manifest, dtype: str) -> Untouched | None:
+    """The dense directory as what a plan that changes no weight shares; None where its files cannot serve as they are.
+
+    `sizes` and `base.dtype` of the manifest follow, where the files have another dtype than was computed in.
+
+    Args:
+        dense: The model.
+        manifest: What `pruning.json` is going to say, but for `files`.
+        dtype: To store in, as asked for; "auto": the files' own.
+    """
+    try:
+        base = weight_files(dense.directory)
+        config = json.loads((dense.directory / "config.json").read_text(encoding="utf-8"))
+    except (CheckpointError, OSError, ValueError):
+        return None
+    own = stored_dtype(base, config.get("dtype") or config.get("torch_dtype"))
+    if own is None or config.get("quantization_config"):
+        return None
+    keeps = dtype == "auto" or {DTYPES.get(each) for each in base.dtypes} == {dtype}
+    if keeps:
+        scale = BYTES[own] / BYTES[manifest.base["dtype"]]
+        manifest.base["dtype"] = own
+        for name in ("kv_per_token_dense", "kv_per_token", "kv_request_dense", "kv_request"):
+            manifest.sizes[name] = int(manifest.sizes[name] * scale)
+        manifest.sizes["weights_dense"] = manifest.sizes["weights"] = base.bytes
+    return Untouched(base, dense.hashes, own, keeps, manifest)
+
+
+def links_to(directory: Path, output: Path) -> bool:
+    """Whether the weight files of a directory are on the file system that an output goes to."""
+    parent = output.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    return all(path.stat().st_dev == parent.stat().st_dev for path in directory.glob("*.safetensors"))
+
+
+def stored_dtype(base: WeightFiles, named: str | None) -> str | None:
+    """The dtype of a model's files: that of all, or what its configuration names; None where neither says."""
+    found = {DTYPES.get(each) for each in base.dtypes}
+    one = next(iter(found)) if len(found) == 1 else (named or "").removeprefix("torch.")
+    return one if one in BYTES else None
+
+
+def known_hashes(found: Untouched | None, directory: Path) -> dict[str, str]:
+    """SHA-256, by name, of the files in a directory that are the dense model's own by another name."""
+    if found is None:
+        return {}
+    names = {placed(name): name for name in found.base.names}
+    return {
+        name: found.hashes[source]
+        for name, source in names.items()
+        if source in found.hashes
+        and (directory / name).exists()
+        and (directory / name).samefile(found.base.directory / source)
+    }
