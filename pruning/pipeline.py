@@ -105,7 +105,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
-            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter)
+            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter, found)
         if parallel.process()[0] != 0:
             journal.discard()
             return None

@@ -313,19 +313,21 @@ def recovered(
 
 def healed(
     dense: DenseModel, recipe: Recipe, plan: Plan, recovery: Recovery, tokens: Tensor, held_out: Tensor, output: Path,
-    reporter: Reporter,
+    reporter: Reporter, found: windows.Limits | None = None,
 ) -> tuple[Recovery, dict[str, Any]]:  # fmt: skip
     """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
 
     Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
-    the model writes as many others again.
+    the model writes as many others again. Limited layers (`found`) are trained with windows for these rows.
     """
     length = recipe.row_tokens
-    if recipe.calibration:
-        budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
-        budget += HEALING_VALIDATION_WINDOWS * length
-        used = torch.cat([held_out, tokens])
-        others = other_windows(recipe.calibration, dense.tokenizer, budget, length, used)
+    budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
+    budget += HEALING_VALIDATION_WINDOWS * length
+    if found is not None:
+        others = windows.others(dense, recipe, budget, tokens, held_out)
+        recovery = replace(recovery, emulations={sublayer: found.scored[sublayer] for sublayer in recovery.emulations})
+    elif recipe.calibration:
+        others = other_windows(recipe.calibration, dense.tokenizer, budget, length, torch.cat([held_out, tokens]))
     else:
         others = self_generated(dense.model, dense.tokenizer, len(tokens), length, recipe.seed + 1, reporter)
     rows = torch.cat([others, tokens])
@@ -339,10 +341,13 @@ def healed(
         batch_tokens=recipe.heal_batch_tokens, precision=healing_precision(dense, recipe), seed=recipe.seed,
     )  # fmt: skip
     scope = f"{dense.weight_hash} {torch.get_num_threads()} {recipe.model_dump_json()}"
-    return heal(
+    recovery, record = heal(
         dense.model, dense.family, plan, recovery, rows[count:], rows[:count], settings, reporter,
         state=healing_state(output), scope=scope,
     )  # fmt: skip
+    if found is not None:
+        recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, recipe))
+    return recovery, record
 
 
 def healing_precision(dense: DenseModel, recipe: Recipe) -> Precision:

@@ -19,7 +19,7 @@ from pruning.models.loading import DenseModel
 from pruning.plan import Sublayer
 from pruning.recipe import Recipe
 from pruning.search.selection import Judge
-from pruning.texts.calibration import from_files, last_windows, standard_library_ids
+from pruning.texts.calibration import from_files, last_windows, other_windows, standard_library_ids
 from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
 from pruning.texts.reading import read_text
 from pruning.variants.window import Window
@@ -31,6 +31,7 @@ CODE_PROMPTS = 2  # that plans are judged by
 TOKENS_FOR_A_CODE = 96  # of a prompt, at least; eight codes at most
 MEASURED_PROMPTS = 2  # dense and pruned, at the end
 HELD_OUT_TOKENS = 8192
+EDGE_TOKENS = 32  # of a row that tell whether it reaches into held-out text
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,27 @@ def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter)
     wanted = [Sublayer(block, "attention") for block in dense.limitable]
     size = max(2, recipe.window * rows.shape[1] // recipe.context)
     found = {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
-    return Limits(found, {sublayer: resized(window, recipe.window) for sublayer, window in found.items()})
+    return Limits(found, as_served(found, recipe))
+
+
+def as_served(scored: Mapping[Sublayer, Any], recipe: Recipe) -> dict[Sublayer, Any]:
+    """Limits with windows for the context."""
+    assert recipe.window is not None
+    return {sublayer: resized(window, recipe.window) for sublayer, window in scored.items()}
+
+
+def others(dense: DenseModel, recipe: Recipe, tokens: int, rows: Tensor, held_out: Tensor) -> Tensor:
+    """Rows to heal on, int64 [n, T]: at most so many tokens, none of those chosen on or held out."""
+    if recipe.calibration:
+        found = other_windows(recipe.calibration, dense.tokenizer, tokens, rows.shape[1], rows)
+    else:
+        ids = standard_library_ids(dense.tokenizer)[rows.numel() :]
+        count = min(tokens, len(ids)) // rows.shape[1]
+        found = ids[: count * rows.shape[1]].view(count, -1)
+    known = held_out.numpy().tobytes()
+    ends = (EDGE_TOKENS, -EDGE_TOKENS)
+    apart = [not any((row[:end] if end > 0 else row[end:]).numpy().tobytes() in known for end in ends) for row in found]
+    return found[torch.tensor(apart, dtype=torch.bool)]
 
 
 def judges(

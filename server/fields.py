@@ -118,7 +118,7 @@ def check(path: str, body: Any, *, stores: bool = False) -> None:
 
 
 def table() -> str:
-    """The fields of each route as a Markdown table, for `docs/server.md`."""
+    """The fields of each route as a Markdown table, for `docs/use/serve.md`."""
     lines = ["| route | supported | ignored | refused with 400 |", "|---|---|---|---|"]
     for path, fields in FIELDS.items():
         cells = [_cell(fields, state) for state in ("supported", "ignored", "refused")]

@@ -1,6 +1,6 @@
 """The `shoal_*` instruments, on prometheus_client's default registry, which vLLM's `/metrics` serves.
 
-Every gauge states how several API processes are combined; `docs/metrics.md` lists them all.
+Every gauge states how several API processes are combined; `docs/use/metrics.md` lists them all.
 """
 
 import asyncio

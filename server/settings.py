@@ -120,7 +120,7 @@ class Settings(BaseSettings):
 
 
 def table() -> str:
-    """The settings as a Markdown table, for `docs/server.md`."""
+    """The settings as a Markdown table, for `docs/use/serve.md`."""
     lines = ["| flag | variable | default | meaning |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)

@@ -1,5 +1,7 @@
 """Windows from the command line: what a budget means, how layers are chosen, what is measured and written."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -98,3 +100,27 @@ def test_what_a_judge_gains_is_no_reason_to_limit_a_layer():
     )
     assert min(free.values.values()) < 0
     assert clipped.values == {unit: max(0.0, value) for unit, value in free.values.items()}
+
+
+@pytest.mark.parametrize("heal", ["adapters", "lora"])
+def test_limited_layers_are_healed_with_windows_for_the_rows(monkeypatch, pico_directory, long_text, tmp_path, heal):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    output = tmp_path / "out"
+    how = ["--heal", heal, "--heal-steps", 4, "--heal-batch-tokens", 256, "--window", 16, "--emulation", "window"]
+    arguments = ["--calibration", long_text, *WINDOWS, "--sequence-length", 128, "--calibration-tokens", 512, *how]
+    assert run(monkeypatch, pico_directory(), "--output", output, *arguments) == 0
+    manifest = verify(output)
+    assert manifest.quality["healing"]["steps"] == 4
+    sizes = {block["attention"]["window"]["size"] for block in block_configs(output) if "window" in block["attention"]}
+    assert sizes == {16}
+    dense = AutoModelForCausalLM.from_pretrained(pico_directory())
+    healed = AutoModelForCausalLM.from_pretrained(output)
+    layer = min(int(name.partition(".")[2]) for name in manifest.removed)
+    same = torch.equal(
+        dense.model.layers[layer].self_attn.q_proj.weight, healed.model.layers[layer].self_attn.q_proj.weight
+    )
+    assert same == (heal == "adapters" or not manifest.quality["healing"]["improved"])
+
+
+def block_configs(directory):
+    return json.loads((directory / "config.json").read_text())["block_configs"]
