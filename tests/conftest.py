@@ -393,7 +393,7 @@ def run_prune_export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of calibration text."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 60)
+    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 200)
     return path
 
 
