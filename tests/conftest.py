@@ -315,7 +315,7 @@ def export_windows(model: Path, output: Path, text: Path, **recipe: Any) -> Path
 
     fixed = {
         "calibration": [text], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
-        "emulation": "window", "window": 8, "context": 64, "attention": 3,
+        "emulation": "window", "window": 8, "context": 64, "attention": 3, "importance": "random",
     }  # fmt: skip
     asked = checked_export(str(model), Recipe(**fixed | recipe), output, overwrite=False, reporter=Reporter())
     run(asked, output, dry_run=False, reporter=Reporter())
