@@ -311,12 +311,14 @@ def export_windows(model: Path, output: Path, text: Path, **recipe: Any) -> Path
     from pruning.console import Reporter
     from pruning.pipeline import run
     from pruning.recipe import Recipe
+    from pruning.request import checked_export
 
     fixed = {
         "calibration": [text], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
         "emulation": "window", "window": 8, "context": 64, "attention": 3,
     }  # fmt: skip
-    run(str(model), output, Recipe(**fixed | recipe), overwrite=False, dry_run=False, reporter=Reporter())
+    asked = checked_export(str(model), Recipe(**fixed | recipe), output, overwrite=False, reporter=Reporter())
+    run(asked, output, dry_run=False, reporter=Reporter())
     return output
 
 
