@@ -91,6 +91,7 @@ def adopt(stock: FastAPI, routes: Sequence[BaseRoute]) -> None:
     stock.title, stock.version = "Shoal", pruning.__version__
     stock.description = "OpenAI-compatible API of a depth-pruned model, served by vLLM."
     stock.add_exception_handler(RequestValidationError, refuse_invalid)
+    stock.user_middleware = [one for one in stock.user_middleware if one.cls is not CORSMiddleware]  # `dress` has it
     stock.middleware_stack = None  # built at the first request, with that handler in it
 
 

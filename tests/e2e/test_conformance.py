@@ -194,6 +194,12 @@ def test_supported_fields_do(server, http):
     assert answer.status_code == 200, answer.text
 
 
+def test_a_stream_of_a_wrong_request_ends_with_an_error(server, api):
+    stream = api.responses.create(model=server.model, input="x", stream=True, extra_body={"stop_token_ids": [2**40]})
+    with pytest.raises(openai.APIError, match="out-of-vocab"):
+        list(stream)
+
+
 def test_browsers_of_other_origins_are_refused_in_json(http):
     ask = {"Origin": "https://bad.example", "Access-Control-Request-Method": "POST"}
     assert "CORS" in refused(http.options("/v1/completions", headers=ask), 400)["message"]
