@@ -69,6 +69,30 @@ def serving(results: Results) -> str:
     return _table(head, rows)
 
 
+def serving_short(results: Results) -> str:
+    """The same in two columns, for README."""
+    found = results.rows("serving")
+    rows = [
+        [_gone(row, found[0]), f"{row['kv_pool_tokens']:,}", f"{row['kv_bound']['ratio_to_dense']['median']:.2f}"]
+        for row in found
+    ]
+    return _table(["", "tokens in the same KV bytes", "requests/s, to dense"], rows)
+
+
+def windows(results: Results) -> str:
+    """Windows at several budgets: perplexity over dense, also past half of a row, and codes found by length."""
+    found: Any = results.document("windows").get("rows") or {}
+    lengths = list(next(iter(found.values()))["codes"]) if found else []
+    rows = []
+    for name, row in found.items():
+        kv = f"{row['kv_ratio']:.1%}" if "kv_ratio" in row else "100%"
+        ratios = [_interval(row[key], 4) if key in row and "kv_ratio" in row else "1" for key in ("perplexity", "late")]
+        codes = [f"{row['codes'][length][0]} of {row['codes'][length][1]}" for length in lengths]
+        rows.append([name, kv, *ratios, *codes])
+    head = ["plan", "KV bytes of a request", "perplexity / dense", "past half of a row"]
+    return _table([*head, *(f"codes in {length} tokens" for length in lengths)], rows)
+
+
 def latency(results: Results) -> str:
     """The same engines with one request at a time, and their start."""
     found = results.rows("serving")
@@ -192,7 +216,8 @@ def speculation(results: Results) -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        serving, latency, recovery, healing, overhead, quality, choosers, subnetworks, speculation,
+        serving, serving_short, windows, latency, recovery, healing, overhead, quality, choosers, subnetworks,
+        speculation,
     )
 }  # fmt: skip
 

@@ -84,7 +84,8 @@ def score_units(
     """
     from pruning.pipeline import score
 
-    score(model, output, recipe, units=units, reporter=Reporter())
+    bare = recipe.model_copy(update={"emulation": recipe.emulation or "none"})
+    score(model, output, bare, units=units, reporter=Reporter())
 
 
 @app.command(name="convert")
@@ -206,13 +207,13 @@ def sweep_model(
     choice: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
     limit: int | None = None,
     overwrite: bool = False,
-    importance: str = DEFAULTS.importance,
+    importance: str | None = DEFAULTS.importance,
     rank: int = DEFAULTS.rank,
     keep: Annotated[list[int], SEVERAL] = [],  # noqa: B006
     calibration: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
-    calibration_tokens: int = DEFAULTS.calibration_tokens,
+    calibration_tokens: int | None = DEFAULTS.calibration_tokens,
     score_tokens: int = DEFAULTS.score_tokens,
-    sequence_length: int = DEFAULTS.sequence_length,
+    sequence_length: int | None = DEFAULTS.sequence_length,
     seed: int = 0,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -244,6 +245,7 @@ def sweep_model(
     from pruning.sweep import Curves, sweep
 
     recipe = Recipe(
+        emulation="none",
         importance=importance, rank=rank, keep=keep, calibration=calibration, calibration_tokens=calibration_tokens,
         score_tokens=score_tokens, sequence_length=sequence_length, seed=seed, dtype=dtype, device=device,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import pruning
+from pruning import windows
 from pruning.console import Reporter, quiet_libraries
 from pruning.errors import RecipeError, StorageError
 from pruning.evaluation.evaluate import loss, perplexity_ratio
@@ -24,7 +25,7 @@ from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import describe_bytes, predicted_bytes
 from pruning.plan import EmulationKind, Plan, Unit, UnitKind
-from pruning.recipe import Recipe
+from pruning.recipe import Recipe, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
 from pruning.recovery.fuse import Fusion
@@ -48,6 +49,8 @@ from pruning.stages import (
     within_budget,
 )
 from pruning.workdir import atomic_directory, check_free_space, check_output
+
+MEASURED_BATCH_TOKENS = 2048
 
 
 def run(
@@ -82,9 +85,11 @@ def run(
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(None if dry_run else output, dense, recipe)
-        judges = judges_of(dense, recipe, tokens, journal, reporter)
+        found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
+        judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
         chosen = choose(judges, recipe, wanted, reporter)
-        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter)
+        served = found.served if found else None
+        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, served)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
     reporter.say("removing " + ", ".join(map(str, gone)))
@@ -96,16 +101,16 @@ def run(
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
-        recovery = recovered(dense, plan, recipe, tokens, reporter)
+        recovery = recovered(dense, plan, recipe, tokens, reporter, served)
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
-            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter)
+            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter, found)
         if parallel.process()[0] != 0:
             journal.discard()
             return None
     with reporter.stage("export"), atomic_directory(output) as directory:
-        quality = _cut_and_measure(dense, plan, recovery, held_out)
+        quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, reporter)
         if healing is not None:
             quality["healing"] = healing
         manifest = Manifest(
@@ -114,7 +119,7 @@ def run(
             recipe=recipe.model_dump(mode="json"),
             num_blocks=num_blocks,
             removed={str(s): _label(kind, recipe) for s, kind in plan.removed.items()},
-            importance=table_of(chosen.scores, recipe.importance),
+            importance=table_of(chosen.scores, recipe.metric),
             quality=quality | ({"tasks": tasks} if tasks else {}),
             sizes=sizes,
             stages=dict(reporter.stages),
@@ -140,7 +145,12 @@ def run(
     if not format_named(recipe.format).weights:
         reporter.say(f"serve it: prune-serve {dense.directory} --plan {output}")
     ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
-    reporter.say(f"perplexity on held-out calibration text: {ratio:.3f} times dense")
+    rows = f"rows of {quality['row_tokens']} tokens of held-out text"
+    reporter.say(f"perplexity on {rows}: {ratio:.4f} times dense")
+    if "codes" in quality:
+        mine, theirs = quality["codes"], quality["codes_dense"]
+        how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"
+        reporter.say(f"codes hidden in {mine['length']} tokens: {how_many}")
     return manifest
 
 
@@ -149,13 +159,26 @@ def _label(kind: EmulationKind, recipe: Recipe) -> str:
     return "fused" if recipe.fuse and kind != "none" else kind
 
 
-def _cut_and_measure(dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor) -> dict[str, Any]:
+def _cut_and_measure(
+    dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor, recipe: Recipe, reporter: Reporter
+) -> dict[str, Any]:
+    """Make the dense model the pruned one, in place; quality before and after."""
     family: Family = dense.family
-    evaluator = Evaluator(dense.model, family, held_out)
-    before, without = evaluator.values([{}, dict.fromkeys(plan.removed)]).mean(1).tolist()
+    batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
+    evaluator = Evaluator(dense.model, family, held_out, batch)
+    quality: dict[str, Any] = {"text": "held-out calibration windows", "row_tokens": held_out.shape[1]}
+    codes = None
+    if limits(recipe):
+        quality["dense_loss"] = float(evaluator.loss({}).mean())
+        codes = windows.found_codes(dense, recipe, reporter)
+    else:
+        plans = [{}, dict.fromkeys(plan.removed)]
+        quality["dense_loss"], quality["removed_loss"] = evaluator.values(plans).mean(1).tolist()
     apply_recovery(dense.model, family, plan, recovery)
-    after = loss(dense.model, family, held_out)
-    return {"dense_loss": before, "removed_loss": without, "pruned_loss": after, "text": "held-out calibration windows"}
+    quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
+    if codes is not None:
+        quality |= {"codes_dense": codes, "codes": windows.found_codes(dense, recipe, reporter)}
+    return quality
 
 
 def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[UnitKind], reporter: Reporter) -> None:
@@ -170,8 +193,8 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     residency: Residency | None = None
     with reporter.stage("load"):
         if recipe.stream:
-            if metric(recipe.importance).target.startswith("pruning.importance.gradient"):
-                raise RecipeError(f"--importance {recipe.importance} needs the whole model; leave --stream out")
+            if metric(recipe.metric).target.startswith("pruning.importance.gradient"):
+                raise RecipeError(f"--importance {recipe.metric} needs the whole model; leave --stream out")
             if recipe.fit_precision != "auto":
                 raise RecipeError("--stream computes in --dtype; leave --fit-precision out")
             dense, residency = open_streamed(source, recipe.dtype, recipe.device)
@@ -180,15 +203,15 @@ def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[Un
     with reporter.stage("calibrate"):
         tokens, _ = calibrate(dense, recipe, reporter)
     every = [Unit(b, kind) for kind in units for b in range(source.config.num_hidden_layers) if b not in recipe.keep]
-    sampling = Sampling(recipe.seed, recipe.samples, max(1, len(every) // 3))
+    sampling = Sampling(recipe.seed, recipe.draws, max(1, len(every) // 3))
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(output, dense, recipe)
         judges = judges_of(dense, recipe, tokens, journal, reporter, residency)
-        scores = selection.score(judges, every, recipe.importance, sampling, reporter)
+        scores = selection.score(judges, every, recipe.metric, sampling, reporter)
     if parallel.process()[0] == 0:
-        print(score_table(scores[""].values, scores[""].errors, metric(recipe.importance).unit))
+        print(score_table(scores[""].values, scores[""].errors, metric(recipe.metric).unit))
         if output is not None:
-            _write_scores(output, recipe, dense, table_of(scores, recipe.importance))
+            _write_scores(output, recipe, dense, table_of(scores, recipe.metric))
     journal.discard()
 
 

@@ -66,18 +66,12 @@ class Plan:
     sources: int = 1
     window: int = 0
 
-    def state(self, sublayer: Sublayer) -> Literal["kept", "removed", "emulated"]:
-        """State of one sublayer."""
-        if sublayer not in self.removed:
-            return "kept"
-        return "removed" if self.removed[sublayer] == "none" else "emulated"
-
     def blocks_kept(self) -> list[int]:
-        """Blocks that keep or emulate at least one sublayer, in order."""
+        """Blocks of which at least one sublayer does something, in order."""
         return [
             block
             for block in range(self.num_blocks)
-            if any(self.state(Sublayer(block, kind)) != "removed" for kind in KINDS)
+            if any(self.removed.get(Sublayer(block, kind)) != "none" for kind in KINDS)
         ]
 
     def kept(self, kind: Kind) -> list[int]:

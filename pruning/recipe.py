@@ -67,12 +67,18 @@ class Recipe(BaseModel):
         SELECTION,
         Field(gt=0, description="Nats per token on held-out text: removes as much attention as stays inside."),
     ] = None
-    importance: Annotated[str, SELECTION, Field(description="Importance metric; see `prune-export list`.")] = (
-        "leave-one-out"
-    )
+    importance: Annotated[
+        str | None,
+        SELECTION,
+        Field(
+            description="Importance metric; see `prune-export list`. aumann-shapley for windows, else leave-one-out."
+        ),
+    ] = None
     samples: Annotated[
-        int, SELECTION, Field(ge=1, description="Subnetworks or orders drawn by metrics that sample.")
-    ] = 8
+        int | None,
+        SELECTION,
+        Field(ge=1, description="Subnetworks or orders drawn by metrics that sample: 8, or 1 for windows."),
+    ] = None
     search: Annotated[Search, SELECTION, Field(description="How the plan is chosen.")] = "rank"
     recovery_aware: Annotated[
         bool,
@@ -114,6 +120,11 @@ class Recipe(BaseModel):
         SELECTION,
         Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
     ] = None
+    codes: Annotated[
+        float,
+        SELECTION,
+        Field(ge=0, description="For windows: weight of codes hidden far away, beside 1 for the loss on text."),
+    ] = 0.25
     keep: Annotated[
         list[int],
         BeforeValidator(_numbers),
@@ -122,13 +133,13 @@ class Recipe(BaseModel):
         Field(description="Blocks to leave alone: 0,1 or 0 1."),
     ] = []
     emulation: Annotated[
-        Emulation,
+        Emulation | None,
         RECOVERY,
         Field(
-            description="What a sublayer becomes: none (removed), or a kind of `prune-export list`, such as window, "
-            "low-rank, linear, bias, context, kv-share."
+            description="What a sublayer becomes: none (removed), or a kind of `prune-export list`. By default window "
+            "for attention; low-rank for FFNs and blocks, and beside flags that concern adapters."
         ),
-    ] = "low-rank"
+    ] = None
     rank: Annotated[
         int,
         RECOVERY,
@@ -192,13 +203,19 @@ class Recipe(BaseModel):
         SEVERAL,
         Field(description="Text or JSONL files. Default: text the model writes itself."),
     ] = []
-    calibration_tokens: Annotated[int, CALIBRATION, Field(ge=1, description="Tokens the adapters are fitted on.")] = (
-        16384
-    )
+    calibration_tokens: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 3072."),
+    ] = None
     score_tokens: Annotated[
         int, CALIBRATION, Field(ge=1, description="Tokens (of the same) that importance is measured on.")
     ] = 4096
-    sequence_length: Annotated[int, CALIBRATION, Field(ge=8, description="Tokens in one calibration window.")] = 256
+    sequence_length: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(ge=8, description="Tokens in one calibration row: 256, or 1024 (the context, if less) for windows."),
+    ] = None
     seed: Annotated[int, CALIBRATION, Field(description="Seed of everything drawn.")] = 0
     dtype: Annotated[
         Dtype,
@@ -218,6 +235,34 @@ class Recipe(BaseModel):
         Field(description="Who can read the checkpoint; see `prune-export list`."),
     ] = "shoal"
 
+    @property
+    def kind(self) -> str:
+        """What sublayers become."""
+        others = self.ffn is not None or self.blocks is not None or self.sublayers is not None
+        others = others or self.weight_budget is not None or self.format in ("nemotron-nas", "gguf")
+        others = others or self.recovery_aware or self.copying > 0 or self.compensate or self.fuse
+        return self.emulation or ("low-rank" if others else "window")
+
+    @property
+    def metric(self) -> str:
+        """The importance metric."""
+        return self.importance or ("aumann-shapley" if limits(self) else "leave-one-out")
+
+    @property
+    def draws(self) -> int:
+        """What metrics that sample draw."""
+        return self.samples or (1 if limits(self) else 8)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens in one calibration row."""
+        return self.sequence_length or SHORT_ROW_TOKENS
+
+    @property
+    def fit_tokens(self) -> int:
+        """Tokens of all calibration rows."""
+        return self.calibration_tokens or FIT_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -229,7 +274,10 @@ class Counts:
     sublayers: int = 0
 
 
+SHORT_ROW_TOKENS, FIT_TOKENS = 256, 16384  # for adapters
+LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 3072  # for windows: as large a share of a row as of the context
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
+KV_BUDGET = "30%"  # kept where nothing says how much
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 
 
@@ -249,16 +297,26 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     window = recipe.window or max(2, context // WINDOW_SHARE) if limits(recipe) else None
     if window is not None and window >= context:
         raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
-    return recipe.model_copy(update={"context": context, "window": window})
+    length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
+    tokens = recipe.calibration_tokens or (FIT_TOKENS if window is None else max(length, CHOICE_TOKENS))
+    named = {"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
+    return recipe.model_copy(
+        update={**named, "emulation": recipe.kind, "importance": recipe.metric, "samples": recipe.draws}
+    )
 
 
 def limits(recipe: Recipe) -> bool:
     """Whether attention is limited to windows, not removed."""
-    return cache_of(recipe.emulation) == "window"
+    return cache_of(recipe.kind) == "window"
 
 
-def counts(recipe: Recipe, num_blocks: int) -> Counts:
+def counts(recipe: Recipe, num_blocks: int, sliding: int = 0) -> Counts:
     """Resolve the recipe's amounts against a model; a budget in loss or weights is an upper bound here.
+
+    Args:
+        recipe: Resolved.
+        num_blocks: L.
+        sliding: Attention layers that have a window by design; a share of the KV cache is one of the others'.
 
     Raises:
         RecipeError: An amount is malformed, out of range, contradicts another, or leaves no attention layer.
@@ -270,17 +328,19 @@ def counts(recipe: Recipe, num_blocks: int) -> Counts:
     free = num_blocks - len(set(recipe.keep))
     _refuse_contradictions(recipe, amounts, num_blocks)
     if recipe.kv_budget is not None:
-        amounts["attention"] = _limited_within(recipe, num_blocks)
+        amounts["attention"] = _limited_within(recipe, num_blocks - sliding)
     elif recipe.max_loss_increase is not None:
         amounts["attention"] = min(free, num_blocks - 1)
     elif recipe.weight_budget is not None:
         parse_share(recipe.weight_budget, "weight-budget")
         amounts["sublayers"] = min(2 * free, 2 * num_blocks - 2)
+    elif not amounts and limits(recipe):
+        amounts["attention"] = _limited_within(recipe.model_copy(update={"kv_budget": KV_BUDGET}), num_blocks - sliding)
     elif not amounts:
         amounts["attention"] = "33%"
     totals = {"sublayers": 2 * num_blocks}
     result = Counts(**{k: parse_amount(v, totals.get(k, num_blocks), k) for k, v in amounts.items()})
-    no_cache = cache_of(recipe.emulation) == "none"
+    no_cache = cache_of(recipe.kind) == "none"
     if (no_cache and result.attention + result.blocks >= num_blocks) or result.sublayers >= 2 * num_blocks - 1:
         gone = min(num_blocks, result.attention + result.blocks + result.sublayers)
         raise RecipeError(f"{gone} of {num_blocks} attention layers would go; at least one must stay")
@@ -323,7 +383,7 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
     if (
         recipe.format in ("nemotron-nas", "gguf")
         and not recipe.fuse
-        and recipe.emulation != REMOVED
+        and recipe.kind != REMOVED
         and set(amounts) != {"blocks"}
     ):
         raise RecipeError(f"--format {recipe.format} holds no adapters; add --fuse, or choose --emulation none")
@@ -336,14 +396,14 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
         raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
     if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
-    if recipe.recovery_aware and recipe.emulation == REMOVED:
+    if recipe.recovery_aware and recipe.kind == REMOVED:
         raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
-    whole = recipe.emulation != REMOVED and row(recipe.emulation).unit == "block"
+    whole = recipe.kind != REMOVED and row(recipe.kind).unit == "block"
     if whole:
         _refuse_with_whole_blocks(recipe, set(amounts))
     unshared = set(amounts) == {"blocks"} and not whole
-    if recipe.heal == "adapters" and (recipe.emulation == REMOVED or unshared):
-        why = "--emulation none" if recipe.emulation == REMOVED else "whole blocks go without emulation"
+    if recipe.heal == "adapters" and (recipe.kind == REMOVED or unshared):
+        why = "--emulation none" if recipe.kind == REMOVED else "whole blocks go without emulation"
         raise RecipeError(f"--heal adapters has nothing to train ({why}); use --heal lora, or leave it out")
     if recipe.heal != "none" and recipe.fuse:
         raise RecipeError("--heal trains adapters and --fuse leaves none; give one of them")
@@ -353,7 +413,7 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_bl
 
 def _refuse_with_whole_blocks(recipe: Recipe, kinds: set[str]) -> None:
     """Refuse what contradicts blocks that share the weights of kept ones."""
-    flag = f"--emulation {recipe.emulation}"
+    flag = f"--emulation {recipe.kind}"
     if kinds != {"blocks"}:
         raise RecipeError(f"{flag} replaces whole blocks; ask for --blocks N and for nothing else")
     if recipe.compensate or recipe.fuse:

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning import windows
 from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.choice import read_questions
 from pruning.evaluation.tasks import TaskEvaluator, holds_questions, parse_task, read_task
 from pruning.export.formats import format_named
 from pruning.export.untouched import changes_weights, links_to
-from pruning.families import has_biases
+from pruning.families import has_biases, own_window
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator, Residency
 from pruning.importance import Sampling, Scores, metric
 from pruning.models.loading import DenseModel, Source, find_model
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Counts, Recipe, counts, resolved
+from pruning.recipe import Counts, Recipe, counts, limits, resolved
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import Precision, Settings, heal
@@ -39,13 +40,16 @@ HEALING_VALIDATION_WINDOWS = 16
 HEALING_TOKENS = 10_000_000  # text read where the number of updates is not known
 HEALING_MINUTES = 30.0
 SEARCH_FIT_TOKENS = 16384  # that a search fits its emulations on, in each half; every base that it tries costs a fit
+SEARCH_BATCH_TOKENS = 2048
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
 def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
-    """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] each."""
-    length = recipe.sequence_length
-    tokens = recipe.calibration_tokens + HELD_OUT_WINDOWS * length
+    """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] and [m, T']."""
+    if limits(recipe):
+        return windows.texts(dense, recipe)
+    length = recipe.row_tokens
+    tokens = recipe.fit_tokens + HELD_OUT_WINDOWS * length
     if recipe.calibration:
         rows = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
     elif recipe.stream:
@@ -58,7 +62,7 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
 
 def judges_of(
     dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
-    residency: Residency | None = None,
+    residency: Residency | None = None, found: windows.Limits | None = None,
 ) -> list[Judge]:  # fmt: skip
     """What plans are judged on: tasks, calibration text, or two halves of it of different domains, crosswise.
 
@@ -66,9 +70,12 @@ def judges_of(
     windows of the same text judge as well: layers that copy from the context cost little on text, and their work is
     what no map of a single token brings back.
     """
+    if limits(recipe) and not recipe.task:
+        found = found or windows.limited(dense, recipe, tokens, reporter)
+        return windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
     settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
-    windows = max(1, recipe.score_tokens // recipe.sequence_length)
-    fitted = max(1, SEARCH_FIT_TOKENS // recipe.sequence_length)
+    count = max(1, recipe.score_tokens // recipe.row_tokens)
+    fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
 
     def judge(name: str, rows: Tensor, fit: Tensor | None) -> Judge:
         evaluator = Evaluator(dense.model, dense.family, rows, **settings)
@@ -78,10 +85,10 @@ def judges_of(
         return Judge(name, evaluator, 1.0, adapters, _identity(recipe, fit[:fitted]))
 
     if recipe.task or not recipe.recovery_aware:
-        texts = [judge("calibration text", tokens[:windows], tokens if recipe.recovery_aware else None)]
+        texts = [judge("calibration text", tokens[:count], tokens if recipe.recovery_aware else None)]
     else:
         texts = [
-            judge(f"half {number}", rows[: max(1, windows // 2)], others)
+            judge(f"half {number}", rows[: max(1, count // 2)], others)
             for number, (rows, others) in enumerate(_halves(recipe, tokens, reporter), 1)
         ]
     judges = [_task_judge(dense, recipe, path, texts[0], settings) for path in recipe.task] or list(texts)
@@ -112,14 +119,14 @@ def _task_judge(dense: DenseModel, recipe: Recipe, task: str, text: Judge, setti
         questions = read_task(path, dense.tokenizer, recipe.score_tokens)
         evaluator = TaskEvaluator(dense.model, dense.family, questions, dense.tokenizer, recipe.judged_by, **settings)
     else:
-        rows = from_files([path], dense.tokenizer, recipe.score_tokens, recipe.sequence_length, recipe.seed)
+        rows = from_files([path], dense.tokenizer, recipe.score_tokens, recipe.row_tokens, recipe.seed)
         evaluator = Evaluator(dense.model, dense.family, rows, **settings)
     return replace(text, name=path.name, evaluator=evaluator, weight=weight)
 
 
 def _identity(recipe: Recipe, tokens: Tensor) -> str:
     """Digest of what adapters depend on besides the model."""
-    settings = f"{recipe.emulation} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
+    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
     return hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
@@ -170,8 +177,8 @@ def choose(judges: Sequence[Judge], recipe: Recipe, wanted: Counts, reporter: Re
     if recipe.max_loss_increase is not None or recipe.weight_budget is not None:
         depth = num_blocks // 3
     return selection.select(
-        judges, groups_of(wanted, num_blocks, recipe.keep), recipe.importance, recipe.search,
-        Sampling(recipe.seed, recipe.samples, depth), reporter,
+        judges, groups_of(wanted, num_blocks, recipe.keep), recipe.metric, recipe.search,
+        Sampling(recipe.seed, recipe.draws, depth), reporter,
         objective=recipe.objective, generations=recipe.generations, offspring=recipe.offspring,
     )  # fmt: skip
 
@@ -190,8 +197,9 @@ def tasks_of(
 
 
 def within_budget(
-    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
-) -> list[Unit]:
+    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter,
+    prepared: Mapping[Sublayer, Any] | None = None,
+) -> list[Unit]:  # fmt: skip
     """The units of `order` that a budget in weights or in loss lets go; all where there is no such budget.
 
     Raises:
@@ -209,26 +217,28 @@ def within_budget(
             raise RecipeError(f"--weight-budget {recipe.weight_budget} is out of reach: not even all sublayers save it")
         return list(order[:count])
     if recipe.max_loss_increase is not None:
-        return _within_loss(dense, recipe, order, tokens, held_out, reporter)
+        return _within_loss(dense, recipe, order, tokens, held_out, reporter, prepared)
     return list(order)
 
 
 def _within_loss(
-    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter
-) -> list[Unit]:
+    dense: DenseModel, recipe: Recipe, order: Sequence[Unit], tokens: Tensor, held_out: Tensor, reporter: Reporter,
+    prepared: Mapping[Sublayer, Any] | None,
+) -> list[Unit]:  # fmt: skip
     """The longest start of `order` whose emulated plan stays inside the loss budget, by bisection."""
     bound = recipe.max_loss_increase
     assert bound is not None
     fitting = Evaluator(dense.model, dense.family, tokens)
-    judging = Evaluator(dense.model, dense.family, held_out)
+    judging = Evaluator(dense.model, dense.family, held_out, max(1, SEARCH_BATCH_TOKENS // held_out.shape[1]))
     before = float(judging.loss({}).mean())
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
         removed = dict.fromkeys(sublayers_of(order[:middle]), emulation_kind(recipe))
-        increase = (
-            float(judging.loss(fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)).mean()) - before
-        )
+        emulations: Mapping[Sublayer, Any] = prepared or {}
+        if prepared is None:
+            emulations = fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)
+        increase = float(judging.loss({s: emulations[s] for s in removed}).mean()) - before
         reporter.say(f"{middle} removed: loss increase {increase:.4f} nats per token")
         fits, fails = (middle, fails) if increase <= bound else (fits, middle)
     if not fits:
@@ -238,7 +248,7 @@ def _within_loss(
 
 def emulation_kind(recipe: Recipe) -> EmulationKind:
     """The recipe's emulation as the plan names it."""
-    return recipe.emulation.replace("-", "_")
+    return recipe.kind.replace("-", "_")
 
 
 def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
@@ -261,16 +271,20 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Rec
     Raises:
         UserError: What is wrong with the request.
     """
-    scorer = metric(recipe.importance)
+    scorer = metric(recipe.metric)
     flag = "--task" if recipe.task else "--copying"
     if (recipe.task or recipe.copying) and not scorer.target.startswith("pruning.importance.ablation"):
-        raise RecipeError(f"--importance {recipe.importance} sees all tokens alike; with {flag} use leave-one-out, kl, "
+        raise RecipeError(f"--importance {recipe.metric} sees all tokens alike; with {flag} use leave-one-out, kl, "
                           f"a Shapley value, or leave {flag} out")  # fmt: skip
-    if recipe.importance == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
+    if recipe.metric == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
         raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
     source = find_model(model, reporter)
     recipe = resolved(recipe, source.config.max_position_embeddings)
-    wanted = counts(recipe, source.config.num_hidden_layers)
+    num_blocks, own = source.config.num_hidden_layers, list[int]()
+    if limits(recipe):
+        own = [block for block in range(num_blocks) if own_window(source.config, block)]
+        recipe = recipe.model_copy(update={"keep": sorted({*recipe.keep, *own})})  # sliding by design
+    wanted = counts(recipe, num_blocks, len(own))
     if recipe.fuse:
         check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
     kind = emulation_kind(recipe)
@@ -279,7 +293,7 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Rec
     if recipe.rank > source.config.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
     if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
-        raise RecipeError(f"--emulation {recipe.emulation} is for attention only; choose another for FFNs")
+        raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
     if not format_named(recipe.format).weights and (changing := weight_changing_flag(recipe, wanted)) is not None:
         raise RecipeError(f"--format {recipe.format} holds no weights, and {changing} changes some; leave it out, "
                           "or use --format shoal")  # fmt: skip
@@ -297,7 +311,7 @@ def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
     """The flag by which weights of the dense model go or change; None: they all stay as they are."""
     kind = emulation_kind(recipe)
     if changes_weights([kind]):
-        return f"--emulation {recipe.emulation}"
+        return f"--emulation {recipe.kind}"
     flags = {
         "--blocks": wanted.blocks and row(kind).unit != "block",
         "--compensate": recipe.compensate,
@@ -332,7 +346,10 @@ def journal_of(output: Path | None, dense: DenseModel, recipe: Recipe) -> Journa
     return Journal(cache_directory() / "journals" / f"{key}.jsonl", scope)
 
 
-def recovered(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> Recovery | Fusion:
+def recovered(
+    dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter,
+    prepared: Mapping[Sublayer, Any] | None = None,
+) -> Recovery | Fusion:  # fmt: skip
     """Adapters, or the changes of kept weights that take their place."""
     evaluator = Evaluator(dense.model, dense.family, tokens)
     recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
@@ -340,7 +357,14 @@ def recovered(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, rep
     with forwards(dense, recipe):
         if not recipe.fuse:
             return recover(
-                evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, window=plan.window, **how
+                evaluator,
+                plan.removed,
+                plan.rank,
+                reporter,
+                sources=plan.sources,
+                window=plan.window,
+                prepared=prepared,
+                **how,
             )
         check_fusable(dense.family, plan.removed)
         biased = has_biases(dense.model.config)
@@ -349,19 +373,21 @@ def recovered(dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, rep
 
 def healed(
     dense: DenseModel, recipe: Recipe, plan: Plan, recovery: Recovery, tokens: Tensor, held_out: Tensor, output: Path,
-    reporter: Reporter,
+    reporter: Reporter, found: windows.Limits | None = None,
 ) -> tuple[Recovery, dict[str, Any]]:  # fmt: skip
     """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
 
     Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
-    the model writes as many others again.
+    the model writes as many others again. Limited layers (`found`) are trained with windows for these rows.
     """
-    length = recipe.sequence_length
-    if recipe.calibration:
-        budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
-        budget += HEALING_VALIDATION_WINDOWS * length
-        used = torch.cat([held_out, tokens])
-        others = other_windows(recipe.calibration, dense.tokenizer, budget, length, used)
+    length = recipe.row_tokens
+    budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
+    budget += HEALING_VALIDATION_WINDOWS * length
+    if found is not None:
+        others = windows.others(dense, recipe, budget, tokens, held_out)
+        recovery = replace(recovery, emulations={sublayer: found.scored[sublayer] for sublayer in recovery.emulations})
+    elif recipe.calibration:
+        others = other_windows(recipe.calibration, dense.tokenizer, budget, length, torch.cat([held_out, tokens]))
     else:
         others = self_generated(dense.model, dense.tokenizer, len(tokens), length, recipe.seed + 1, reporter)
     rows = torch.cat([others, tokens])
@@ -375,10 +401,13 @@ def healed(
         batch_tokens=recipe.heal_batch_tokens, precision=healing_precision(dense, recipe), seed=recipe.seed,
     )  # fmt: skip
     scope = f"{dense.weight_hash} {torch.get_num_threads()} {recipe.model_dump_json()}"
-    return heal(
+    recovery, record = heal(
         dense.model, dense.family, plan, recovery, rows[count:], rows[:count], settings, reporter,
         state=healing_state(output), scope=scope,
     )  # fmt: skip
+    if found is not None:
+        recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, recipe))
+    return recovery, record
 
 
 def healing_precision(dense: DenseModel, recipe: Recipe) -> Precision:

@@ -90,7 +90,7 @@ def sweep(
     quiet_libraries()
     check_output(output, overwrite)
     for name in curves.choosers:
-        metric(recipe.importance if name == "greedy" else name)
+        metric(recipe.metric if name == "greedy" else name)
     questions = [read_questions(path, curves.limit) for path in curves.choice]
     for path in [*recipe.calibration, *([curves.judge] if curves.judge else [])]:
         read_text(path)
@@ -144,13 +144,13 @@ def _order(
     dense: DenseModel, recipe: Recipe, chooser: str, count: int, tokens: Any, journal: Journal, reporter: Reporter
 ) -> tuple[list[Unit], float, dict[str, Any]]:
     """Units in order of removal, seconds it took (journalled with them), and the scores."""
-    how, name = ("greedy", recipe.importance) if chooser == "greedy" else ("rank", chooser)
+    how, name = ("greedy", recipe.metric) if chooser == "greedy" else ("rank", chooser)
     key = ["order", how, name, count, recipe.model_dump_json(), _digest(tokens)]
     if (known := journal.recall(key)) is None:
         start = time.perf_counter()
         judges = judges_of(dense, recipe, tokens, journal, reporter)
         groups = groups_of(Counts(attention=max(1, count)), dense.model.config.num_hidden_layers, recipe.keep)
-        sampling = Sampling(recipe.seed, recipe.samples, max(1, count))
+        sampling = Sampling(recipe.seed, recipe.draws, max(1, count))
         chosen = selection.select(judges, groups, name, how, sampling, reporter)
         known = [[unit.block for unit in chosen.order], time.perf_counter() - start, table_of(chosen.scores, name)]
         journal.keep(key, known)
@@ -203,7 +203,7 @@ def _points(
     known = {str(key(plan)): judge.journal.recall(key(plan)) for plan in wanted.values()}
     missing = [plan for one, plan in {str(key(p)): p for p in wanted.values()}.items() if known[one] is None]
     fitting = Evaluator(judge.dense.model, judge.dense.family, tokens)
-    with reporter.progress(f"plans, {recipe.emulation}", len(missing)) as step:
+    with reporter.progress(f"plans, {recipe.kind}", len(missing)) as step:
         for group in together(fitting, [plan.removed for plan in missing], PLANS_AT_ONCE):
             some = [missing[number] for number in group]
             start = time.perf_counter()
@@ -218,7 +218,7 @@ def _points(
                 known[str(key(plan))] = [loss, seconds, found]
                 judge.journal.keep(key(plan), known[str(key(plan))])
                 step.advance()
-    return [_point(judge, name, recipe.emulation, plan, known[str(key(plan))]) for (name, _), plan in wanted.items()]
+    return [_point(judge, name, recipe.kind, plan, known[str(key(plan))]) for (name, _), plan in wanted.items()]
 
 
 def _answers(

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,9 @@ from typing import Any, Literal
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 import pruning
@@ -24,33 +28,46 @@ from pruning.models.checkpoint import Manifest, is_pruned, read_manifest
 from server import logs
 from server.admission import Admission
 from server.auth import Authenticate, KeyRing
-from server.engine import compat as vllm_compat
+from server.costs import Limits
+from server.engine import compat
+from server.heads import Heads
 from server.inventory import Inventory, take_inventory
 from server.lifecycle import OPERATIONS, Gate, Lifecycle, Split, supervise
 from server.limits import RateLimit, spend_tokens
 from server.metrics import Measure, publish
 from server.opening import opening, opening_app
+from server.refusals import OpenAIErrors
 from server.routes import router
 from server.settings import Settings
+from server.validation import refuse_invalid
 
 logger = logging.getLogger("shoal.app")
 
 
-def assemble(
-    stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: int, processes: int = 1, root: int | None = None
-) -> ASGIApp:
+def dress(app: ASGIApp, cors: dict[str, Any], root: int | None = None) -> ASGIApp:
+    """Put around an application what every answer of the process gets: log and id, times, CORS, OpenAI's errors.
+
+    Args:
+        app: With its gate.
+        cors: Options of Starlette's middleware.
+        root: Process whose memory is reported; None: this one.
+    """
+    allowed = CORSMiddleware(app, expose_headers=["X-Request-Id", "Retry-After"], **cors)
+    return logs.RequestLog(Heads(Measure(OpenAIErrors(allowed), root)), quiet=OPERATIONS)
+
+
+def assemble(stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: int, processes: int = 1) -> ASGIApp:
     """Put our middleware around vLLM's application.
 
-    vLLM hands the application over with its middleware stack already built, so ours wraps the whole: outermost the
-    log and the stop-watch, then the gate, the keys, their limits, the limits of all.
+    Its middleware stack stays vLLM's, so ours wraps the whole: the gate, then the keys, their limits, the limits of
+    all. What `dress` puts on is outside of that.
 
     Args:
         stock: vLLM's application, with our routes in it.
         settings: How to serve.
         lifecycle: What the gate and the health routes read.
-        running: Requests the engine runs at once.
+        running: Sequences the engine runs at once.
         processes: API processes that share the traffic; each hands out its part of the limits.
-        root: Process whose memory is reported; None: this one.
     """
     waiting = settings.max_queued_requests
     app: ASGIApp = Admission(
@@ -59,25 +76,37 @@ def assemble(
         None if waiting is None else math.ceil(waiting / processes),
         settings.max_body_bytes,
         settings.retry_after_seconds,
+        Limits(**{field.name: getattr(settings, f"max_{field.name}") for field in fields(Limits)}),
+        stores=compat.stores_responses(),
     )
     if settings.api_keys_file is not None:
         app = RateLimit(app, settings.requests_per_minute, settings.tokens_per_minute, 1 / processes)
         app = Authenticate(app, KeyRing(settings.api_keys_file))
-    gate = Gate(app, lifecycle, settings.retry_after_seconds)
-    return logs.RequestLog(Measure(gate, root), quiet=OPERATIONS)
+    return Gate(app, lifecycle, settings.retry_after_seconds)
+
+
+def adopt(stock: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Make vLLM's application ours: routes that come first, its name, and sentences for what is wrong with a field."""
+    stock.router.routes[:0] = routes
+    stock.title, stock.version = "Shoal", pruning.__version__
+    stock.description = "OpenAI-compatible API of a depth-pruned model, served by vLLM."
+    stock.add_exception_handler(RequestValidationError, refuse_invalid)
+    stock.middleware_stack = None  # built at the first request, with that handler in it
 
 
 def announce(inventory: Inventory, args: Namespace, settings: Settings) -> None:
-    """Say what the cache holds, and to people a line to try."""
-    for note in inventory.notes:
-        logger.warning(note)
+    """Say what the cache holds and which parsers read the answers, and to people a line to try."""
+    tools, reasoning = compat.parsers(args)
+    lines = [*inventory.lines(), f"Parsers: tool calls {tools or 'none'}, reasoning {reasoning or 'none'}"]
+    for warning in inventory.warnings:
+        logger.warning(warning)
     if settings.log_format == "json":
-        for line in inventory.lines():
+        for line in lines:
             logger.info(line)
         return
     scheme = "https" if args.ssl_certfile else "http"
     host = "localhost" if args.host in ("0.0.0.0", "::", None, "") else args.host
-    print(*inventory.lines(), sep="\n")
+    print(*lines, sep="\n")
     print(
         f"Try: curl {scheme}://{host}:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d "
         f'\'{{"model": "{args.served_model_name[0]}", "temperature": 0, '
@@ -97,7 +126,7 @@ async def serve(
         sockets: Bound: the API's and, where it has its own, the one for operations.
         client_config: How this process joins the engines, one of several API processes; None: it is alone.
     """
-    vllm_compat.warn_if_untested()
+    compat.warn_if_untested()
     lifecycle = Lifecycle()
     directory = Path(args.model)
     manifest: Manifest | None = read_manifest(directory) if is_pruned(directory) else None
@@ -105,33 +134,34 @@ async def serve(
     processes, root, first = 1, None, True
     if client_config is not None:
         processes, root, first = client_config["client_count"], os.getppid(), client_config["client_index"] == 0
-    peer_loads = vllm_compat.peer_loads(client_config)
-    options = vllm_compat.uvicorn_options(args) | {"access_log": False, "log_config": None}
-    waiting_room = opening_app(lifecycle, vllm_compat.metrics_registry(), settings.retry_after_seconds)
+    peer_loads = compat.peer_loads(client_config)
+    options = compat.uvicorn_options(args) | {"access_log": False, "log_config": None}
+    cors = compat.take_cors(args)
+    waiting_room = opening_app(lifecycle, compat.metrics_registry(), settings.retry_after_seconds)
     async with AsyncExitStack() as stack:
-        with opening(waiting_room, sockets, options):
-            engine = await stack.enter_async_context(vllm_compat.open_engine(args, client_config))
-            facts = vllm_compat.engine_facts(engine)
+        with opening(dress(waiting_room, cors, root), sockets, options):
+            engine = await stack.enter_async_context(compat.open_engine(args, client_config))
+            facts = compat.engine_facts(engine)
             inventory = take_inventory(directory, manifest, facts, draft)
-            publish(inventory, pruning.__version__, vllm_compat.VERSION, args.served_model_name[0])
-            vllm_compat.guard_generation(engine, settings.max_prompt_tokens, settings.max_output_tokens, spend_tokens)
-            stock = await vllm_compat.stock_app(engine, args)
-            own = router(manifest, inventory, partial(vllm_compat.model_cards, stock), draft)
-            stock.router.routes[:0] = [*lifecycle.routes(), *own.routes]
+            publish(inventory, pruning.__version__, compat.VERSION, args.served_model_name[0])
+            compat.guard_generation(engine, settings.max_prompt_tokens, settings.max_output_tokens, spend_tokens)
+            stock = await compat.stock_app(engine, args)
+            own = router(manifest, inventory, partial(compat.model_cards, stock), draft, compat.VERSION)
+            adopt(stock, [*lifecycle.routes(), *own.routes])
             # vLLM's error handlers stop `state.server` at the first error of a dead engine; `supervise` stops ours.
             stock.state.server = SimpleNamespace(should_exit=False)
-            app = assemble(stock, settings, lifecycle, facts.max_running, processes, root)
+            app = assemble(stock, settings, lifecycle, facts.max_running, processes)
         apps: list[ASGIApp] = [app] if len(sockets) == 1 else [Split(app, False), Split(app, True)]
         servers = []
         for part, sock in zip(apps, sockets, strict=True):
             main = sock is sockets[0]
             lifespan: Literal["on", "off"] = "on" if main else "off"
-            config = uvicorn.Config(part, lifespan=lifespan, timeout_graceful_shutdown=2, **options)
+            config = uvicorn.Config(dress(part, cors, root), lifespan=lifespan, timeout_graceful_shutdown=2, **options)
             config.load()
-            stack.callback(vllm_compat.refresh_certificates(config, args))
-            servers.append((vllm_compat.http_server(config, peer_loads if main else None), [sock]))
+            stack.callback(compat.refresh_certificates(config, args))
+            servers.append((compat.http_server(config, peer_loads if main else None), [sock]))
         ready = partial(announce, inventory, args, settings) if first else lambda: None
-        dead = vllm_compat.death_watch(engine, root)
+        dead = compat.death_watch(engine, root)
         return await supervise(lifecycle, servers, engine, dead, settings.grace_seconds, ready)
 
 
@@ -143,7 +173,7 @@ def api_process(
     address: str, sock: socket.socket, args: Namespace, client_config: dict[str, Any] | None = None, **_: Any
 ) -> None:
     """One of several API processes: what vLLM starts in place of its own worker."""
-    vllm_compat.enter_api_process(args, client_config)
+    compat.enter_api_process(args, client_config)
     settings: Settings = args.shoal_settings
     logs.configure(settings.log_level, settings.log_format)
     sys.exit(uvloop.run(serve(args, settings, [sock, *args.shoal_sockets], client_config)))
@@ -154,9 +184,9 @@ def run(args: Namespace, settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
     operations = settings.operations_port
     with ExitStack() as stack:
-        extra = [] if operations is None else [stack.enter_context(vllm_compat.bind(args.host or "", operations))]
+        extra = [] if operations is None else [stack.enter_context(compat.bind(args.host or "", operations))]
         if (args.api_server_count or 1) > 1:
             args.shoal_settings, args.shoal_sockets = settings, extra
-            return vllm_compat.run_api_processes(args, api_process)
+            return compat.run_api_processes(args, api_process)
         signal.signal(signal.SIGTERM, _interrupt)  # until the event loop takes it over
-        return uvloop.run(serve(args, settings, [stack.enter_context(vllm_compat.listen(args)), *extra]))
+        return uvloop.run(serve(args, settings, [stack.enter_context(compat.listen(args)), *extra]))

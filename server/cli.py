@@ -13,6 +13,7 @@ from rich.text import Text
 
 from pruning import __version__
 from pruning.errors import Interrupted, ShoalError
+from server.plugin import GRAMMAR_SECONDS
 from server.settings import PREFIX, Settings
 
 
@@ -56,11 +57,13 @@ def serve(
     settings = settings or Settings()
     model = _check(directory, settings)
     from server.app import run
-    from server.engine.compat import parse_arguments
+    from server.engine.compat import parse_arguments, set_parsers
 
+    os.environ[GRAMMAR_SECONDS] = str(settings.grammar_seconds)  # read within the engine's processes
     logging = ["--logging-config.formatter", settings.log_format]
     args = parse_arguments([model, *logging, *engine], _defaults(directory, settings))
     _check_combination(args, settings)
+    set_parsers(args, *_parsers(directory, args.chat_template, settings))
     return run(args, settings)
 
 
@@ -114,6 +117,20 @@ def _check_combination(args: Namespace, settings: Settings) -> None:
         raise SettingsError("--draft does not work with --pipeline-parallel-size: the last stage would need all of it")
 
 
+def _parsers(directory: str, chat_template: str | None, settings: Settings) -> tuple[str | None, str | None]:
+    """Parsers of tool calls and of reasoning: as set, else those that fit the chat template."""
+    from server.parsers import AUTO, NONE, REASONING, TOOL_CALLS, chosen, read_model_type, read_template
+
+    template = chat_template or read_template(Path(directory))
+    if chat_template and Path(chat_template).is_file():
+        template = Path(chat_template).read_text(encoding="utf-8", errors="replace")
+    names: list[str | None] = []
+    for name, rules in ((settings.tool_call_parser, TOOL_CALLS), (settings.reasoning_parser, REASONING)):
+        by_template = chosen(rules, template, read_model_type(Path(directory))) if name == AUTO else name
+        names.append(None if by_template == NONE else by_template)
+    return names[0], names[1]
+
+
 def _defaults(directory: str, settings: Settings) -> dict[str, Any]:
     """What vLLM's arguments are where the user names none."""
     from server.drafts import draft_config
@@ -128,6 +145,7 @@ def _defaults(directory: str, settings: Settings) -> dict[str, Any]:
         "enable_log_requests": settings.log_prompts,
         # Reached by Ctrl-C, which a terminal sends to the engine processes too.
         "shutdown_timeout": int(settings.grace_seconds),
+        "max_logprobs": max(settings.max_top_logprobs, settings.max_prompt_logprobs),
         "speculative_config": draft and draft_config(draft, settings.draft_tokens),
     }
 

@@ -16,6 +16,10 @@ State = Literal["kept", "limited", "removed", "emulated"]
 STATES: tuple[State, ...] = get_args(State)
 CONTEXTS = (1024, 8192)  # and the longest
 SMALL_CHUNK = 1024
+NOTHING_SAVED = (
+    "windows save no KV cache: vLLM's hybrid KV cache manager is off (--disable-hybrid-kv-cache-manager, or a KV "
+    "connector that cannot do with it)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,8 @@ class Inventory:
         weight_bytes_dense: The same for the dense model.
         emulation_parameters: Numbers in all emulation adapters.
         contexts: What requests take at some lengths, shortest first; empty where nothing is limited.
-        notes: What windows cost and do not save here, a sentence each.
+        notes: What windows cost here, a sentence each.
+        warnings: What windows do not save here, a sentence each.
     """
 
     blocks: tuple[dict[Kind, State], ...]
@@ -67,6 +72,7 @@ class Inventory:
     emulation_parameters: int
     contexts: tuple[Context, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def count(self, kind: Kind, state: State) -> int:
         """Sublayers of a kind in a state."""
@@ -81,7 +87,7 @@ class Inventory:
         if self.contexts:
             each = [f"{c.fitting_tokens:,} ({c.fitting_tokens_dense:,}) at {c.tokens:,}" for c in self.contexts]
             found.append(f"Tokens that fit (dense), by the length of a request: {'; '.join(each)}")
-        return found
+        return found + list(self.notes)
 
 
 def sublayers(manifest: Manifest, limited: Collection[int] = ()) -> tuple[dict[Kind, State], ...]:
@@ -135,9 +141,10 @@ def take_inventory(
     pool_bytes = facts.capacity_tokens * per_token
     contexts: tuple[Context, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     if facts.windows and facts.shape and facts.dense_shape:
         contexts = tuple(_context(tokens, facts, one_layer) for tokens in _lengths(facts.max_model_len))
-        notes = _notes(facts)
+        notes, warnings = (_notes(facts), ()) if facts.hybrid else ((), (NOTHING_SAVED,))
         per_token = contexts[-1].request_bytes // contexts[-1].tokens
         capacity_dense = contexts[-1].fitting_tokens_dense
         pool_bytes = facts.pool_blocks * facts.shape.group_layers * facts.shape.block_tokens * one_layer
@@ -153,6 +160,7 @@ def take_inventory(
         emulation_parameters=adapters,
         contexts=contexts,
         notes=notes,
+        warnings=warnings,
     )
 
 
@@ -174,19 +182,14 @@ def _context(tokens: int, facts: EngineFacts, one_layer: int) -> Context:
 
 
 def _notes(facts: EngineFacts) -> tuple[str, ...]:
-    """What windows cost and do not save in this engine."""
+    """What windows cost in this engine beyond themselves."""
     shape, longest = facts.shape, facts.max_model_len
     assert shape is not None
-    if not facts.hybrid:
-        return (
-            "windows save no KV cache: vLLM's hybrid KV cache manager is off "
-            "(--disable-hybrid-kv-cache-manager, or a KV connector that cannot do with it)",
-        )
     here, unhurried = shape.layer_blocks(longest), replace(shape, in_flight_tokens=1).layer_blocks(longest)
     if here == unhurried:
         return ()
     note = (
-        f"{1 - unhurried / here:.0%} of what a request of {longest:,} tokens reserves is for the "
+        f"Of what a request of {longest:,} tokens reserves, {1 - unhurried / here:.0%} is for the "
         f"{shape.in_flight_tokens:,} tokens that may be in flight in its limited layers"
     )
     small = replace(shape, in_flight_tokens=shape.in_flight_tokens * SMALL_CHUNK // facts.chunk_tokens)

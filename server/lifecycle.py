@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.engine import compat as vllm_compat
+from server.engine import compat
 from server.errors import error_response
 from server.metrics import READY
 
@@ -143,7 +143,7 @@ async def supervise(
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, lambda: hurry.set() if stop.is_set() else stop.set())
     running = [asyncio.create_task(server.serve(sockets=sockets)) for server, sockets in servers]
-    warm_up = asyncio.create_task(vllm_compat.first_token(engine))
+    warm_up = asyncio.create_task(compat.first_token(engine))
     try:
         while not stop.is_set() and not dead() and not any(task.done() for task in running):
             if warm_up.done() and not lifecycle.started and warm_up.exception() is None:
@@ -163,4 +163,4 @@ async def supervise(
             server.should_exit = True
         warm_up.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        await loop.run_in_executor(None, vllm_compat.shut_down, engine, DEATH_SECONDS)
+        await loop.run_in_executor(None, compat.shut_down, engine, DEATH_SECONDS)

@@ -1,6 +1,6 @@
 """The `shoal_*` instruments, on prometheus_client's default registry, which vLLM's `/metrics` serves.
 
-Every gauge states how several API processes are combined; `docs/metrics.md` lists them all.
+Every gauge states how several API processes are combined; `docs/use/metrics.md` lists them all.
 """
 
 import asyncio
@@ -68,7 +68,7 @@ TASKS = Gauge(
 ACCEPTED = Counter("shoal_admission_accepted_total", "Requests let in.")
 REJECTED = Counter("shoal_admission_rejected_total", "Requests refused at the door, by reason.", ["reason"])
 QUEUE_DEPTH = Gauge(
-    "shoal_admission_queue_depth", "Requests inside beyond those the engine runs at once.", multiprocess_mode="livesum"
+    "shoal_admission_queue_depth", "Sequences inside beyond those the engine runs at once.", multiprocess_mode="livesum"
 )
 DURATION = Histogram(
     "shoal_request_duration_seconds", "From the request's arrival to its last byte.", ["route", "status"],

@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from server.lifecycle import Gate, Lifecycle
 
@@ -34,7 +35,7 @@ def opening_app(lifecycle: Lifecycle, registry: CollectorRegistry, retry_after_s
 
 
 @contextmanager
-def opening(app: Gate, sockets: Sequence[socket.socket], options: dict[str, Any]) -> Iterator[None]:
+def opening(app: ASGIApp, sockets: Sequence[socket.socket], options: dict[str, Any]) -> Iterator[None]:
     """Serve an application in a thread until the block ends; the sockets stay open and keep what waits in them.
 
     vLLM's start blocks the event loop it runs in, so this has a loop of its own. What it listens on are duplicates of

@@ -11,7 +11,9 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse
 
+import pruning
 from pruning.models.checkpoint import Manifest
+from server.errors import error_response
 from server.inventory import Inventory
 
 
@@ -28,7 +30,7 @@ def describe(manifest: Manifest | None, inventory: Inventory, draft: Manifest | 
             "tokens": inventory.capacity_tokens,
             "tokens_dense": inventory.capacity_tokens_dense,
             "contexts": [asdict(context) for context in inventory.contexts],
-            "notes": list(inventory.notes),
+            "notes": [*inventory.notes, *inventory.warnings],
         },
         "weight_bytes": inventory.weight_bytes,
         "weight_bytes_dense": inventory.weight_bytes_dense,
@@ -73,6 +75,7 @@ def router(
     inventory: Inventory,
     model_cards: Callable[[], Awaitable[dict[str, Any]]],
     draft: Manifest | None = None,
+    vllm_version: str = "",
 ) -> APIRouter:
     """The routes.
 
@@ -81,6 +84,7 @@ def router(
         inventory: What is served.
         model_cards: vLLM's own answer to `/v1/models`.
         draft: Of the checkpoint that drafts, where there is one.
+        vllm_version: Of the engine.
     """
     description, summary = describe(manifest, inventory, draft), summarise(manifest, inventory)
     html, headers = page()
@@ -95,12 +99,28 @@ def router(
         """What was removed, what it cost, and what the running engine's KV cache holds."""
         return JSONResponse(description)
 
+    async def cards() -> dict[str, Any]:
+        """vLLM's list; each entry also says what was removed (adapters: from the model they sit on), none its path."""
+        listed = await model_cards()
+        for card in listed["data"]:
+            card["root"], card["pruning"] = card["id"], summary
+        return listed
+
     @own.get("/v1/models", include_in_schema=False)
     async def show_models() -> JSONResponse:
-        """vLLM's list; each entry also says what was removed (adapters: from the model they sit on)."""
-        cards = await model_cards()
-        for card in cards["data"]:
-            card["pruning"] = summary
-        return JSONResponse(cards)
+        return JSONResponse(await cards())
+
+    @own.get("/v1/models/{model:path}")
+    async def show_model(model: str) -> JSONResponse:
+        """One of the models."""
+        for card in (await cards())["data"]:
+            if card["id"] == model:
+                return JSONResponse(card)
+        return error_response(404, "model_not_found", f"The model `{model[:200]}` does not exist.", param="model")
+
+    @own.get("/version", include_in_schema=False)
+    async def show_version() -> JSONResponse:
+        """`version` is vLLM's, as its own clients expect."""
+        return JSONResponse({"version": vllm_version, "shoal": pruning.__version__})
 
     return own

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, FilePath, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, FilePath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 PREFIX = "SHOAL_"
@@ -25,6 +25,10 @@ class Settings(BaseSettings):
     served_model_name: list[str] = Field(
         default_factory=list, description="Further names clients may use; the first is the directory's base name."
     )
+    tool_call_parser: str = Field(
+        "auto", description="How tool calls are read: a parser of vLLM, `none`, or the one that fits the chat template."
+    )
+    reasoning_parser: str = Field("auto", description="How reasoning is told from the answer, likewise.")
     skip_verification: bool = Field(
         False, description="Do not check the checkpoint's SHA-256 manifest, nor weights against a plan."
     )
@@ -51,12 +55,38 @@ class Settings(BaseSettings):
     )
 
     max_queued_requests: int | None = Field(
-        256, ge=0, description="Requests that may wait beyond those the engine runs at once; more get 503."
+        256,
+        ge=0,
+        description="Sequences that may wait beyond those the engine runs at once; more get 503.",
     )
     max_body_bytes: PositiveInt = Field(4 * 2**20, description="Bytes of a request body; more get 413.")
     max_prompt_tokens: PositiveInt | None = Field(None, description="Tokens of one prompt; more get 400.")
     max_output_tokens: PositiveInt | None = Field(
         None, description="Tokens of one answer, which ends there with `finish_reason: length`."
+    )
+    max_choices: PositiveInt = Field(16, description="Answers to one prompt, `n` or `best_of`; more get 400.")
+    max_sequences: PositiveInt = Field(256, description="Choices times prompts of one request; more get 400.")
+    max_top_logprobs: NonNegativeInt = Field(
+        20, description="Log-probabilities of each token of an answer; more get 400."
+    )
+    max_prompt_logprobs: NonNegativeInt = Field(
+        5, description="Log-probabilities of each token of a prompt, also by `echo`; more get 400."
+    )
+    max_stops: NonNegativeInt = Field(
+        16, description="Entries of `stop`, `stop_token_ids` or `bad_words`; more get 400."
+    )
+    max_logit_bias: NonNegativeInt = Field(
+        1024, description="Entries of `logit_bias` or `allowed_token_ids`; more get 400."
+    )
+    max_tools: NonNegativeInt = Field(128, description="Tools of one request; more get 400.")
+    max_pattern_size: NonNegativeInt = Field(
+        128, description="Tokens of a pattern of `repetition_detection`; more get 400."
+    )
+    max_grammar_bytes: PositiveInt = Field(
+        2**16, description="Bytes of a schema, a regular expression, a grammar, or of all tools; more get 400."
+    )
+    grammar_seconds: PositiveFloat = Field(
+        10.0, description="Seconds a schema or grammar may take to compile; slower ones get 400."
     )
     retry_after_seconds: PositiveFloat = Field(1.0, description="Retry-After of a 503 for a full queue, in seconds.")
 
@@ -90,7 +120,7 @@ class Settings(BaseSettings):
 
 
 def table() -> str:
-    """The settings as a Markdown table, for `docs/server.md`."""
+    """The settings as a Markdown table, for `docs/use/serve.md`."""
     lines = ["| flag | variable | default | meaning |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)

@@ -5,6 +5,7 @@ Rows of panels, each panel a title, a unit and PromQL expressions with their leg
 """
 
 import json
+import math
 from typing import Any
 
 SOURCE = {"type": "prometheus", "uid": "prometheus"}
@@ -23,6 +24,33 @@ def quantiles(family: str) -> list[Query]:
 def rate(family: str, by: str) -> str:
     """Sum of the rates of a counter."""
     return f"sum by ({by}) (rate({family}{{{HERE}}}[$__rate_interval]))"
+
+
+def saved(family: str) -> str:
+    """Share of the dense model's bytes that the served one does without."""
+    served, dense = (f'avg({family}{{variant="{variant}",{HERE}}})' for variant in ("served", "dense"))
+    return f"1 - {served} / {dense}"
+
+
+def beyond_dense() -> str:
+    """Tokens in use above what the dense model's cache would hold."""
+    held, dense = (
+        f'max by (instance) (shoal_kv_cache_capacity_tokens{{variant="{variant}",{HERE}}})'
+        for variant in ("served", "dense")
+    )
+    used = f"max by (instance) (vllm:kv_cache_usage_perc{{{HERE}}})"
+    return f"clamp_min({used} * {held} - {dense}, 0)"
+
+
+def hit_rate() -> str:
+    """Share of the prompt tokens looked up in the prefix cache that were there."""
+    hits, asked = (rate(f"vllm:prefix_cache_{what}_total", "instance") for what in ("hits", "queries"))
+    return f"{hits} / {asked}"
+
+
+def preempted() -> str:
+    """Preemptions per finished request."""
+    return f"{rate('vllm:num_preemptions_total', 'instance')} / {rate('vllm:request_success_total', 'instance')}"
 
 
 ROWS: dict[str, list[Panel]] = {
@@ -57,13 +85,22 @@ ROWS: dict[str, list[Panel]] = {
         ("Preemptions", "ops", "Requests whose cache was taken away; they are computed again.",
             [(rate("vllm:num_preemptions_total", "instance"), "{{instance}}")]),
     ],
-    "What pruning gives": [
+    "Is the pruning paying": [
         ("KV cache tokens", "short", "What the cache holds, and what the dense model would hold in the same bytes.",
             [(f"avg by (variant) (shoal_kv_cache_capacity_tokens{{{HERE}}})", "{{variant}}")]),
-        ("KV bytes of a token", "bytes", "As served, and dense.",
-            [(f"avg by (variant) (shoal_kv_bytes_per_token{{{HERE}}})", "{{variant}}")]),
-        ("Weights", "bytes", "As served, and dense.",
-            [(f"avg by (variant) (shoal_weight_bytes{{{HERE}}})", "{{variant}}")]),
+        ("Saved", "percentunit", "Share of the dense model's KV cache of a token, and of its weights, that is gone.", [
+            (saved("shoal_kv_bytes_per_token"), "KV cache"), (saved("shoal_weight_bytes"), "weights")]),
+        ("Tokens beyond a dense cache", "short",
+            "Tokens in use that the dense model could not hold in these bytes; above 0 the pruning is in use.",
+            [(beyond_dense(), "{{instance}}")]),
+        ("Time in queue", "s", "Until the engine takes a request up: what a larger cache shortens.",
+            quantiles("vllm:request_queue_time_seconds")),
+        ("Prefix cache hits", "percentunit", "Share of prompt tokens found in the cache; a larger cache keeps more.",
+            [(hit_rate(), "{{instance}}")]),
+        ("Preempted requests", "percentunit", "Preemptions per finished request: 0 while the cache is large enough.",
+            [(preempted(), "{{instance}}")]),
+        ("Sublayers", "short", "Kept, emulated and removed.",
+            [(f"max by (kind, state) (shoal_sublayers{{{HERE}}})", "{{kind}} {{state}}")]),
         ("Emulation parameters", "short", "Of the adapters that stand in for removed sublayers.",
             [(f"shoal_emulation_parameters{{{HERE}}}", "{{instance}}")]),
     ],
@@ -105,13 +142,14 @@ def panel(number: int, column: int, row: int, described: Panel) -> dict[str, Any
 def dashboard() -> dict[str, Any]:
     """The whole dashboard, in Grafana's JSON model."""
     panels: list[dict[str, Any]] = []
+    top = 0
     for index, (title, described) in enumerate(ROWS.items()):
-        top = 9 * index
         place = {"x": 0, "y": top, "w": 24, "h": 1}
         panels.append(
             {"id": 100 + index, "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
         )
-        panels += [panel(10 * index + i + 1, i, top + 1, one) for i, one in enumerate(described)]
+        panels += [panel(10 * index + i + 1, i % 4, top + 1 + 8 * (i // 4), one) for i, one in enumerate(described)]
+        top += 1 + 8 * math.ceil(len(described) / 4)
     variable = {
         "name": "instance", "label": "Replica", "type": "query", "datasource": SOURCE, "refresh": 2,
         "query": {"query": 'label_values(up{job="shoal"}, instance)', "refId": "instance"},

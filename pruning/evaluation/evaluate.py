@@ -32,9 +32,9 @@ RECALL_FACTS = 12
 NOTHING_HIDDEN = LongTasks()
 
 
-def loss(model: PreTrainedModel, family: Family, tokens: Tensor) -> float:
-    """Mean next-token cross-entropy over int64 [n, T], nats/token."""
-    return float(Evaluator(model, family, tokens).loss({}).mean())
+def loss(model: PreTrainedModel, family: Family, tokens: Tensor, batch_size: int = 4) -> float:
+    """Mean next-token cross-entropy over int64 [n, T], nats/token; `batch_size` rows at a time."""
+    return float(Evaluator(model, family, tokens, batch_size).loss({}).mean())
 
 
 def perplexity_ratio(dense_loss: float, pruned_loss: float) -> float:

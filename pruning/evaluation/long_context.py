@@ -147,9 +147,12 @@ def summary(mine: Sequence[LongScore], theirs: Sequence[LongScore] | None, seed:
 
 
 def _means(scores: Sequence[LongScore], seed: int) -> dict[str, dict[str, float]]:
-    n = len(scores)
+    n, shares = len(scores), [one.share for one in scores]
+    # Right or wrong, or all alike: Wilson's; a bootstrap says nothing there. Shares of several answers vary less.
+    plain = {*shares} <= {0.0, 1.0} or len({*shares}) == 1
+    found = wilson(math.fsum(shares) / n, n) if plain else bootstrap(shares, seed)
     return {
-        "found": wilson(math.fsum(one.share for one in scores) / n, n).as_dict(),
+        "found": found.as_dict(),
         "exact": wilson(sum(one.exact for one in scores) / n, n).as_dict(),
         "nll": bootstrap([one.nll for one in scores], seed).as_dict(),
     }

@@ -57,7 +57,7 @@ def bootstrap(differences: Sequence[float], seed: int = 0, resamples: int = RESA
 
 
 def wilson(share: float, n: int) -> Interval:
-    """Score interval of a share of n right answers; also of the mean of n values from 0 to 1, then on the wide side.
+    """Score interval of a share of n right answers; on the wide side for the mean of n values from 0 to 1.
 
     Unlike a bootstrap it says something where all answers are right, or none.
 

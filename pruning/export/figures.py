@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruning.variants import state_of
+
 INK = "#010203"  # stands for the page's own text colour in the SVG
 COLOURS = ("#3b7dd8", "#e07b39", "#3a9d5d", "#b0529e", "#8a8f3c", "#d14b4b")
-STATES = {"kept": "#3b7dd8", "emulated": "#e0a339", "removed": "#c9c9c9"}
+STATES = {"kept": "#3b7dd8", "limited": "#58a07c", "emulated": "#e0a339", "removed": "#c9c9c9"}
 MARKS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -68,7 +70,7 @@ def importance(values: Mapping[str, float], removed: Mapping[str, str], metric: 
         width = 0.8 / max(1, len(kinds))
         for column, kind in enumerate(kinds):
             found = {int(s.partition(".")[2]): v for s, v in values.items() if s.startswith(kind + ".")}
-            states = [_state(removed.get(f"{kind}.{b}")) for b in found]
+            states = [state_of(removed.get(f"{kind}.{b}")) for b in found]
             places, edge = [b + column * width for b in found], INK if column else "none"
             colours = [STATES[state] for state in states]
             axes.bar(places, list(found.values()), width, color=colours, edgecolor=edge, linewidth=0.4)
@@ -87,24 +89,20 @@ def importance(values: Mapping[str, float], removed: Mapping[str, str], metric: 
     return _draw("importance", "Importance", note, (9, 3.2), draw)
 
 
-def _state(emulation: str | None) -> str:
-    return "kept" if emulation is None else "removed" if emulation == "none" else "emulated"
-
-
 def strip(num_blocks: int, removed: Mapping[str, str]) -> Figure:
     """The plan: one cell a sublayer."""
 
     def draw(axes: Any) -> None:
         for row, kind in enumerate(("ffn", "attention")):
             for block in range(num_blocks):
-                state = _state(removed.get(f"{kind}.{block}"))
+                state = state_of(removed.get(f"{kind}.{block}"))
                 axes.barh(row, 0.9, left=block - 0.45, height=0.8, color=STATES[state])
         axes.set_yticks([0, 1], ["FFN", "attention"])
         axes.set_xlabel("block")
         axes.set_xlim(-0.6, num_blocks - 0.4)
-        for state, colour in STATES.items():
-            axes.barh([0], [0], color=colour, label=state)
-        axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.4))
+        for label, colour in STATES.items():
+            axes.barh([0], [0], color=colour, label=label)
+        axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.4))
 
     return _draw("plan", "Plan", "One column a block, input on the left.", (9, 1.5), draw)
 

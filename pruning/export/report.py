@@ -1,4 +1,4 @@
-"""The model card and the reports: what was removed, what it cost and saved, and the command that reproduces it."""
+"""The model card and the reports: what became of the sublayers, its cost, and the command that reproduces it."""
 
 import math
 import shlex
@@ -14,6 +14,7 @@ from pruning.export.formats import format_named
 from pruning.importance import metric
 from pruning.models.checkpoint import Manifest
 from pruning.plan import Unit
+from pruning.variants import state_of
 
 TASKS_NOTE = (
     "Increase over the dense model by task, in each task's own unit (nats, or share of wrong answers), as chosen."
@@ -21,12 +22,10 @@ TASKS_NOTE = (
 
 
 def strip(manifest: Manifest, kind: str) -> str:
-    """One letter a block: K kept, E emulated, - removed."""
-    letters = []
-    for block in range(manifest.num_blocks):
-        emulation = manifest.removed.get(f"{kind}.{block}")
-        letters.append("K" if emulation is None else "-" if emulation == "none" else "E")
-    return "".join(letters)
+    """One letter a block: K kept, L limited, E emulated, - removed."""
+    letters = {"kept": "K", "limited": "L", "emulated": "E", "removed": "-"}
+    states = [state_of(manifest.removed.get(f"{kind}.{block}")) for block in range(manifest.num_blocks)]
+    return "".join(letters[state] for state in states)
 
 
 def command(manifest: Manifest, output: str = "DIR") -> str:
@@ -52,12 +51,32 @@ def _quality_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
          f"{math.exp(pruned - dense):.4f}"),
         ("weights, MiB", f"{sizes['weights_dense'] / mib:.1f}", f"{sizes['weights'] / mib:.1f}",
          f"{sizes['weights'] / sizes['weights_dense']:.4f}"),
-        ("KV cache, bytes per token", str(sizes["kv_per_token_dense"]), str(sizes["kv_per_token"]),
-         f"{sizes['kv_per_token'] / sizes['kv_per_token_dense']:.4f}"),
-        ("tokens in 1 GiB of KV cache", f"{2**30 // max(1, sizes['kv_per_token_dense']):,}",
-         f"{2**30 // max(1, sizes['kv_per_token']):,}",
-         f"{sizes['kv_per_token_dense'] / max(1, sizes['kv_per_token']):.4f}"),
+        *_kv_rows(sizes),
+        *_code_rows(quality),
     ]  # fmt: skip
+
+
+def _kv_rows(sizes: Mapping[str, int]) -> list[tuple[str, str, str, str]]:
+    """The KV cache by token, or by request where layers keep windows."""
+    if sizes.get("kv_request", 0) != sizes["kv_per_token"] * sizes.get("context", 0):
+        what, mib = f"a request of {sizes['context']:,} tokens", 2**20
+        dense, pruned = sizes["kv_request_dense"], sizes["kv_request"]
+        first = f"KV cache of {what}, MiB", f"{dense / mib:.1f}", f"{pruned / mib:.1f}"
+    else:
+        what, dense, pruned = "a token", sizes["kv_per_token_dense"], sizes["kv_per_token"]
+        first = "KV cache, bytes per token", str(dense), str(pruned)
+    held = f"{what} fits in 1 GiB of KV cache, times", f"{2**30 // max(1, dense):,}", f"{2**30 // max(1, pruned):,}"
+    return [(*first, f"{pruned / dense:.4f}"), (*held, f"{dense / max(1, pruned):.4f}")]
+
+
+def _code_rows(quality: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Codes hidden far before they are asked for."""
+    if "codes" not in quality:
+        return []
+    dense, pruned = quality["codes_dense"], quality["codes"]
+    what = f"of {pruned['asked']} codes hidden in {pruned['length']:,} tokens, found"
+    ratio = f"{pruned['found'] / dense['found']:.4f}" if dense["found"] else ""
+    return [(what, str(dense["found"]), str(pruned["found"]), ratio)]
 
 
 def task_rows(manifest: Manifest) -> list[tuple[str, ...]]:
@@ -68,6 +87,16 @@ def task_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     tasks = list(next(iter(plans.values())))
     names = {name: name if name == "chosen plan" else f"plan for {name} alone" for name in plans}
     return [("", *tasks), *((names[name], *(f"{costs[t]:+.4f}" for t in tasks)) for name, costs in plans.items())]
+
+
+def _what_went(manifest: Manifest) -> str:
+    """What became of the sublayers, in a few words."""
+    states = [state_of(kind) for kind in manifest.removed.values()]
+    window = manifest.recipe.get("window")
+    parts = [f"{states.count('limited')} limited to the last {window} tokens"] if "limited" in states else []
+    gone = len(states) - states.count("limited")
+    parts += [f"{gone} removed"] if gone else []
+    return f"{' and '.join(parts)}, of {2 * manifest.num_blocks} sublayers,"
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
@@ -81,8 +110,8 @@ def write_card(directory: Path, manifest: Manifest) -> None:
     (directory / "README.md").write_text(
         "---\ntags: [shoal, depth-pruned]\nlibrary_name: transformers\n---\n\n"
         f"# {manifest.base['model']}, depth-pruned\n\n"
-        f"{len(manifest.removed)} sublayers of {2 * manifest.num_blocks} removed by Shoal {manifest.shoal_version}.\n\n"
-        "One letter a block: K kept, E emulated, - removed.\n\n"
+        f"{_what_went(manifest)} by Shoal {manifest.shoal_version}.\n\n"
+        "One letter a block: K kept, L limited to a window, E emulated, - removed.\n\n"
         f"    attention  {strip(manifest, 'attention')}\n    ffn        {strip(manifest, 'ffn')}\n\n"
         f"| | dense | pruned | ratio |\n|---|---|---|---|\n{table}\n\n"
         f"Serve it: `{serving}`. Made by:\n\n    {command(manifest)}\n",
@@ -126,7 +155,7 @@ def write_report(directory: Path, manifest: Manifest) -> None:
     if tasks := task_rows(manifest):
         head, *costs = tasks
         tables.insert(1, {"title": "By task", "note": TASKS_NOTE, "head": head, "rows": costs})
-    lead = f"{len(manifest.removed)} sublayers of {2 * manifest.num_blocks} were removed from {manifest.base['model']}."
+    lead = f"{_what_went(manifest)}; the model was {manifest.base['model']}."
     title = f"{manifest.base['model']}, depth-pruned"
     page = _page(title, lead, tables, drawn, command(manifest), manifest.shoal_version)
     (directory / "report.html").write_text(page, encoding="utf-8")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pruning.console import Reporter
 from pruning.errors import ModelError
-from pruning.families import Family, family_of
+from pruning.families import Family, family_of, own_window
 from pruning.models.checkpoint import combined, hash_each
 from pruning.models.hub import MODEL_FILES, snapshot
 from pruning.workdir import atomic_directory, cache_directory
@@ -46,6 +46,12 @@ class DenseModel:
     family: Family
     weight_hash: str
     hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def limitable(self) -> list[int]:
+        """Blocks whose attention sees all tokens."""
+        config = self.model.config
+        return [block for block in range(config.num_hidden_layers) if own_window(config, block) is None]
 
 
 def embedded_gguf() -> Path:

@@ -42,6 +42,7 @@ def recover(
     sequential: bool = True,
     sources: int = 1,
     window: int = 0,
+    prepared: Mapping[Sublayer, Any] | None = None,
     recalibrated: bool = False,
 ) -> Recovery:
     """Fit the emulation of every removed sublayer and, if asked, refit what is kept, first to last.
@@ -62,6 +63,7 @@ def recover(
         sequential: False fits every adapter on the dense model's own stream instead.
         sources: k, kept attention layers that a `context` adapter reads.
         window: Positions that a limited layer keeps.
+        prepared: What `prepare` gives, where it is known.
         recalibrated: In the end also scale the final norm.
     """
     emulations: dict[Sublayer, Emulation | None] = {}
@@ -70,7 +72,8 @@ def recover(
     pruned = dense  # as long as nothing is gone
     taps: list[Taps] = [{} for _ in arguments]
     reads = sources_read(evaluator, removed, sources)
-    prepared = prepare(evaluator, removed, rank, window, reporter)
+    if prepared is None:
+        prepared = prepare(evaluator, removed, rank, window, reporter)
     if not (compensated or recalibrated or any(map(_walks, removed.values()))):
         return Recovery({sublayer: prepared.get(sublayer) for sublayer in sorted(removed)}, {})
     runs = _runs(removed, len(evaluator.blocks)) if compensated else {}

@@ -22,7 +22,7 @@ from pruning.families import Family
 from pruning.forward import parallel
 from pruning.forward.evaluator import describe
 from pruning.models.modeling import blocks_of, sources_of
-from pruning.plan import KINDS, Plan, Sublayer
+from pruning.plan import KINDS, EmulationKind, Plan, Sublayer
 from pruning.recovery.distillation import Loss, Student, Teacher, cut_copy, head_gradient, hidden_distance
 from pruning.recovery.emulation import Recovery
 from pruning.recovery.lora import LoraLinear, add_lora
@@ -195,7 +195,8 @@ def _prepare(
         generator = torch.Generator().manual_seed(settings.seed)
         for block, index in zip(blocks_of(cut, family), plan.blocks_kept(), strict=True):
             for kind, attribute in zip(KINDS, (family.attention, family.ffn), strict=True):
-                if index < first or Sublayer(index, kind) in plan.removed:
+                own = plan.removed.get(Sublayer(index, kind))
+                if index < first or (own is not None and not _keeps_weights(own)):
                     continue
                 made = add_lora(block.get_submodule(attribute), settings.lora_rank, generator)
                 changes |= {f"{family.blocks}.{index}.{attribute}.{name}": change for name, change in made.items()}
@@ -205,6 +206,11 @@ def _prepare(
     parameters |= norms
     student = Student(cut, family, sum(block < first for block in plan.blocks_kept()))
     return _Training(student, copies, changes, norms, parameters)
+
+
+def _keeps_weights(kind: EmulationKind) -> bool:
+    """Whether a sublayer of this kind still runs with all of its own weights, which can then be trained."""
+    return kind != REMOVED and variant(kind).in_place and not variant(kind).changes_weights
 
 
 def _trained_norms(cut: PreTrainedModel, family: Family, plan: Plan) -> dict[str, nn.Parameter]:

@@ -35,6 +35,7 @@ class Judge:
         weight: Its share of the whole.
         adapters: Emulations to judge with; none by default.
         fitted_on: What the adapters depend on, for the journal's key.
+        gains: Whether a unit counts as less than nothing where the judge is better off without it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Judge:
     weight: float = 1.0
     adapters: Adapters | None = None
     fitted_on: str = ""
+    gains: bool = True
 
     def seen_from(self, base: Sequence[Unit]) -> Evaluator:
         """The model with `base` removed, and with emulations if plans are judged with them."""
@@ -86,7 +88,13 @@ def score(
         journal.keep(key, [[found.values[unit] for unit in units], [found.errors[u] for u in units if found.errors]])
         return found
 
-    each = {judge.name: scored(judge) for judge in judges}
+    def clipped(judge: Judge) -> Scores:
+        found = scored(judge)
+        if judge.gains:
+            return found
+        return Scores({unit: max(0.0, value) for unit, value in found.values.items()}, found.errors)
+
+    each = {judge.name: clipped(judge) for judge in judges}
     total = sum(judge.weight for judge in judges)
     shares = [(judge.weight / total, each[judge.name]) for judge in judges]
     values = {unit: sum(share * scores.values[unit] for share, scores in shares) for unit in units}

@@ -40,7 +40,7 @@ def read_text(path: Path) -> str:
     return "\n\n".join(texts)
 
 
-def windows(ids: Sequence[int], length: int, count: int, generator: torch.Generator) -> Tensor:
+def windows(ids: Sequence[int] | Tensor, length: int, count: int, generator: torch.Generator) -> Tensor:
     """Draw `count` windows of `length` tokens, evenly spread with a seeded offset, without overlap.
 
     Returns:
@@ -48,7 +48,7 @@ def windows(ids: Sequence[int], length: int, count: int, generator: torch.Genera
     """
     available = len(ids) // length
     order = torch.randperm(available, generator=generator)[:count].sort().values
-    rows = torch.tensor(ids[: available * length], dtype=torch.int64).view(available, length)
+    rows = torch.as_tensor(ids[: available * length], dtype=torch.int64).view(available, length)
     return rows[order]
 
 
@@ -108,6 +108,29 @@ def other_windows(
     return interleave(parts) if any(map(len, parts)) else used[:0]
 
 
+def last_windows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
+    """The last windows of files, each file in turn: what `from_files` draws last, or not at all.
+
+    Returns:
+        int64 [count, length].
+
+    Raises:
+        CalibrationError: The files hold too few tokens for it.
+    """
+    rows: list[Tensor] = []
+    for number in range(count):
+        path, nth = files[number % len(files)], number // len(files)
+        text = read_text(path)[-(nth + 1) * length * 12 :]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < (nth + 1) * length:
+            raise CalibrationError(
+                f"calibration file {path} holds {len(ids)} tokens, too few to hold {length} out; give more text or a "
+                "shorter --context"
+            )
+        rows.append(torch.tensor(ids[len(ids) - (nth + 1) * length :][:length], dtype=torch.int64))
+    return torch.stack(rows)
+
+
 def interleave(parts: Sequence[Tensor]) -> Tensor:
     """Rows of several [n_i, T] tensors in turn, so that any prefix is a mix."""
     rows: list[Tensor] = []
@@ -136,6 +159,11 @@ def standard_library_text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def standard_library_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The same as tokens, int64 [n]."""
+    return torch.tensor(tokenizer(standard_library_text(), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @torch.inference_mode()
@@ -196,7 +224,7 @@ def standard_library(tokenizer: PreTrainedTokenizerBase, tokens: int, length: in
     Raises:
         CalibrationError: More tokens are asked for than there are.
     """
-    ids = tokenizer(standard_library_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = standard_library_ids(tokenizer)
     rows = windows(ids, length, -(-tokens // length), torch.Generator().manual_seed(seed))
     if rows.numel() < tokens:
         raise CalibrationError(f"the built-in text holds {len(ids)} tokens, not {tokens}; give --calibration files")

@@ -141,6 +141,15 @@ def cache_of(kind: str | None) -> Literal["none", "window", "full"]:
     return "none" if kind in (REMOVED, FUSED) else row(kind).cache
 
 
+def state_of(kind: str | None) -> Literal["kept", "limited", "emulated", "removed"]:
+    """What a sublayer of this kind is called; None: it is kept as it is."""
+    if kind is None:
+        return "kept"
+    if kind == REMOVED:
+        return "removed"
+    return "limited" if cache_of(kind) == "window" else "emulated"
+
+
 def of_entry(entry: Mapping[str, Any]) -> "Variant | None":
     """The variant that a checkpoint's entry of one sublayer names; None where it is kept or simply gone.
 

@@ -84,6 +84,15 @@ def _add(sums: list[float], before: Tensor, full: Tensor, limited: Tensor) -> No
     sums[1] += change.numel()
 
 
+def resized(window: Window, size: int) -> Window:
+    """A window of another size with the same sink."""
+    other = Window(size, 1, 1, False)
+    other.sink = window.sink
+    for name, parameter in window.named_parameters():
+        other.register_parameter(name, parameter)
+    return other
+
+
 def made(evaluator: "Evaluator", size: int, sink: tuple[Tensor, Tensor] | None) -> Window:
     """A window with these constants, [K, d] each, or without a sink."""
     config = evaluator.model.config

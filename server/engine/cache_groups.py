@@ -228,7 +228,8 @@ def _groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
         [sized(names) for names in types if names not in drafting], sized(drafting[0]) if drafting else None
     )
     groups: list[list[str]] = []
-    for names in types:
+    # A draft's group is the first: vLLM 0.32 gives its draft the blocks of that one, whichever holds its layers.
+    for names in drafting + [names for names in types if names not in drafting]:
         count = -(-len(names) // size)
         groups += [names[first::count] for first in range(count)]  # every pipeline stage has some of each
     logger.info("KV cache: groups of %d layers: %s", size, ", ".join(str(len(group)) for group in groups))

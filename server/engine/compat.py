@@ -129,6 +129,27 @@ def parse_arguments(tokens: Sequence[str], defaults: dict[str, Any]) -> Namespac
     return args
 
 
+def set_parsers(args: Namespace, tools: str | None, reasoning: str | None) -> None:
+    """Name the parsers of tool calls and of reasoning where vLLM's own arguments do not.
+
+    Raises:
+        SettingsError: There is no such parser.
+    """
+    if tools and not args.tool_call_parser:
+        args.tool_call_parser, args.enable_auto_tool_choice = tools, True
+    if reasoning and not args.structured_outputs_config.reasoning_parser and not args.reasoning_parser:
+        args.reasoning_parser = args.structured_outputs_config.reasoning_parser = reasoning
+    try:
+        launcher.validate_api_server_args(args)
+    except KeyError as error:
+        raise SettingsError(f"vLLM argument: {error.args[0]}") from error
+
+
+def parsers(args: Namespace) -> tuple[str | None, str | None]:
+    """Parsers of tool calls and of reasoning."""
+    return args.tool_call_parser, args.reasoning_parser or args.structured_outputs_config.reasoning_parser or None
+
+
 def listen(args: Namespace) -> socket.socket:
     """Bind the API's socket before the engine starts, so that a taken port costs no minute.
 
@@ -172,6 +193,18 @@ async def open_engine(args: Namespace, client_config: dict[str, Any] | None = No
         yield engine
     finally:
         await context.__aexit__(None, None, None)
+
+
+def take_cors(args: Namespace) -> dict[str, Any]:
+    """Options of a CORS middleware out of vLLM's arguments.
+
+    They are ours to apply from then on: vLLM's middleware would leave the answers of all that is around it without.
+    """
+    names = {"allow_origins": "allowed_origins", "allow_credentials": "allow_credentials",
+             "allow_methods": "allowed_methods", "allow_headers": "allowed_headers"}  # fmt: skip
+    options = {name: getattr(args, argument) for name, argument in names.items()}
+    args.allowed_origins = []
+    return options
 
 
 async def stock_app(engine: Any, args: Namespace) -> FastAPI:
@@ -316,6 +349,8 @@ def guard_generation(
             sampling_params.max_tokens = max_output_tokens
             sampling_params.min_tokens = min(sampling_params.min_tokens, max_output_tokens)
         answer = stock(prompt, sampling_params, request_id, **options)
+        if sampling_params.structured_outputs is not None:
+            answer = _blaming_the_grammar(answer)
         spend = spending()
         if spend is None:
             return answer
@@ -323,6 +358,20 @@ def guard_generation(
         return _counted(answer, spend)
 
     engine.generate = generate
+
+
+async def _blaming_the_grammar(answer: Any) -> AsyncIterator[Any]:
+    """An answer that fails before its first token fails for its grammar: vLLM itself calls that an internal error."""
+    begun = False
+    async with aclosing(answer):
+        async for output in answer:
+            if not begun and any(part.finish_reason == "error" for part in output.outputs):
+                raise VLLMValidationError(
+                    "the schema or grammar cannot be compiled, or not in the time this server gives it",
+                    parameter="response_format",
+                )
+            begun = begun or any(part.token_ids for part in output.outputs)
+            yield output
 
 
 async def _counted(answer: Any, spend: Callable[[int], None]) -> AsyncIterator[Any]:
@@ -335,6 +384,11 @@ async def _counted(answer: Any, spend: Callable[[int], None]) -> AsyncIterator[A
 async def model_cards(app: FastAPI) -> dict[str, Any]:
     """What vLLM's own `/v1/models` answers."""
     return (await app.state.openai_serving_models.show_available_models()).model_dump()
+
+
+def stores_responses() -> bool:
+    """Whether `/v1/responses` keeps what it answered."""
+    return bool(vllm.envs.VLLM_ENABLE_RESPONSES_API_STORE)
 
 
 def metrics_registry() -> Any:

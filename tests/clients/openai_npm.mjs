@@ -40,7 +40,10 @@ const checks = {
     assert.deepEqual(Object.keys(JSON.parse(answer.choices[0].message.content)), ["city"]);
   },
   async embeddings_refused() {
-    await assert.rejects(api.embeddings.create({ model, input: "x" }), NotFoundError);
+    const told = error => error instanceof NotFoundError && /there is no/.test(error.message);
+    await assert.rejects(api.embeddings.create({ model, input: "x" }), told);
+    await assert.rejects(api.moderations.create({ input: "x" }), told);
+    assert.equal((await api.models.retrieve(model)).id, model);
   },
   async bad_request_400() {
     await assert.rejects(api.chat.completions.create({ ...chat, temperature: -3 }), BadRequestError);

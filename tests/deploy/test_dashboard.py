@@ -41,7 +41,7 @@ def selectors(node: Any) -> Iterator[str]:
 
 def known() -> set[str]:
     """Series of our own metrics table, of a scrape of a real server, and of the recording rules."""
-    documented = set(re.findall(r"^\| `(shoal_\w+)`", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE))
+    documented = set(re.findall(r"^\| `(shoal_\w+)`", (ROOT / "docs" / "use" / "metrics.md").read_text(), re.MULTILINE))
     scraped = set((HERE / "scraped_names.txt").read_text().split())
     # Without samples on a machine that has no GPU, has turned nobody away and serves no windows.
     silent = {"shoal_admission_rejected_total", "shoal_device_memory_bytes", "shoal_kv_request_bytes",

@@ -60,8 +60,8 @@ def test_an_alert_that_never_or_always_fires_is_noticed(expression: str, expecte
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
 def test_alert_has_a_runbook_paragraph(rule: dict[str, Any]) -> None:
-    assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
-    sections = (ROOT / "docs" / "operations.md").read_text().split("\n## ")
+    assert rule["annotations"]["runbook_url"] == f"docs/use/operate.md#{rule['alert'].lower()}"
+    sections = (ROOT / "docs" / "use" / "operate.md").read_text().split("\n## ")
     (paragraph,) = (s.partition("\n")[2] for s in sections if s.partition("\n")[0] == rule["alert"])
     assert f"({rule['labels']['severity']})" in paragraph
     assert len(paragraph.split()) > 20

@@ -120,7 +120,7 @@ def test_structured_output_and_logprobs(client, live_server):
 
 def test_the_live_scrape_has_every_documented_metric(client, live_server):
     documented = re.findall(
-        r"^\| `(shoal_\w+)`", (Path(__file__).parents[2] / "docs/metrics.md").read_text(), re.MULTILINE
+        r"^\| `(shoal_\w+)`", (Path(__file__).parents[2] / "docs/use/metrics.md").read_text(), re.MULTILINE
     )
     text = client._client.get(f"{live_server.url}/metrics").text
     assert [name for name in documented if f"# TYPE {name}" not in text] == []

@@ -1,7 +1,8 @@
 """Send a real server requests that schemathesis makes from its OpenAPI document: no 5xx, no hang.
 
 usage: run.py CHECKPOINT SCHEMATHESIS [REPORT]; `make fuzz` gives the second. Prints, and writes to REPORT if there is
-one, the number of requests by status and every 5xx; exit code 1 at a 5xx, or when there were fewer than 2,000 requests.
+one, the number of requests by status, every 5xx and every request over 30 s; exit code 1 at one of these, or when there
+were fewer than 2,000 requests.
 """
 
 import json
@@ -19,6 +20,7 @@ from conftest import serve  # noqa: E402
 
 ENOUGH = 2000
 TIMEOUT_SECONDS = 60
+SLOW_SECONDS = 30
 BUDGET_SECONDS = 240
 # Routes that stop or change the server for everybody, or that have no engine to go to here.
 LEFT_OUT = "^/(pause|resume|sleep|wake_up|scale_elastic_ep|is_scaling_elastic_ep|abort_requests|shutdown)"
@@ -49,7 +51,7 @@ def main() -> int:
             with urllib.request.urlopen(f"{server.url}/health/ready", timeout=10) as answer:
                 alive = answer.status == 200
             seen = served(server.log)
-    failed = [line for line in seen if line["status"] >= 500 or line["status"] == 0]
+    failed = [line for line in seen if line["status"] >= 500 or line["status"] == 0 or line["seconds"] > SLOW_SECONDS]
     report = {
         "requests": len(seen), "statuses": dict(sorted(Counter(line["status"] for line in seen).items())),
         "routes": dict(Counter(line["path"] for line in seen if line["status"] != 404).most_common()),

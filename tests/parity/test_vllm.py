@@ -21,7 +21,7 @@ PROMPTS = [
 ]
 NEW_TOKENS = 16
 NEAR_TIE = 1e-3
-MODELS = [*FAMILIES, "llama fused", "qwen2 fused", "llama kv-share", "mistral kv-share"]
+MODELS = [*FAMILIES, "llama fused", "qwen2 fused", "llama kv-share", "mistral kv-share", "llama window", "olmo2 window"]
 SHARED = [f"{name} shared" for name in ("llama", "qwen2", "phi3", "gemma2", "cohere", "olmo2")]
 FIRST_STAGE = [(0, "self_attn.o_proj"), (0, "mlp.down_proj"), (1, "mlp.down_proj"), (2, "self_attn.o_proj"),
                (2, "mlp.down_proj")]  # fmt: skip

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from pruning.families import FAMILIES, head_dim
 from pruning.models.applied import apply_plan_file
 from pruning.plan import Plan, Sublayer
+from server.engine.compat import TRACED
 from server.engine.loader import SKIP_VERIFICATION
 from tests.conftest import (
     BLOCKS,
@@ -32,8 +33,9 @@ from tests.conftest import (
 PLAN = Plan(BLOCKS, {Sublayer(1, "attention"): "bias", Sublayer(2, "ffn"): "none"})
 WINDOW = 24  # neither a multiple of vLLM's blocks nor a length that a family slides by itself
 LENGTHS = (150, 67)
-NEW_TOKENS = 200
-AGAIN = 12
+LONG, SHORT = 260, 50
+LONG_FAMILIES = ("llama", "olmo2")
+AGAIN = 8
 CHUNK = 37
 NEAR_TIE = 1e-3
 PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
@@ -109,14 +111,18 @@ def limited(
     return directory, model
 
 
-def run(
-    models: list[Path], max_tokens: int = NEW_TOKENS, again: int = AGAIN, environment: dict | None = None, **options
-) -> dict[str, dict]:
-    """What vLLM makes of the prompts with each checkpoint; one process for all."""
-    job = {"models": [str(m) for m in models], "prompts": PROMPTS, "max_tokens": max_tokens,
-           "max_tokens_again": again, "options": options}  # fmt: skip
+def run(models: dict[Path, int], again: int = 0, variables: dict[str, str] | None = None, **options) -> dict[str, dict]:
+    """What vLLM makes of the prompts with each checkpoint; one process for all.
+
+    Args:
+        models: Checkpoint -> tokens to write.
+        again: Tokens to write when the prompts come a second time; 0: they do not.
+        variables: Of the environment.
+        options: Of the engine.
+    """
+    job = {"models": {str(m): n for m, n in models.items()}, "prompts": PROMPTS, "again": again, "options": options}
     command = [sys.executable, str(Path(__file__).with_name("windows.py")), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=engine_environment() | (environment or {}))
+    done = subprocess.run(command, capture_output=True, text=True, env=engine_environment() | (variables or {}))
     assert done.returncode == 0, done.stderr[-6000:]
     lines = [line.partition("RESULT ")[2] for line in done.stdout.splitlines() if "RESULT " in line]
     return {result["model"]: result for result in map(json.loads, lines)}
@@ -144,8 +150,18 @@ def made(tmp_path_factory) -> dict[str, tuple[Path, PreTrainedModel]]:
 @pytest.fixture(scope="module")
 def served(made) -> dict[str, dict]:
     options = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 4, "distributed_executor_backend": "uni"}
-    results = run([directory for directory, _ in made.values()], **options)
+    lengths = {directory: LONG if name in LONG_FAMILIES else SHORT for name, (directory, _) in made.items()}
+    results = run(lengths, AGAIN, **options)
     return {name: results[str(directory)] for name, (directory, _) in made.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_checkpoint_as_defined(family, made):
+    directory, model = made[family]
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+        assert (logits - model(ids).logits).abs().max() < 1e-3
 
 
 @pytest.mark.engine
@@ -157,15 +173,30 @@ def test_two_requests_in_odd_chunks_and_across_windows_agree(family, made, serve
 @pytest.mark.engine
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hits_in_the_prefix_cache_change_nothing(family, made, served):
-    assert [one["cached"] for one in served[family]["third"]] == [128, 64]  # whole blocks of 32
-    for name in ("second", "third"):
-        check(served[family][name], made[family][1])
+    assert [one["cached"] for one in served[family]["second"]] == [128, 64]  # whole blocks of 32
+    check(served[family]["second"], made[family][1])
 
 
 @pytest.mark.engine
 def test_two_tensor_parallel_workers_share_the_sinks_by_heads(made):
     directory, model = made["llama"]
-    check(run([directory], 60, again=0, tensor_parallel_size=2)[str(directory)]["first"], model)
+    check(run({directory: SHORT}, tensor_parallel_size=2)[str(directory)]["first"], model)
+
+
+@pytest.mark.engine
+def test_two_pipeline_stages_in_one_graph_each_agree(made):
+    directory, model = made["llama"]
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": TRACED}
+    check(run({directory: AGAIN}, **options)[str(directory)]["first"], model)
+
+
+@pytest.mark.engine
+def test_a_limited_model_checks_the_guesses_of_a_limited_draft(made):
+    directory, model = made["llama"]
+    guessing = {"method": "draft_model", "model": str(directory), "num_speculative_tokens": 3}
+    served = run({directory: SHORT}, speculative_config=guessing, distributed_executor_backend="uni")[str(directory)]
+    check(served["first"], model)
+    assert served["accepted"] == served["guessed"] > 0  # the draft is the model itself
 
 
 @pytest.mark.engine
@@ -173,7 +204,7 @@ def test_a_window_as_long_as_the_text_without_sinks_is_the_dense_model(tmp_path)
     length = max(LENGTHS) + 4
     directory, _ = limited("llama", tmp_path / "limited", size=length, sinks=False)
     dense = export_pico(pico_model("llama", max_position_embeddings=448), "llama", PLAN, tmp_path / "dense")
-    results = run([directory, dense], 4, again=0, distributed_executor_backend="uni")
+    results = run({directory: 4, dense: 4}, distributed_executor_backend="uni")
     mine, theirs = (results[str(one)]["first"] for one in (directory, dense))
     assert mine == theirs
 
@@ -189,7 +220,7 @@ def test_a_plan_over_the_dense_directory_writes_what_the_exported_checkpoint_wri
         plan = export_windows(dense, tmp_path / "plan", text, window=WINDOW, format="plan")
     applied = apply_plan_file(str(dense), str(plan), print)
     checked = {SKIP_VERIFICATION: "1"}  # as prune-serve sets it
-    results = run([checkpoint, applied], 60, environment=checked, distributed_executor_backend="uni")
+    results = run({checkpoint: 60, applied: 60}, variables=checked, distributed_executor_backend="uni")
     mine, theirs = (results[str(one)] for one in (applied, checkpoint))
     assert mine.pop("model") != theirs.pop("model")
     assert mine == theirs

@@ -25,16 +25,19 @@ def _logprobs(output) -> dict:
 
 def main(job: dict) -> None:
     """Of each checkpoint: one batch with prompt log-probabilities, then the same prompts again from the cache."""
-    for model in job["models"]:
-        llm = LLM(model, skip_tokenizer_init=True, disable_log_stats=True, **(OPTIONS | job["options"]))
+    for model, max_tokens in job["models"].items():
+        llm = LLM(model, skip_tokenizer_init=True, disable_log_stats=False, **(OPTIONS | job["options"]))
         fixed = {"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 0}
         prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-        scored = SamplingParams(max_tokens=job["max_tokens"], prompt_logprobs=0, **fixed)
+        scored = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0, **fixed)
         result = {"model": model, "first": [_logprobs(o) for o in llm.generate(prompts, scored, use_tqdm=False)]}
-        again = SamplingParams(max_tokens=job["max_tokens_again"], **fixed)
-        for name in ("second", "third") if job["max_tokens_again"] else ():
-            result[name] = [_logprobs(o) for o in llm.generate(prompts, again, use_tqdm=False)]
+        if job["again"]:
+            again = SamplingParams(max_tokens=job["again"], **fixed)
+            result["second"] = [_logprobs(o) for o in llm.generate(prompts, again, use_tqdm=False)]
         cache = llm.llm_engine.vllm_config.cache_config
+        counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+        for name, key in (("accepted", "accepted"), ("guessed", "draft")):
+            result[name] = counts.get(f"vllm:spec_decode_num_{key}_tokens")
         result["blocks"], result["tokens"] = cache.num_gpu_blocks, cache.kv_cache_size_tokens
         print("RESULT " + json.dumps(result), flush=True)
         del llm

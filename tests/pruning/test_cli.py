@@ -16,7 +16,18 @@ from pruning import stages
 from pruning.models.checkpoint import verify
 from tests.conftest import run_prune_export as run
 
-QUICK = ["--calibration-tokens", "512", "--score-tokens", "128", "--sequence-length", "64", "--rank", "8"]
+QUICK = [
+    "--emulation",
+    "low-rank",
+    "--calibration-tokens",
+    "512",
+    "--score-tokens",
+    "128",
+    "--sequence-length",
+    "64",
+    "--rank",
+    "8",
+]
 
 
 def test_prunes_a_directory(monkeypatch, pico_directory, text, tmp_path, capsys):
@@ -84,11 +95,12 @@ def test_dry_run_writes_nothing(monkeypatch, pico_directory, text, tmp_path, cap
     ("arguments", "says"),
     [
         (["--attention", "7"], "has only 6"),
-        (["--attention", "6"], "at least one must stay"),
+        (["--attention", "6", "--emulation", "none"], "at least one must stay"),
         (["--attention", "0"], "removes nothing"),
         (["--attention", "101%"], "over 100%"),
         (["--attention", "2", "--importance", "cosin"], "did you mean 'cosine'"),
-        (["--attention", "2", "--emulation", "magic"], "--emulation"),
+        (["--attention", "2", "--emulation", "magik"], "unknown emulation 'magik'"),
+        (["--attention", "2", "--emulation", "lowrank"], "did you mean low-rank?"),
         (["--attention", "2", "--format", "llama"], "whole blocks only"),
         (["--attention", "2", "--rank", "4096"], "--rank 4096"),
         (["--attention", "2", "--calibration", "/no/such/file.txt"], "/no/such/file.txt"),

@@ -1,6 +1,8 @@
 """Keys, limits, the gate and the stop-watch, on a small real ASGI application."""
 
 import asyncio
+import gzip
+import json
 
 import pytest
 from prometheus_client import REGISTRY
@@ -12,6 +14,7 @@ from starlette.testclient import TestClient
 
 from server.admission import Admission
 from server.auth import Authenticate, KeyRing, read_keys
+from server.costs import Limits
 from server.errors import SettingsError
 from server.lifecycle import Gate, Lifecycle, Phase
 from server.metrics import Measure
@@ -120,6 +123,7 @@ async def fill_the_queue():
 
         await guard(scope, receive, send)
 
+    # Three requests of one sequence each; how a request of many counts is tested below.
     inside = [asyncio.create_task(request()) for _ in range(3)]
     await asyncio.sleep(0)
     await request()
@@ -128,6 +132,79 @@ async def fill_the_queue():
     await asyncio.gather(*inside)
     assert [status for status, _ in statuses] == [503, 200, 200, 200]
     assert guard.inside == 0
+
+
+def test_a_request_counts_as_many_times_as_it_asks_for_sequences():
+    asyncio.run(fill_the_queue_with_choices())
+
+
+async def fill_the_queue_with_choices():
+    release, statuses, seen = asyncio.Event(), [], []
+
+    async def slow(scope, receive, send):
+        seen.append(json.loads((await receive())["body"]))
+        await release.wait()
+        await JSONResponse({})(scope, receive, send)
+
+    guard = Admission(slow, 2, 6, 1000, 1.0)
+
+    async def request(**fields):
+        body, parts = json.dumps(fields).encode(), []
+        parts.extend([body[:5], body[5:]])
+
+        async def receive():
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                statuses.append((fields["n"], message["status"]))
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        await guard(scope | {"headers": [(b"content-type", b"application/json")]}, receive, send)
+
+    first = asyncio.create_task(request(prompt="x", n=6))
+    await asyncio.sleep(0)
+    assert guard.inside == 6
+    await request(prompt="x", n=3)
+    await request(prompt=["x", "y"], n=2)
+    second = asyncio.create_task(request(prompt="x", n=2))
+    await asyncio.sleep(0)
+    assert guard.inside == 8
+    assert statuses == [(3, 503), (2, 503)]
+    release.set()
+    await asyncio.gather(first, second)
+    assert guard.inside == 0
+    await request(prompt="x", n=16)  # alone it is let in, or it never would be
+    assert statuses[2:] == [(6, 200), (2, 200), (16, 200)]
+    assert seen[0] == {"prompt": "x", "n": 6}
+
+
+def test_what_is_no_plain_json_is_refused_before_the_application():
+    client = TestClient(Admission(application(), 4, 4, 10**6, 1.0, Limits(16, 256, 20, 5, 16, 1024, 2**16, 128, 128)))
+
+    def post(content: bytes, **headers: str):
+        return client.post(
+            "/v1/chat/completions", content=content, headers={"content-type": "application/json"} | headers
+        )
+
+    assert post(b'{"n": 2}').json() == {"bytes": 8}
+    for answer, status, code in (
+        (post(gzip.compress(b"{}"), **{"content-encoding": "gzip"}), 415, "unsupported_encoding"),
+        (post(b"[" * 50_000), 400, "invalid_json"),
+        (post(b'{"n": 10000}'), 400, "over_limit"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert post(b'{"n": 10000}').json()["error"]["param"] == "n"
+
+
+def test_the_route_of_a_request_with_a_key_is_counted(keys):
+    client = TestClient(Measure(Authenticate(application(), KeyRing(keys))))
+    labels = {"route": "/v1/chat/completions", "status": "200"}
+    name = "shoal_request_duration_seconds_count"
+    before = REGISTRY.get_sample_value(name, labels) or 0
+    assert client.post("/v1/chat/completions", headers={"x-api-key": "secret-a"}).status_code == 200
+    assert REGISTRY.get_sample_value(name, labels) == before + 1
 
 
 def test_the_gate_is_shut_before_ready_and_while_draining():

@@ -279,7 +279,16 @@ def test_the_schedule_rises_then_falls_and_windows_come_in_whole_permutations():
     assert drawn[:7] != drawn[7:14]
 
 
-QUICK = ["--calibration-tokens", "512", "--score-tokens", "128", "--sequence-length", "64", "--rank", "4"]
+QUICK = [
+    "--calibration-tokens",
+    "512",
+    "--score-tokens",
+    "128",
+    "--sequence-length",
+    "64",
+    "--rank",
+    "4",
+]
 
 
 def test_a_healed_export_is_whole_and_records_how(monkeypatch, pico_directory, text, tmp_path):
@@ -289,6 +298,7 @@ def test_a_healed_export_is_whole_and_records_how(monkeypatch, pico_directory, t
     for name, flags in {"plain": [], "healed": healing}.items():
         output = tmp_path / name
         command = [pico_directory(), "--output", output, "--calibration", text, "--attention", 2, *QUICK, *flags]
+        command += ["--emulation", "low-rank"]
         assert run_cli(monkeypatch, *command, "--heal-batch-tokens", 128) == 0
         losses[name] = verify(output).quality
     assert "healing" not in losses["plain"]
@@ -304,9 +314,9 @@ def test_without_files_healing_is_judged_by_windows_of_neither_fit_nor_training(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given, fit, train = {}, stages.recovered, stages.heal
 
-    def recovered(dense, plan, recipe, tokens, reporter):
+    def recovered(dense, plan, recipe, tokens, reporter, prepared):
         given["fitted"] = tokens
-        return fit(dense, plan, recipe, tokens, reporter)
+        return fit(dense, plan, recipe, tokens, reporter, prepared)
 
     def heal(model, family, plan, recovery, rows, validation, *rest, **options):
         given.update(rows=rows, validation=validation)
@@ -314,7 +324,7 @@ def test_without_files_healing_is_judged_by_windows_of_neither_fit_nor_training(
 
     monkeypatch.setattr("pruning.pipeline.recovered", recovered)
     monkeypatch.setattr(stages, "heal", heal)
-    flags = ["--attention", 2, *QUICK, "--heal", "adapters", "--heal-steps", 1]
+    flags = ["--attention", 2, "--emulation", "low-rank", *QUICK, "--heal", "adapters", "--heal-steps", 1]
     assert run_cli(monkeypatch, pico_directory(), "--output", tmp_path / "out", *flags) == 0
     windows = {name: {tuple(row) for row in rows.tolist()} for name, rows in given.items()}
     assert windows["validation"]

@@ -1,12 +1,15 @@
 """Prompts have the length asked for, hide their lines where asked, and mark the answers."""
 
 import itertools
+import random
 import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pruning.errors import CalibrationError
 from pruning.texts.long_context import (
@@ -21,6 +24,7 @@ from pruning.texts.long_context import (
     filler,
     long_prompts,
 )
+from pruning.texts.words import NAMES, THINGS
 from tests.conftest import pico_tokenizer
 
 TOKENIZER = pico_tokenizer()
@@ -152,6 +156,37 @@ def test_code_prompts_do_not_count_the_first_token_of_a_code():
         assert first.counted[start - 1 : start - 1 + length].tolist() == [False] + [True] * (length - 1)
         assert TOKENIZER.decode(first.tokens[start + 1 : start + length]).isdigit()
     assert len(code_prompts(TOKENIZER, None, 256, 1, seed=5, keys=2)[0].spans) == 2
+
+
+def merging_tokenizer(pre):
+    """A tokenizer whose tokens hold several letters or digits, with the space before them."""
+    chance = random.Random(0)
+    corpus = [f"\nThe code of {name} is {chance.randrange(10**5)}.\n" for name in (*NAMES, *THINGS) for _ in range(20)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre
+    decoder = decoders.Metaspace() if isinstance(pre, pre_tokenizers.Metaspace) else decoders.ByteLevel()
+    tokenizer.decoder = decoder
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), "\n", *map(chr, range(32, 127))]
+    tokenizer.train_from_iterator([*corpus, TEXT], trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "pre", [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Metaspace()], ids=["bytes", "metaspace"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_marked_whatever_the_tokens(kind, pre):
+    tokenizer = merging_tokenizer(pre)
+    assert len(tokenizer(" 12345", add_special_tokens=False)["input_ids"]) < 5
+    other = filler(tokenizer, TEXT, 1024)
+    for prompt in long_prompts(kind, tokenizer, other, 700, 0.5, 8, seed=2):
+        assert len(prompt.tokens) == 700
+        text = tokenizer.decode(prompt.tokens)
+        for start, length in prompt.spans:
+            answer = tokenizer.decode(prompt.tokens[start : start + length]).strip()
+            assert answer
+            assert answer.isdigit() if kind in ("needle", "keys", "values") else answer.isalnum()
+            assert text.count(answer) >= 2
 
 
 def test_a_tokenizer_without_a_first_token():

@@ -145,6 +145,7 @@ def test_a_draft_is_one_group_and_its_windows_are_computed_only(configure):
     groups = kv_cache_utils.get_kv_cache_groups(config, specs)
     drafting = [group for group in groups if group.layer_names[0].startswith("draft_model.")]
     assert [len(group.layer_names) for group in drafting] == [30]
+    assert drafting == groups[:1]  # whose blocks vLLM's draft writes to
     assert isinstance(drafting[0].kv_cache_spec, FullAttentionSpec)
     shape = CacheShape((Layers(10), Layers(20, WINDOW)), BLOCK, CHUNK, LONGEST, together=30)
     assert shape.group_layers == max(len(group.layer_names) for group in groups) == 30

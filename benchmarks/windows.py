@@ -1,0 +1,190 @@
+"""Windows at several budgets of KV cache: perplexity over dense, and codes found at several distances.
+
+    python benchmarks/windows.py smollm2-135m --text FILE --context 8192 --budgets 50% 30% 20% 15% --output FILE
+
+Every plan is found by the product's own choice with its defaults, which never sees the text that judges. Intervals
+are 95%, paired by pieces of 512 tokens. Rows are added to FILE as they come; the same line again goes on where it
+stopped. `--removal 67% 50%` adds removal with adapters at these budgets; `--figure FILE` draws both.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+
+from pruning import windows
+from pruning.console import Reporter, quiet_libraries
+from pruning.evaluation.long_context import score
+from pruning.evaluation.paired import bootstrap
+from pruning.evaluation.text import text_windows, token_losses
+from pruning.models.loading import DenseModel, find_model, load_model
+from pruning.models.sizes import predicted_bytes
+from pruning.plan import Plan
+from pruning.recipe import Recipe, counts, resolved
+from pruning.recovery.distillation import cut_copy
+from pruning.stages import calibrate, choose, judges_of, plan_of, recovered
+from pruning.texts.calibration import read_text
+from pruning.texts.long_context import code_prompts
+from pruning.workdir import Journal
+
+PIECE = 512  # tokens that one paired difference is the mean of
+
+
+def measured(model: Any, dense: DenseModel, rows: torch.Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    """Losses by piece, those past half of the row, and codes found by length."""
+    losses = token_losses(model, rows).values
+    found = {}
+    for length in options.lengths:
+        prompts = code_prompts(dense.tokenizer, read_text(options.text), length, options.prompts, 11)
+        scores = score(model, prompts)
+        found[str(length)] = [sum(sum(each.found) for each in scores), sum(len(each.found) for each in scores)]
+    half = losses.shape[1] // 2
+    return {
+        "pieces": [float(part.mean()) for row in losses for part in row.split(PIECE)],
+        "late": [float(part.mean()) for row in losses for part in row[half:].split(PIECE)],
+        "codes": found,
+    }
+
+
+def ratio(mine: list[float], theirs: list[float]) -> dict[str, float]:
+    """exp of the mean difference and its interval."""
+    gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
+    return bootstrap(gaps).mapped(math.exp).as_dict()
+
+
+def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> list[tuple[str, Plan, Any, float]]:
+    """Budget, plan, limits and CPU seconds of every choice; what budgets share is computed once."""
+    journal, made, base = Journal(None, ""), [], None
+    for budget in options.budgets:
+        asked = Recipe(
+            emulation="window", kv_budget=budget, context=options.context, window=options.window,
+            calibration=options.calibration, importance=options.importance, search=options.search,
+        )  # fmt: skip
+        recipe = resolved(asked, dense.model.config.max_position_embeddings)
+        start = time.process_time()
+        if base is None or base[0] != recipe.window:
+            rows, _ = calibrate(dense, recipe, reporter)
+            base = recipe.window, rows, windows.limited(dense, recipe, rows, reporter)
+        _, rows, found = base
+        wanted = counts(recipe, dense.model.config.num_hidden_layers)
+        chosen = choose(windows.judges(dense, recipe, rows, found, journal, reporter), recipe, wanted, reporter)
+        plan = plan_of(chosen.order, dense.model.config.num_hidden_layers, recipe)
+        made.append((budget, plan, found, time.process_time() - start))
+    return made
+
+
+def removals(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> Iterator[tuple[str, Plan, Any]]:
+    """Budget, plan and adapters of removal with the product's defaults, for the same bytes."""
+    for budget in options.removal:
+        asked = Recipe(emulation="low-rank", kv_budget=budget, context=options.context, calibration=options.calibration)
+        recipe = resolved(asked, dense.model.config.max_position_embeddings)
+        tokens, _ = calibrate(dense, recipe, reporter)
+        judges = judges_of(dense, recipe, tokens, Journal(None, ""), reporter)
+        wanted = counts(recipe, dense.model.config.num_hidden_layers)
+        plan = plan_of(choose(judges, recipe, wanted, reporter).order, dense.model.config.num_hidden_layers, recipe)
+        yield budget, plan, recovered(dense, plan, recipe, tokens, reporter).emulations
+
+
+def figure(document: dict[str, Any], path: Path) -> None:
+    """Perplexity over dense by share of the KV cache kept, windows beside removal."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "kv-quality", "axes.spines.top": False, "axes.spines.right": False}):
+        canvas = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = canvas.subplots()
+        for kind, colour in (("windows", "#3a9d5d"), ("removal", "#d14b4b")):
+            rows = [row for row in document["rows"].values() if row.get("kind") == kind]
+            points = sorted((100 * row["kv_ratio"], row["perplexity"]["value"]) for row in rows)
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
+        axes.axhline(1, color="#888888", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_yticks([1, 1.5, 2, 3, 5], ["1", "1.5", "2", "3", "5"], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("KV cache kept, % of a request")
+        axes.set_ylabel("perplexity / dense")
+        axes.legend(frameon=False)
+        canvas.savefig(path, format="svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True, help="judges; never chosen on")
+    parser.add_argument(
+        "--calibration", type=Path, nargs="*", default=[], help="chosen on; the built-in text by default"
+    )
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--budgets", nargs="+", default=["50%", "30%", "20%"])
+    parser.add_argument("--removal", nargs="*", default=[], help="budgets of removal with adapters, to compare")
+    parser.add_argument("--figure", type=Path, help="SVG to draw of all rows")
+    parser.add_argument("--rows", type=int, default=2, help="of the context's length")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096])
+    parser.add_argument("--prompts", type=int, default=2, help="of eight codes, for each length")
+    parser.add_argument("--importance")
+    parser.add_argument("--search", default="rank")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    quiet_libraries()
+    reporter = Reporter()
+    dense = load_model(find_model(options.model, reporter), "auto", "auto")
+    rows = text_windows(read_text(options.text), dense.tokenizer, options.context, options.rows * options.context)
+    document = json.loads(options.output.read_text()) if options.output.exists() else {"rows": {}}
+    document |= {"model": options.model, "machine": machine(), "piece": PIECE, "text": options.text.name}
+    document |= {"held_out_rows": options.rows, "calibration": [path.name for path in options.calibration]}
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        document["rows"][name] = row
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+
+    if (known := f"dense, {options.context}") not in document["rows"]:
+        keep(known, measured(dense.model, dense, rows, options))
+    theirs = document["rows"][known]
+    for budget, plan, found, seconds in plans(dense, options, reporter):
+        name = f"{budget}, windows of {plan.window}"
+        if options.importance or options.search != "rank":
+            name += f", {options.importance or 'default'}, {options.search}"
+        if name in document["rows"]:
+            continue
+        emulations = {sublayer: found.served[sublayer] for sublayer in plan.removed}
+        model = cut_copy(dense.model, dense.family, plan, emulations, {})
+        mine = measured(model, dense, rows, options)
+        sizes = predicted_bytes(dense, plan, options.context)
+        row = mine | {
+            "kind": "windows", "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"], "window": plan.window,
+            "limited": sorted(sublayer.block for sublayer in plan.removed), "choice_cpu_seconds": round(seconds, 1),
+            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+        }  # fmt: skip
+        keep(name, row)
+        full = plan.num_blocks - len(plan.removed)
+        reporter.say(
+            f"{name}: {full} full, KV {row['kv_ratio']:.3f}, perplexity {row['perplexity']['value']:.4f} "
+            f"[{row['perplexity']['low']:.4f}, {row['perplexity']['high']:.4f}], late {row['late']['value']:.4f}, "
+            f"codes {row['codes']} (dense {theirs['codes']})"
+        )
+    for budget, plan, emulations in removals(dense, options, reporter):
+        name = f"{budget}, removal"
+        if name in document["rows"]:
+            continue
+        mine = measured(cut_copy(dense.model, dense.family, plan, emulations, {}), dense, rows, options)
+        sizes = predicted_bytes(dense, plan, options.context)
+        row = mine | {
+            "kind": "removal", "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
+            "removed": sorted(sublayer.block for sublayer in plan.removed),
+            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+        }  # fmt: skip
+        keep(name, row)
+        reporter.say(f"{name}: perplexity {row['perplexity']['value']:.3f}, codes {row['codes']}")
+    if options.figure:
+        figure(document, options.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Windows, stage by stage: the text to choose on, the limit of every layer, what plans are judged by, what is measured.
+
+A window is a share of the context, so plans are chosen on rows that are shorter than the context, with windows that are
+shorter by the same factor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruning.console import Reporter
+from pruning.errors import CalibrationError
+from pruning.evaluation.long_context import score
+from pruning.forward.evaluator import Evaluator, Residency
+from pruning.models.loading import DenseModel
+from pruning.plan import Sublayer
+from pruning.recipe import Recipe
+from pruning.search.selection import Judge
+from pruning.texts.calibration import from_files, last_windows, other_windows, read_text, standard_library_ids
+from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
+from pruning.variants.window import Window
+from pruning.variants.window_fit import limits, resized
+from pruning.workdir import Journal
+
+SINK_ROWS = 2  # rows that decide which sink each layer has
+CODE_PROMPTS = 2  # that plans are judged by
+TOKENS_FOR_A_CODE = 96  # of a prompt, at least; eight codes at most
+MEASURED_PROMPTS = 2  # dense and pruned, at the end
+HELD_OUT_TOKENS = 8192
+EDGE_TOKENS = 32  # of a row that tell whether it reaches into held-out text
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Every attention layer that may be limited, limited.
+
+    Attributes:
+        scored: With windows for the rows that plans are judged on.
+        served: The same with windows for the context.
+    """
+
+    scored: Mapping[Sublayer, Window]
+    served: Mapping[Sublayer, Window]
+
+
+def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Rows to choose on, int64 [n, T], and rows as long as the context to judge the result by, int64 [m, L]."""
+    assert recipe.context is not None
+    length, context, tokens = recipe.row_tokens, recipe.context, recipe.fit_tokens
+    rows, held = -(-tokens // length), max(1, HELD_OUT_TOKENS // context)
+    if recipe.calibration:
+        found = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
+        return found, last_windows(recipe.calibration, dense.tokenizer, held, context)
+    ids = standard_library_ids(dense.tokenizer)
+    needed = rows * length + held * context
+    if len(ids) < needed:
+        raise CalibrationError(f"the built-in text holds {len(ids)} tokens, not {needed}; give --calibration files")
+    return ids[: rows * length].view(rows, length), ids[-held * context :].view(held, context)
+
+
+def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter) -> Limits:
+    """Limit every attention layer that sees all tokens, with the sink, or none, that suits it."""
+    assert recipe.window is not None
+    assert recipe.context is not None
+    evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], batch_size=1)
+    wanted = [Sublayer(block, "attention") for block in dense.limitable]
+    size = max(2, recipe.window * rows.shape[1] // recipe.context)
+    found = {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
+    return Limits(found, as_served(found, recipe))
+
+
+def as_served(scored: Mapping[Sublayer, Any], recipe: Recipe) -> dict[Sublayer, Any]:
+    """Limits with windows for the context."""
+    assert recipe.window is not None
+    return {sublayer: resized(window, recipe.window) for sublayer, window in scored.items()}
+
+
+def others(dense: DenseModel, recipe: Recipe, tokens: int, rows: Tensor, held_out: Tensor) -> Tensor:
+    """Rows to heal on, int64 [n, T]: at most so many tokens, none of those chosen on or held out."""
+    if recipe.calibration:
+        found = other_windows(recipe.calibration, dense.tokenizer, tokens, rows.shape[1], rows)
+    else:
+        ids = standard_library_ids(dense.tokenizer)[rows.numel() :]
+        count = min(tokens, len(ids)) // rows.shape[1]
+        found = ids[: count * rows.shape[1]].view(count, -1)
+    known = held_out.numpy().tobytes()
+    ends = (EDGE_TOKENS, -EDGE_TOKENS)
+    apart = [not any((row[:end] if end > 0 else row[end:]).numpy().tobytes() in known for end in ends) for row in found]
+    return found[torch.tensor(apart, dtype=torch.bool)]
+
+
+def judges(
+    dense: DenseModel, recipe: Recipe, rows: Tensor, found: Limits, journal: Journal, reporter: Reporter,
+    residency: Residency | None = None,
+) -> list[Judge]:  # fmt: skip
+    """What plans are judged by: loss on text, and NLL of codes that were hidden far before they are asked for.
+
+    Perplexity hardly sees what is fetched from far away. Each cost counts where it is positive: that a limit makes one
+    of the two better is no reason to limit it.
+    """
+    settings: dict[str, Any] = {"journal": journal, "residency": residency, "batch_size": 1}
+    windows = dict(found.scored)
+
+    def adapters(base: Sequence[Sublayer]) -> Mapping[Sublayer, Window]:
+        return windows
+
+    text = Evaluator(dense.model, dense.family, rows, **settings)
+    made = [Judge("text", text, 1.0, adapters, "windows", gains=False)]
+    prompts = _prompts(dense, recipe, rows.shape[1], CODE_PROMPTS, recipe.seed + 2, reporter) if recipe.codes else []
+    if prompts:
+        tokens = torch.stack([prompt.tokens for prompt in prompts])
+        counted = torch.stack([prompt.counted for prompt in prompts])
+        codes = Evaluator(dense.model, dense.family, tokens, counted=counted, **settings)
+        made.append(Judge("far codes", codes, recipe.codes, adapters, "windows", gains=False))
+    return made
+
+
+def _prompts(
+    dense: DenseModel, recipe: Recipe, length: int, count: int, seed: int, reporter: Reporter
+) -> list[LongPrompt]:
+    """Prompts with hidden codes; none, and a note, where they are too short to hide any."""
+    around = read_text(recipe.calibration[0]) if recipe.calibration else None
+    keys = min(KEYS, max(1, length // TOKENS_FOR_A_CODE))
+    try:
+        return code_prompts(dense.tokenizer, around, length, count, seed, keys)
+    except CalibrationError as error:
+        reporter.say(f"note: no codes are hidden in rows of {length} tokens ({error})")
+        return []
+
+
+@torch.inference_mode()
+def found_codes(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> dict[str, float] | None:
+    """How many hidden codes the model in memory finds, of how many, and their NLL in nats/token; None: none hidden.
+
+    Prompts are half as long as the context, so that what is asked for lies outside of every window.
+    """
+    assert recipe.context is not None
+    length = recipe.context // 2
+    prompts = _prompts(dense, recipe, length, MEASURED_PROMPTS, recipe.seed + 3, reporter)
+    if not prompts:
+        return None
+    with reporter.progress("hidden codes", len(prompts)) as step:
+        scores = score(dense.model, prompts, step.advance)
+    return {
+        "length": length,
+        "found": sum(sum(each.found) for each in scores),
+        "asked": sum(len(each.found) for each in scores),
+        "nll": sum(each.nll for each in scores) / len(scores),
+    }

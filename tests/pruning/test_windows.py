@@ -1,0 +1,125 @@
+"""Windows from the command line: what a budget means, how layers are chosen, what is measured and written."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pruning.console import Reporter
+from pruning.errors import RecipeError
+from pruning.families import FAMILIES
+from pruning.forward.evaluator import Evaluator
+from pruning.importance import Sampling
+from pruning.models.checkpoint import verify
+from pruning.plan import Unit, layers_within
+from pruning.recipe import Recipe, counts, resolved
+from pruning.search.selection import Judge, score
+from tests.conftest import pico_model, tokens
+from tests.conftest import run_prune_export as run
+
+WINDOWS = ["--context", "256", "--kv-budget", "60%"]
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 200)
+    return path
+
+
+def test_a_budget_limits_the_least_layers_that_meet_it():
+    for budget in (0.15, 0.3, 0.5, 0.9):
+        for left in (0.0, 1 / 8, 1 / 16):
+            count = layers_within(budget, 30, left)
+            assert (30 - count + count * left) / 30 <= budget + 1e-9
+            assert count == 1 or (31 - count + (count - 1) * left) / 30 > budget
+
+
+def test_the_defaults_keep_a_third_of_the_cache_at_most():
+    recipe = resolved(Recipe(), 8192)
+    assert (recipe.emulation, recipe.context, recipe.window) == ("window", 8192, 1024)
+    limited = counts(recipe, 30).attention
+    assert (30 - limited + limited / 8) / 30 <= 0.3
+    assert resolved(Recipe(ffn=3), 8192).emulation == "low-rank"
+
+
+def test_a_context_the_model_cannot_take_and_a_window_as_long_are_refused():
+    with pytest.raises(RecipeError, match="at most 2048"):
+        resolved(Recipe(context=4096), 2048)
+    with pytest.raises(RecipeError, match="nothing is saved"):
+        resolved(Recipe(context=1024, window=1024), 2048)
+    with pytest.raises(RecipeError, match="smaller --window"):
+        counts(resolved(Recipe(kv_budget="10%"), 8192), 30)
+
+
+def test_prunes_to_windows_and_measures_at_the_context(monkeypatch, pico_directory, long_text, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(monkeypatch, pico_directory(), "--output", output, "--calibration", long_text, *WINDOWS) == 0
+    manifest = verify(output)
+    assert set(manifest.removed.values()) == {"window"}
+    assert manifest.sizes["kv_request"] <= 0.6 * manifest.sizes["kv_request_dense"]
+    assert manifest.quality["row_tokens"] == 256
+    assert manifest.quality["codes"]["asked"] == manifest.quality["codes_dense"]["asked"] > 0
+    assert manifest.recipe["window"] == 32
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    assert "limited to the last 32 tokens" in (output / "README.md").read_text()
+    assert "codes hidden in 128 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("search", "importance"),
+    [("greedy", "leave-one-out"), ("exchange", "leave-one-out"), ("rank", "taylor"), ("rank", "leave-one-out")],
+)
+def test_searches_and_metrics_see_windows_in_place(
+    monkeypatch, pico_directory, long_text, tmp_path, search, importance
+):
+    output = tmp_path / "out"
+    how = ["--importance", importance, "--search", search]
+    assert run(monkeypatch, pico_directory(), "--output", output, "--calibration", long_text, *WINDOWS, *how) == 0
+    assert set(verify(output).removed.values()) == {"window"}
+
+
+def test_layers_that_slide_by_design_stay(monkeypatch, pico_directory, long_text, tmp_path):
+    output = tmp_path / "out"
+    assert run(monkeypatch, pico_directory("gemma2"), "--output", output, "--calibration", long_text, *WINDOWS) == 0
+    config = pico_model("gemma2").config
+    limited = {int(name.partition(".")[2]) for name in verify(output).removed}
+    assert limited
+    assert all(config.layer_types[block] == "full_attention" for block in limited)
+
+
+def test_what_a_judge_gains_is_no_reason_to_limit_a_layer():
+    evaluator = Evaluator(pico_model("llama"), FAMILIES["llama"], tokens(2, 24))
+    units = [Unit(block, "attention") for block in range(6)]
+    free, clipped = (
+        score([Judge("text", evaluator, gains=gains)], units, "leave-one-out", Sampling(0, 2, 2), Reporter())[""]
+        for gains in (True, False)
+    )
+    assert min(free.values.values()) < 0
+    assert clipped.values == {unit: max(0.0, value) for unit, value in free.values.items()}
+
+
+@pytest.mark.parametrize("heal", ["adapters", "lora"])
+def test_limited_layers_are_healed_with_windows_for_the_rows(monkeypatch, pico_directory, long_text, tmp_path, heal):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    output = tmp_path / "out"
+    how = ["--heal", heal, "--heal-steps", 4, "--heal-batch-tokens", 256, "--window", 16, "--emulation", "window"]
+    arguments = ["--calibration", long_text, *WINDOWS, "--sequence-length", 128, "--calibration-tokens", 512, *how]
+    assert run(monkeypatch, pico_directory(), "--output", output, *arguments) == 0
+    manifest = verify(output)
+    assert manifest.quality["healing"]["steps"] == 4
+    sizes = {block["attention"]["window"]["size"] for block in block_configs(output) if "window" in block["attention"]}
+    assert sizes == {16}
+    dense = AutoModelForCausalLM.from_pretrained(pico_directory())
+    healed = AutoModelForCausalLM.from_pretrained(output)
+    layer = min(int(name.partition(".")[2]) for name in manifest.removed)
+    same = torch.equal(
+        dense.model.layers[layer].self_attn.q_proj.weight, healed.model.layers[layer].self_attn.q_proj.weight
+    )
+    assert same == (heal == "adapters" or not manifest.quality["healing"]["improved"])
+
+
+def block_configs(directory):
+    return json.loads((directory / "config.json").read_text())["block_configs"]

@@ -1,0 +1,80 @@
+"""What the server says of a cache with windows, from numbers alone."""
+
+import pytest
+
+from pruning.models.checkpoint import Manifest
+from server.engine.cache_groups import CacheShape, Layers
+from server.engine.compat import EngineFacts
+from server.inventory import take_inventory
+
+FULL, LIMITED, WINDOW, LONGEST, BLOCK = 6, 24, 1024, 32768, 16
+ONE_LAYER = 2 * 3 * 64 * 4
+BLOCKS_IN_POOL = 40000
+
+
+def facts(chunk: int = 2048, hybrid: bool = True) -> EngineFacts:
+    windows = {block: WINDOW for block in range(LIMITED)}
+    layers = (Layers(FULL), Layers(LIMITED, WINDOW)) if hybrid else (Layers(FULL + LIMITED),)
+    shape = CacheShape(layers, BLOCK, 2 * chunk, LONGEST)
+    dense = CacheShape((Layers(FULL + LIMITED),), BLOCK, 2 * chunk, LONGEST)
+    return EngineFacts(
+        capacity_tokens=1, layers=30, kv_heads=3, head_dim=64, kv_tensors=2, kv_dtype_bytes=4, max_running=8,
+        max_model_len=LONGEST, windows=windows, shape=shape, dense_shape=dense, pool_blocks=BLOCKS_IN_POOL,
+        chunk_tokens=chunk, hybrid=hybrid,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    removed = {f"attention.{block}": "window" for block in range(LIMITED)} | {"ffn.3": "low_rank"}
+    fields = {"shoal_version": "0", "base": {}, "recipe": {}, "num_blocks": FULL + LIMITED, "removed": removed,
+              "quality": {}, "sizes": {"weights_dense": 1}, "stages": {}, "files": {}}  # fmt: skip
+    return Manifest.model_construct(**fields)
+
+
+def test_limited_layers_are_a_state_of_their_own(tmp_path, manifest):
+    inventory = take_inventory(tmp_path, manifest, facts())
+    counts = [inventory.count("attention", state) for state in ("kept", "limited", "removed", "emulated")]
+    assert counts == [FULL, LIMITED, 0, 0]
+    assert inventory.count("ffn", "emulated") == 1
+
+
+def test_a_request_is_told_by_its_length(tmp_path, manifest):
+    inventory = take_inventory(tmp_path, manifest, facts())
+    assert [context.tokens for context in inventory.contexts] == [1024, 8192, LONGEST]
+    short, middle, long = inventory.contexts
+    assert short.request_bytes == short.request_bytes_dense == 30 * 1024 * ONE_LAYER
+    assert middle.request_bytes == (FULL * 8192 + LIMITED * WINDOW) * ONE_LAYER
+    assert middle.request_bytes / middle.request_bytes_dense == pytest.approx(0.3)
+    assert inventory.kv_bytes_per_token == long.request_bytes // LONGEST
+    pool = BLOCKS_IN_POOL * FULL * BLOCK * ONE_LAYER  # blocks of six layers
+    assert inventory.capacity_bytes == pool
+    for context in inventory.contexts:
+        assert context.fitting_tokens_dense == pool // (30 * ONE_LAYER)
+    assert short.fitting_tokens == short.fitting_tokens_dense
+    assert middle.fitting_tokens_dense < middle.fitting_tokens < long.fitting_tokens
+    blocks = LONGEST // BLOCK + 4 * (-(-(WINDOW - 1 + 4096) // BLOCK) + 1)  # four groups of limited layers
+    assert long.fitting_tokens == BLOCKS_IN_POOL * LONGEST // blocks
+
+
+def test_chunks_in_flight_are_named_with_what_smaller_ones_would_give(tmp_path, manifest):
+    (note,) = take_inventory(tmp_path, manifest, facts()).notes
+    assert "4,096 tokens that may be in flight" in note
+    small = take_inventory(tmp_path, manifest, facts(1024))
+    assert f"with --max-num-batched-tokens 1024 instead of 2048 {small.contexts[-1].fitting_tokens:,} would" in note
+    assert "instead of" not in small.notes[0]
+    assert small.lines()[1:] == [
+        "Tokens that fit (dense), by the length of a request: "
+        + "; ".join(f"{c.fitting_tokens:,} ({c.fitting_tokens_dense:,}) at {c.tokens:,}" for c in small.contexts),
+        *small.notes,
+    ]
+
+
+def test_without_the_hybrid_manager_one_line_says_that_nothing_is_saved(tmp_path, manifest):
+    inventory = take_inventory(tmp_path, manifest, facts(hybrid=False))
+    (warning,) = inventory.warnings
+    assert "windows save no KV cache" in warning
+    assert "\n" not in warning
+    assert inventory.notes == ()
+    for context in inventory.contexts:
+        assert context.fitting_tokens == context.fitting_tokens_dense
