@@ -280,13 +280,16 @@ def sweep_model(
 
 @app.command(name="list")
 def list_metrics() -> None:
-    """Print the importance metrics, export formats and model families."""
+    """Print the importance metrics, kinds of variant, export formats and model families."""
     from pruning.export.formats import FORMATS
     from pruning.families import FAMILIES
     from pruning.importance import METRICS
+    from pruning.variants import VARIANTS
 
     for name, row in METRICS.items():
         print(f"{name:16}{row.cost:8}{row.source:28}{row.help}")
+    for name, kind in VARIANTS.items():
+        print(f"{name.replace('_', '-'):20}{'--emulation':14}{kind.help}")
     for name, form in FORMATS.items():
         print(f"{name:16}{'format':8}{form.help}")
     print("families: " + ", ".join(sorted(FAMILIES)))
