@@ -4,13 +4,14 @@
 
 Every plan is found by the product's own choice with its defaults, which never sees the text that judges. Intervals
 are 95%, paired by pieces of 512 tokens. Rows are added to FILE as they come; the same line again goes on where it
-stopped.
+stopped. `--removal 67% 50%` adds removal with adapters at these budgets; `--figure FILE` draws both.
 """
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pruning.models.sizes import predicted_bytes
 from pruning.plan import Plan
 from pruning.recipe import Recipe
 from pruning.recovery.distillation import cut_copy
-from pruning.stages import calibrate, choose, plan_of
+from pruning.stages import calibrate, choose, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text
 from pruning.texts.long_context import code_prompts
 from pruning.workdir import Journal
@@ -80,6 +81,40 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
     return made
 
 
+def removals(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> Iterator[tuple[str, Plan, Any]]:
+    """Budget, plan and adapters of removal with the product's defaults, for the same bytes."""
+    for budget in options.removal:
+        asked = Recipe(emulation="low-rank", kv_budget=budget, context=options.context, calibration=options.calibration)
+        recipe = resolved(asked, dense.model.config.max_position_embeddings)
+        tokens, _ = calibrate(dense, recipe, reporter)
+        judges = judges_of(dense, recipe, tokens, Journal(None, ""), reporter)
+        wanted = counts(recipe, dense.model.config.num_hidden_layers)
+        plan = plan_of(choose(judges, recipe, wanted, reporter).order, dense.model.config.num_hidden_layers, recipe)
+        yield budget, plan, recovered(dense, plan, recipe, tokens, reporter).emulations
+
+
+def figure(document: dict[str, Any], path: Path) -> None:
+    """Perplexity over dense by share of the KV cache kept, windows beside removal."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "kv-quality", "axes.spines.top": False, "axes.spines.right": False}):
+        canvas = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = canvas.subplots()
+        for kind, colour in (("windows", "#3a9d5d"), ("removal", "#d14b4b")):
+            rows = [row for row in document["rows"].values() if row.get("kind") == kind]
+            points = sorted((100 * row["kv_ratio"], row["perplexity"]["value"]) for row in rows)
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
+        axes.axhline(1, color="#888888", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_yticks([1, 1.5, 2, 3, 5], ["1", "1.5", "2", "3", "5"], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("KV cache kept, % of a request")
+        axes.set_ylabel("perplexity / dense")
+        axes.legend(frameon=False)
+        canvas.savefig(path, format="svg", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -90,6 +125,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--window", type=int)
     parser.add_argument("--budgets", nargs="+", default=["50%", "30%", "20%"])
+    parser.add_argument("--removal", nargs="*", default=[], help="budgets of removal with adapters, to compare")
+    parser.add_argument("--figure", type=Path, help="SVG to draw of all rows")
     parser.add_argument("--rows", type=int, default=2, help="of the context's length")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096])
     parser.add_argument("--prompts", type=int, default=2, help="of eight codes, for each length")
@@ -113,7 +150,9 @@ def main() -> None:
         keep(known, measured(dense.model, dense, rows, options))
     theirs = document["rows"][known]
     for budget, plan, found, seconds in plans(dense, options, reporter):
-        name = f"{budget}, {options.context}, {plan.window}, {options.importance or 'default'}, {options.search}"
+        name = f"{budget}, windows of {plan.window}"
+        if options.importance or options.search != "rank":
+            name += f", {options.importance or 'default'}, {options.search}"
         if name in document["rows"]:
             continue
         emulations = {sublayer: found.served[sublayer] for sublayer in plan.removed}
@@ -121,7 +160,7 @@ def main() -> None:
         mine = measured(model, dense, rows, options)
         sizes = predicted_bytes(dense, plan, options.context)
         row = mine | {
-            "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"], "window": plan.window,
+            "kind": "windows", "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"], "window": plan.window,
             "limited": sorted(sublayer.block for sublayer in plan.removed), "choice_cpu_seconds": round(seconds, 1),
             "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
         }  # fmt: skip
@@ -132,6 +171,21 @@ def main() -> None:
             f"[{row['perplexity']['low']:.4f}, {row['perplexity']['high']:.4f}], late {row['late']['value']:.4f}, "
             f"codes {row['codes']} (dense {theirs['codes']})"
         )
+    for budget, plan, emulations in removals(dense, options, reporter):
+        name = f"{budget}, removal"
+        if name in document["rows"]:
+            continue
+        mine = measured(cut_copy(dense.model, dense.family, plan, emulations, {}), dense, rows, options)
+        sizes = predicted_bytes(dense, plan, options.context)
+        row = mine | {
+            "kind": "removal", "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
+            "removed": sorted(sublayer.block for sublayer in plan.removed),
+            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+        }  # fmt: skip
+        keep(name, row)
+        reporter.say(f"{name}: perplexity {row['perplexity']['value']:.3f}, codes {row['codes']}")
+    if options.figure:
+        figure(document, options.figure)
 
 
 if __name__ == "__main__":

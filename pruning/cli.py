@@ -123,6 +123,7 @@ def convert_checkpoint(directory: Path, *, to: str, output: Path, overwrite: boo
 def evaluate_model(
     directory: str,
     *,
+    plan: str | None = None,
     against: str | None = None,
     text: Annotated[list[Path], SEVERAL] = [],  # noqa: B006
     text_tokens: int = 20480,
@@ -154,6 +155,7 @@ def evaluate_model(
 
     Args:
         directory: What to measure.
+        plan: Plan file to measure a dense model with: a file, its directory or a hub id.
         against: Dense model to compare with, item by item; adds KL, agreement and 95% intervals.
         text: Text files for perplexity.
         text_tokens: Tokens of each text, from its start.
@@ -201,7 +203,9 @@ def evaluate_model(
     check(directory, against, wanted, output, reporter)
     from pruning.evaluation.evaluate import evaluate, table
 
-    found = evaluate(directory, against, wanted, dtype=dtype, device=device, output=output, reporter=reporter)
+    found = evaluate(
+        directory, against, wanted, plan=plan, dtype=dtype, device=device, output=output, reporter=reporter
+    )
     if report is not None:
         from pruning.export.report import write_evaluation
 
@@ -276,13 +280,16 @@ def sweep_model(
 
 @app.command(name="list")
 def list_metrics() -> None:
-    """Print the importance metrics, export formats and model families."""
+    """Print the importance metrics, kinds of variant, export formats and model families."""
     from pruning.export.formats import FORMATS
     from pruning.families import FAMILIES
     from pruning.importance import METRICS
+    from pruning.variants import VARIANTS
 
     for name, row in METRICS.items():
         print(f"{name:16}{row.cost:8}{row.source:28}{row.help}")
+    for name, kind in VARIANTS.items():
+        print(f"{name.replace('_', '-'):20}{'--emulation':14}{kind.help}")
     for name, form in FORMATS.items():
         print(f"{name:16}{'format':8}{form.help}")
     print("families: " + ", ".join(sorted(FAMILIES)))

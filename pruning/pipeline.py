@@ -92,7 +92,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, served)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
-    reporter.say("removing " + ", ".join(map(str, gone)))
+    what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
+    reporter.say(what + ", ".join(map(str, gone)))
     sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))

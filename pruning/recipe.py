@@ -56,7 +56,9 @@ class Recipe(BaseModel):
         Amount, SELECTION, Field(description="Sublayers of both kinds in one ranking: a count or a share.")
     ] = None
     kv_budget: Annotated[
-        Share, SELECTION, Field(description="KV cache to keep, such as 66%: removes attention until it fits.")
+        Share,
+        SELECTION,
+        Field(description="KV cache of a request to keep: 30%, the default for windows, or another share."),
     ] = None
     weight_budget: Annotated[
         Share, SELECTION, Field(description="Weight bytes to keep, such as 90%: removes sublayers of both kinds.")

@@ -25,7 +25,9 @@ from pruning.evaluation.wanted import Wanted, questions_of
 from pruning.families import Family
 from pruning.finite import check_numbers, check_tensors
 from pruning.forward.evaluator import Evaluator
+from pruning.models.applied import apply_plan_file
 from pruning.models.checkpoint import is_pruned, verify
+from pruning.models.finding import find_model
 from pruning.models.loading import load_dense
 from pruning.texts.reading import read_text
 
@@ -56,17 +58,20 @@ class Loaded:
         return int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
 
 
-def load(name: str, dtype: str, device: str, reporter: Reporter) -> Loaded:
-    """Load a checkpoint of ours (every file verified) or a dense model.
+def load(name: str, dtype: str, device: str, reporter: Reporter, plan: str | None = None) -> Loaded:
+    """Load a checkpoint of ours (every file verified), a dense model, or one with a plan file applied.
 
     Raises:
-        UserError: No such model, or a damaged checkpoint.
+        UserError: No such model, or a damaged checkpoint or plan.
     """
     path = Path(name)
+    if plan is not None:
+        path = apply_plan_file(str(find_model(name, reporter).directory), plan, reporter.say)
     if not is_pruned(path):
         dense = load_dense(name, dtype, device, reporter)
         return Loaded(dense.model, dense.tokenizer)
-    verify(path)
+    if plan is None:
+        verify(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
@@ -146,18 +151,19 @@ def on_generation(subject: Loaded, dense: Loaded, windows: Tensor, count: int, n
 
 
 def evaluate(
-    name: str, against: str | None, wanted: Wanted, *, dtype: str, device: str, output: Path | None, reporter: Reporter
-) -> dict[str, Any]:
+    name: str, against: str | None, wanted: Wanted, *, dtype: str, device: str, output: Path | None,
+    reporter: Reporter, plan: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Load, measure, save as JSON if asked; return what is saved.
 
     Raises:
         UserError: Anything about the request.
     """
     quiet_libraries()
-    found: dict[str, Any] = {"model": name, "against": against}
+    found: dict[str, Any] = {"model": name, "against": against} | ({} if plan is None else {"plan": plan})
     if wanted.of_model or wanted.url is None:
         with reporter.stage("load"):
-            subject = load(name, dtype, device, reporter)
+            subject = load(name, dtype, device, reporter, plan)
             dense = load(against, dtype, device, reporter) if against is not None else None
         with reporter.stage("measure"):
             found |= measure(subject, dense, wanted, reporter)

@@ -1,6 +1,7 @@
 """Write a checkpoint again in another export format, from its files alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pruning.errors import CheckpointError
 from pruning.export.formats import PrunedModel, format_named
 from pruning.export.formats.nemotron_nas import family_like, kept_or_not
 from pruning.export.report import write_card
+from pruning.export.untouched import untouched_in
 from pruning.export.writing import copy_companions, fields_of
 from pruning.families import FAMILIES, Family
 from pruning.models.checkpoint import Manifest, verify, write_manifest
@@ -28,7 +30,7 @@ def convert(directory: Path, to: str, output: Path, *, overwrite: bool, reporter
     """
     form = format_named(to)
     manifest = verify(directory)
-    pruned = read_pruned(directory)
+    pruned = replace(read_pruned(directory), untouched=None if form.weights else untouched_in(directory, manifest))
     if (reason := form.refusal(pruned)) is not None:
         raise CheckpointError(f"{directory} cannot become {to}: {reason}")
     if output.resolve() == directory.resolve():
@@ -36,9 +38,10 @@ def convert(directory: Path, to: str, output: Path, *, overwrite: bool, reporter
     check_output(output, overwrite)
     check_free_space(output, int(sum(t.numel() * t.element_size() for t in pruned.tensors.values()) * 1.05) + 2**24)
     with atomic_directory(output) as temporary:
-        manifest.sizes["weights"] = form.write(pruned, temporary)
         manifest.recipe["format"] = to
-        copy_companions(directory, temporary)
+        manifest.sizes["weights"] = form.write(pruned, temporary)
+        if form.weights:
+            copy_companions(directory, temporary)
         write_card(temporary, manifest)
         write_manifest(temporary, manifest)
     reporter.say(f"wrote {output} as {to}: {manifest.sizes['weights'] / 2**20:.1f} MiB of weights")

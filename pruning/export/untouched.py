@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pruning.errors import CheckpointError
 from pruning.export.formats import Untouched
-from pruning.models.checkpoint import Manifest
+from pruning.models.checkpoint import Manifest, combined
 from pruning.models.loading import DenseModel
-from pruning.models.weight_files import WeightFiles, placed, weight_files
+from pruning.models.weight_files import ADDED, BASE, SINGLE, WeightFiles, placed, weight_files
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -39,6 +39,26 @@ def untouched(dense: DenseModel, manifest: Manifest, dtype: str) -> Untouched | 
             manifest.sizes[name] = int(manifest.sizes[name] * scale)
         manifest.sizes["weights_dense"] = manifest.sizes["weights"] = base.bytes
     return Untouched(base, dense.hashes, own, keeps, manifest)
+
+
+def untouched_in(directory: Path, manifest: Manifest) -> Untouched | None:
+    """What a checkpoint shares with its dense model: all files but one, by their hashes; None where it does not.
+
+    Args:
+        directory: A checkpoint that was verified.
+        manifest: Its own.
+    """
+    try:
+        found = weight_files(directory)
+    except CheckpointError:
+        return None
+    kept = [name for name in found.names if name != ADDED]
+    hashes = {SINGLE if name == BASE else name: manifest.files[name] for name in kept}
+    if combined(dict(sorted(hashes.items()))) != manifest.base["weight_hash"]:
+        return None
+    files = {name: file for name, file in found.files.items() if file != ADDED}
+    base = WeightFiles(directory, files, {name: found.headers[name] for name in files})
+    return Untouched(base, {}, manifest.base["dtype"], True, manifest)
 
 
 def links_to(directory: Path, output: Path) -> bool:

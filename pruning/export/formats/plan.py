@@ -28,7 +28,7 @@ def write(pruned: PrunedModel, directory: Path) -> int:
         shapes={name: int(pruned.fields[name]) for name in SHAPES if pruned.fields.get(name) is not None}
         | {"head_dim": _head_dim(pruned.fields)},
         block_configs=pruned.block_configs,
-        manifest=pruned.untouched.manifest,
+        manifest=pruned.untouched.manifest.model_copy(update={"files": {}, "digest": ""}),
     )
     (directory / PLAN).write_bytes(document.render({name: raw_of(tensor) for name, tensor in added.items()}))
     return pruned.untouched.base.bytes + sum(tensor.nbytes for tensor in added.values())

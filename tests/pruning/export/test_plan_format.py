@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pruning.console import Reporter
 from pruning.errors import CheckpointError, RecipeError
+from pruning.export.convert import convert
 from pruning.families import FAMILIES, own_window
 from pruning.models.applied import apply_plan_file
 from pruning.models.checkpoint import Manifest, hash_file, read_manifest, verify
@@ -223,6 +225,26 @@ def test_weights_behind_links_are_linked_for_real(tmp_path, dense, text):
     out = export_windows(mine, tmp_path / "out", text)
     assert (out / BASE).samefile(dense / "model.safetensors")
     assert not (out / BASE).is_symlink()
+
+
+def test_a_checkpoint_that_shares_its_weights_converts_to_a_plan(checkpoint, plan, dense, pico_checkpoint, tmp_path):
+    convert(checkpoint, "plan", tmp_path / "plan", overwrite=False, reporter=Reporter())
+    mine, theirs = read_plan(tmp_path / "plan" / PLAN), read_plan(plan / PLAN)
+    assert mine.tensors == theirs.tensors
+    assert mine.document.block_configs == theirs.document.block_configs
+    assert mine.document.manifest.base == theirs.document.manifest.base
+    assert torch.equal(logits(apply_plan_file(str(dense), str(tmp_path / "plan"), print)), logits(checkpoint))
+    with pytest.raises(CheckpointError, match="cannot become plan: it holds no weights"):
+        convert(pico_checkpoint("llama")[0], "plan", tmp_path / "other", overwrite=False, reporter=Reporter())
+
+
+def test_a_dense_model_is_evaluated_with_a_plan(checkpoint, plan, dense, text, tmp_path, monkeypatch):
+    flags = ["--text", text, "--text-tokens", "200", "--window", "50"]
+    assert run_prune_export(monkeypatch, "evaluate", dense, "--plan", plan, *flags, "--output", tmp_path / "a") == 0
+    assert run_prune_export(monkeypatch, "evaluate", checkpoint, *flags, "--output", tmp_path / "b") == 0
+    mine, theirs = (json.loads((tmp_path / name).read_text()) for name in "ab")
+    assert mine["text"] == theirs["text"]
+    assert mine["plan"] == str(plan)
 
 
 def test_where_files_cannot_be_linked_they_are_copied(tmp_path, dense, text, monkeypatch):
