@@ -51,7 +51,7 @@ def test_what_plans_share_is_fitted_once(pico, monkeypatch):
     evaluator = Evaluator(pico("llama"), FAMILIES["llama"], tokens(rows=2))
     calls = []
     fit = fitting.fit
-    monkeypatch.setattr(fitting, "fit", lambda *arguments: calls.append(str(arguments[1])) or fit(*arguments))
+    monkeypatch.setattr(fitting, "fit", lambda *arguments: calls.append(str(arguments[1].sublayer)) or fit(*arguments))
     nested = [attention(5), attention(1, 5), attention(1, 3, 5)]
     found = fit_plans(evaluator, nested, 4, Reporter())
     assert calls == ["attention.1", "attention.3", *["attention.5"] * 3]
