@@ -312,8 +312,10 @@ def export_windows(model: Path, output: Path, text: Path, **recipe: Any) -> Path
     from pruning.pipeline import run
     from pruning.recipe import Recipe
 
+    long = output.parent / "long.txt"  # thousands of tokens of it are held out
+    long.write_text(text.read_text() * 4)
     fixed = {
-        "calibration": [text], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
+        "calibration": [long], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
         "emulation": "window", "window": 8, "context": 64, "attention": 3,
     }  # fmt: skip
     run(str(model), output, Recipe(**fixed | recipe), overwrite=False, dry_run=False, reporter=Reporter())
