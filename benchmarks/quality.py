@@ -21,22 +21,14 @@ import torch
 from machine import machine
 
 from pruning.console import Reporter, quiet_libraries
-from pruning.evaluation.choice import (
-    Answer,
-    Question,
-    accuracy,
-    answer,
-    differences,
-    judged,
-    read_letter_questions,
-    read_questions,
-)
+from pruning.evaluation.choice import Answer, accuracy, answer, differences, judged
 from pruning.evaluation.evaluate import load
 from pruning.evaluation.generation import Recall, copy_prompts, recalled
 from pruning.evaluation.paired import bootstrap, standard_error
+from pruning.evaluation.questions import Question, read_letter_questions, read_questions
 from pruning.evaluation.text import text_windows, token_losses
 from pruning.models.checkpoint import MANIFEST
-from pruning.texts.calibration import read_text
+from pruning.texts.reading import read_text
 from pruning.workdir import Journal
 
 TASKS = ("arc_easy", "piqa", "hellaswag")

@@ -25,7 +25,8 @@ from pruning.recovery.emulation import Recovery, recover
 from pruning.recovery.fuse import fuse
 from pruning.recovery.healing import Optimizer, Settings, Trained, heal
 from pruning.search.algorithms import greedy, rank
-from pruning.texts.calibration import from_files, other_windows, read_text
+from pruning.texts.calibration import from_files, other_windows
+from pruning.texts.reading import read_text
 
 
 @dataclass(frozen=True)

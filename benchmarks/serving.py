@@ -192,7 +192,7 @@ def main() -> None:
         worker(json.loads(options.worker))
         return
     from pruning.console import Reporter
-    from pruning.models.loading import find_model
+    from pruning.models.finding import find_model
 
     directories = {"dense": find_model(options.model, Reporter()).directory}
     directories |= {path.name: path for path in options.pruned}

@@ -189,7 +189,7 @@ def main() -> None:
     if options.short:
         options.rounds, options.new = 1, 8
     from pruning.console import Reporter
-    from pruning.models.loading import find_model
+    from pruning.models.finding import find_model
 
     model = find_model(options.model, Reporter()).directory
     if options.acceptance:

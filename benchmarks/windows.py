@@ -19,14 +19,16 @@ import torch
 from machine import machine
 
 from pruning import windows
+from pruning.budget import counts, resolved
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.long_context import score
 from pruning.evaluation.paired import bootstrap
 from pruning.evaluation.text import text_windows, token_losses
-from pruning.models.loading import DenseModel, find_model, load_model
+from pruning.models.finding import find_model
+from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import predicted_bytes
 from pruning.plan import Plan
-from pruning.recipe import Recipe, counts, resolved
+from pruning.recipe import Recipe
 from pruning.recovery.distillation import cut_copy
 from pruning.stages import calibrate, choose, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text

@@ -15,7 +15,8 @@ from pruning import __version__
 from pruning.console import Reporter
 from pruning.errors import Interrupted, ShoalError
 from pruning.plan import UnitKind
-from pruning.recipe import SEVERAL, Dtype, Emulation, Recipe
+from pruning.recipe import SEVERAL, Dtype, Emulation, Recipe, read_recipe
+from pruning.workdir import unexpected
 
 DEFAULTS = Recipe()
 
@@ -59,11 +60,15 @@ def export(
         dry_run: Print the plan and the predicted bytes; write nothing.
     """
     from pruning.errors import RecipeError
-    from pruning.pipeline import run
+    from pruning.request import checked_export
 
     if output is None and not dry_run:
         raise RecipeError("--output DIR is missing; say where the checkpoint goes (or --dry-run)")
-    run(model, output or Path(), recipe, overwrite=overwrite, dry_run=dry_run, reporter=Reporter())
+    reporter = Reporter()
+    request = checked_export(model, recipe, None if dry_run else output, overwrite=overwrite, reporter=reporter)
+    from pruning.pipeline import run
+
+    run(request, output or Path(), dry_run=dry_run, reporter=reporter)
 
 
 @app.command(name="score")
@@ -82,10 +87,14 @@ def score_units(
         output: JSON file to save the scores in.
         recipe: How to score.
     """
+    from pruning.request import checked
+
+    reporter = Reporter()
+    bare = recipe.model_copy(update={"emulation": recipe.emulation or "none"})
+    request = checked(model, bare, reporter)
     from pruning.pipeline import score
 
-    bare = recipe.model_copy(update={"emulation": recipe.emulation or "none"})
-    score(model, output, bare, units=units, reporter=Reporter())
+    score(request, output, units=units, reporter=reporter)
 
 
 @app.command(name="convert")
@@ -98,6 +107,13 @@ def convert_checkpoint(directory: Path, *, to: str, output: Path, overwrite: boo
         output: Directory to write.
         overwrite: Replace a directory that is not empty.
     """
+    from pruning.export.formats import format_named
+    from pruning.models.checkpoint import read_manifest
+    from pruning.workdir import check_output
+
+    format_named(to)
+    read_manifest(directory)
+    check_output(output, overwrite)
     from pruning.export.convert import convert
 
     convert(directory, to, output, overwrite=overwrite, reporter=Reporter())
@@ -168,8 +184,7 @@ def evaluate_model(
         report: Directory to write report.html and its figures in.
     """
     from pruning.errors import EvaluationError, StorageError
-    from pruning.evaluation.evaluate import Wanted, evaluate, table
-    from pruning.evaluation.long_context import LongTasks
+    from pruning.evaluation.wanted import LongTasks, Wanted, check
 
     if (letter is None) != (letter_examples is None):
         raise EvaluationError("--letter and --letter-examples go together")
@@ -184,8 +199,12 @@ def evaluate_model(
     )  # fmt: skip
     if report is not None and (report.is_file() or not report.resolve().parent.is_dir()):
         raise StorageError(f"cannot write {report}: no directory, and none can be made there")
+    reporter = Reporter()
+    check(directory, against, wanted, output, reporter)
+    from pruning.evaluation.evaluate import evaluate, table
+
     found = evaluate(
-        directory, against, wanted, plan=plan, dtype=dtype, device=device, output=output, reporter=Reporter()
+        directory, against, wanted, plan=plan, dtype=dtype, device=device, output=output, reporter=reporter
     )
     if report is not None:
         from pruning.export.report import write_evaluation
@@ -242,7 +261,7 @@ def sweep_model(
         dtype: Dtype to compute in.
         device: cpu, cuda, cuda:1 or auto.
     """
-    from pruning.sweep import Curves, sweep
+    from pruning.request import Curves, checked_sweep
 
     recipe = Recipe(
         emulation="none",
@@ -250,21 +269,27 @@ def sweep_model(
         score_tokens=score_tokens, sequence_length=sequence_length, seed=seed, dtype=dtype, device=device,
     )  # fmt: skip
     curves = Curves(choosers, emulations, judge, judge_tokens, choice, limit)
-    command = shlex.join(["prune-export", *sys.argv[1:]])
-    found = sweep(model, output, attention, curves, recipe, overwrite=overwrite, command=command, reporter=Reporter())
+    reporter = Reporter()
+    request = checked_sweep(model, recipe, curves, attention, output, overwrite=overwrite, reporter=reporter)
+    from pruning.sweep import sweep
+
+    found = sweep(request, output, command=shlex.join(["prune-export", *sys.argv[1:]]), reporter=reporter)
     for name, knee in found["knees"].items():
         print(f"knee of {name}: {knee} removed")
 
 
 @app.command(name="list")
 def list_metrics() -> None:
-    """Print the importance metrics, export formats and model families."""
+    """Print the importance metrics, kinds of variant, export formats and model families."""
     from pruning.export.formats import FORMATS
     from pruning.families import FAMILIES
     from pruning.importance import METRICS
+    from pruning.variants import VARIANTS
 
     for name, row in METRICS.items():
         print(f"{name:16}{row.cost:8}{row.source:28}{row.help}")
+    for name, kind in VARIANTS.items():
+        print(f"{name.replace('_', '-'):20}{'--emulation':14}{kind.help}")
     for name, form in FORMATS.items():
         print(f"{name:16}{'format':8}{form.help}")
     print("families: " + ", ".join(sorted(FAMILIES)))
@@ -294,7 +319,9 @@ def launch(
 ) -> None:
     """Read `--recipe FILE` (YAML) first; flags win over it."""
     files = [recipe] if recipe is not None else []
-    app.config = [cyclopts.config.Yaml(path, must_exist=True, use_commands_as_keys=False) for path in files]
+    app.config = [
+        cyclopts.config.Dict(read_recipe(path), source=str(path), use_commands_as_keys=False) for path in files
+    ]
     app(tokens)
 
 
@@ -305,6 +332,9 @@ def main() -> None:
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001, the last place where it can become one line
+        print(f"error: {unexpected(error, ['prune-export', *sys.argv[1:]])}", file=sys.stderr)
+        sys.exit(ShoalError.exit_code)
     except KeyboardInterrupt:
         print("interrupted; nothing was written, and the same line goes on where this stopped", file=sys.stderr)
         sys.exit(Interrupted.exit_code)

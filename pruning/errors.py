@@ -7,6 +7,7 @@
     │   ├── CalibrationError    the calibration text
     │   ├── EvaluationError     what a model is evaluated on
     │   ├── CheckpointError     a checkpoint directory
+    │   ├── NumberError         a weight or a loss that is not finite
     │   └── StorageError        the place to write to
     └── Interrupted         exit 130
 
@@ -44,6 +45,10 @@ class EvaluationError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint directory is incomplete, altered or of another format."""
+
+
+class NumberError(UserError):
+    """A weight, a loss or what would be written is not finite."""
 
 
 class StorageError(UserError):

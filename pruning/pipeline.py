@@ -14,9 +14,10 @@ from pruning.errors import RecipeError, StorageError
 from pruning.evaluation.evaluate import loss, perplexity_ratio
 from pruning.export.formats import PrunedModel, format_named
 from pruning.export.report import score_table, write_card, write_report
-from pruning.export.untouched import changes_weights, known_hashes, untouched
+from pruning.export.untouched import known_hashes, untouched
 from pruning.export.writing import copy_companions
 from pruning.families import Family
+from pruning.finite import check_numbers
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator, Residency
 from pruning.forward.streaming import open_streamed
@@ -29,11 +30,11 @@ from pruning.recipe import Recipe, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
 from pruning.recovery.fuse import Fusion
+from pruning.request import Request
 from pruning.search import selection
 from pruning.search.selection import Selection
 from pruning.stages import (
     calibrate,
-    checked,
     choose,
     forwards,
     healed,
@@ -48,31 +49,30 @@ from pruning.stages import (
     tasks_of,
     within_budget,
 )
-from pruning.workdir import atomic_directory, check_free_space, check_output
+from pruning.variants import changes_weights
+from pruning.workdir import atomic_directory, check_free_space
 
 MEASURED_BATCH_TOKENS = 2048
 
 
-def run(
-    model: str, output: Path, recipe: Recipe, *, overwrite: bool, dry_run: bool, reporter: Reporter
-) -> Manifest | None:
+def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) -> Manifest | None:
     """Prune a model and write the checkpoint; with `dry_run` only say what would be done.
 
     A run that was killed goes on where it stopped when it is started again: scores are journalled in the cache.
 
+    Args:
+        request: From `request.checked_export`.
+        output: Directory to write; what is there is replaced.
+        dry_run: Write nothing.
+        reporter: For progress.
+
     Raises:
-        UserError: Anything about the request; nothing is written then.
+        UserError: What could not be known before the model was loaded; nothing is written then.
     """
     quiet_libraries()
     parallel.start()
-    if recipe.stream:
-        raise RecipeError("--stream scores only: run `prune-export score`, or leave it out")
-    if not dry_run:
-        check_output(output, overwrite)
-    if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep:
-        recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # these formats need block 0's attention
-    source, recipe, wanted = checked(model, recipe, reporter)
-    num_blocks, context = source.config.num_hidden_layers, recipe.context or 0
+    source, recipe, wanted = request.source, request.recipe, request.wanted
+    num_blocks, context = source.num_blocks, recipe.context or 0
     with reporter.stage("load"):
         dense = load_model(source, recipe.dtype, recipe.device)
     if recipe.heal != "none":
@@ -92,7 +92,8 @@ def run(
         gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, served)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe)
-    reporter.say("removing " + ", ".join(map(str, gone)))
+    what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
+    reporter.say(what + ", ".join(map(str, gone)))
     sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
@@ -178,31 +179,28 @@ def _cut_and_measure(
     quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
     if codes is not None:
         quality |= {"codes_dense": codes, "codes": windows.found_codes(dense, recipe, reporter)}
+    check_numbers({name: value for name, value in quality.items() if isinstance(value, float)}, "held-out text")
     return quality
 
 
-def score(model: str, output: Path | None, recipe: Recipe, *, units: Sequence[UnitKind], reporter: Reporter) -> None:
+def score(request: Request, output: Path | None, *, units: Sequence[UnitKind], reporter: Reporter) -> None:
     """Score units without pruning: a table on stdout and, if `output` is given, JSON.
 
     Raises:
-        UserError: Anything about the request.
+        UserError: What could not be known before the model was loaded.
     """
     quiet_libraries()
     parallel.start()
-    source, recipe, _ = checked(model, recipe, reporter)
+    source, recipe = request.source, request.recipe
     residency: Residency | None = None
     with reporter.stage("load"):
         if recipe.stream:
-            if metric(recipe.metric).target.startswith("pruning.importance.gradient"):
-                raise RecipeError(f"--importance {recipe.metric} needs the whole model; leave --stream out")
-            if recipe.fit_precision != "auto":
-                raise RecipeError("--stream computes in --dtype; leave --fit-precision out")
             dense, residency = open_streamed(source, recipe.dtype, recipe.device)
         else:
             dense = load_model(source, recipe.dtype, recipe.device)
     with reporter.stage("calibrate"):
         tokens, _ = calibrate(dense, recipe, reporter)
-    every = [Unit(b, kind) for kind in units for b in range(source.config.num_hidden_layers) if b not in recipe.keep]
+    every = [Unit(b, kind) for kind in units for b in range(source.num_blocks) if b not in recipe.keep]
     sampling = Sampling(recipe.seed, recipe.draws, max(1, len(every) // 3))
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(output, dense, recipe)

@@ -85,12 +85,12 @@ def nearest_kept_attention(removed: Collection[Sublayer], block: int, count: int
     return tuple(kept[:count])
 
 
-def parse_amount(amount: str | int, total: int, what: str) -> int:
+def parse_amount(amount: str | int, total: int | None, what: str) -> int:
     """Turn a count (`10`) or a share (`33%`) into a number of sublayers.
 
     Args:
         amount: Count or share, as typed.
-        total: How many there are.
+        total: How many there are; None, where that is not known yet: only the text is judged then.
         what: Name for the message.
 
     Returns:
@@ -107,12 +107,13 @@ def parse_amount(amount: str | int, total: int, what: str) -> int:
         share = float(match[1])
         if share > 100:
             raise RecipeError(f"--{what} {text}: a share cannot be over 100%")
-        count = int(total * share / 100 + 0.5)
+        count = int(share > 0) if total is None else int(total * share / 100 + 0.5)
     else:
         count = int(match[1])
     if count < 1:
-        raise RecipeError(f"--{what} {text} removes nothing of {total}; ask for at least 1")
-    if count > total:
+        of = "" if total is None else f" of {total}"
+        raise RecipeError(f"--{what} {text} removes nothing{of}; ask for at least 1")
+    if total is not None and count > total:
         raise RecipeError(f"--{what} {text}: the model has only {total}")
     return count
 

@@ -1,15 +1,14 @@
 """The recipe: every flag is a key, every key a flag."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from pruning.errors import RecipeError
-from pruning.plan import layers_within, parse_amount, parse_share
-from pruning.variants import REMOVED, cache_of, row
+from pruning.plan import EmulationKind
+from pruning.variants import REMOVED, row, state_of
 
 SELECTION = Parameter(group="Selection")
 RECOVERY = Parameter(group="Recovery")
@@ -57,7 +56,9 @@ class Recipe(BaseModel):
         Amount, SELECTION, Field(description="Sublayers of both kinds in one ranking: a count or a share.")
     ] = None
     kv_budget: Annotated[
-        Share, SELECTION, Field(description="KV cache to keep, such as 66%: removes attention until it fits.")
+        Share,
+        SELECTION,
+        Field(description="KV cache of a request to keep: 30%, the default for windows, or another share."),
     ] = None
     weight_budget: Annotated[
         Share, SELECTION, Field(description="Weight bytes to keep, such as 90%: removes sublayers of both kinds.")
@@ -264,162 +265,37 @@ class Recipe(BaseModel):
         return self.calibration_tokens or FIT_TOKENS
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How many sublayers of each kind, of either kind, and whole blocks, to remove."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file.
 
-    attention: int = 0
-    ffn: int = 0
-    blocks: int = 0
-    sublayers: int = 0
+    Raises:
+        RecipeError: It cannot be read, or is not a YAML mapping; with its line.
+    """
+    import yaml
+
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f":{mark.line + 1}"
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RecipeError(f"{path}{line}: this is not YAML: {problem}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise RecipeError(f"cannot read recipe {path}: {reason}") from error
+    if keys is not None and not (isinstance(keys, dict) and all(isinstance(key, str) for key in keys)):
+        raise RecipeError(f"{path}: a recipe is lines of `key: value`, such as `attention: 10`")
+    return keys or {}
 
 
 SHORT_ROW_TOKENS, FIT_TOKENS = 256, 16384  # for adapters
-LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 3072  # for windows: as large a share of a row as of the context
-LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
-KV_BUDGET = "30%"  # kept where nothing says how much
-WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
-
-
-def resolved(recipe: Recipe, model_context: int) -> Recipe:
-    """The recipe with its context and its window named.
-
-    Args:
-        recipe: As asked for.
-        model_context: Tokens that the model takes.
-
-    Raises:
-        RecipeError: The model takes no such context, or the window is no shorter.
-    """
-    if recipe.context is not None and recipe.context > model_context:
-        raise RecipeError(f"--context {recipe.context}: the model takes at most {model_context} tokens")
-    context = recipe.context or min(model_context, LONGEST_CONTEXT)
-    window = recipe.window or max(2, context // WINDOW_SHARE) if limits(recipe) else None
-    if window is not None and window >= context:
-        raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
-    length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
-    tokens = recipe.calibration_tokens or (FIT_TOKENS if window is None else max(length, CHOICE_TOKENS))
-    named = {"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
-    return recipe.model_copy(
-        update={**named, "emulation": recipe.kind, "importance": recipe.metric, "samples": recipe.draws}
-    )
 
 
 def limits(recipe: Recipe) -> bool:
     """Whether attention is limited to windows, not removed."""
-    return cache_of(recipe.kind) == "window"
+    return state_of(recipe.kind) == "limited"
 
 
-def counts(recipe: Recipe, num_blocks: int, sliding: int = 0) -> Counts:
-    """Resolve the recipe's amounts against a model; a budget in loss or weights is an upper bound here.
-
-    Args:
-        recipe: Resolved.
-        num_blocks: L.
-        sliding: Attention layers that have a window by design; a share of the KV cache is one of the others'.
-
-    Raises:
-        RecipeError: An amount is malformed, out of range, contradicts another, or leaves no attention layer.
-    """
-    given = {
-        "attention": recipe.attention, "ffn": recipe.ffn, "blocks": recipe.blocks, "sublayers": recipe.sublayers
-    }  # fmt: skip
-    amounts = {kind: amount for kind, amount in given.items() if amount is not None}
-    free = num_blocks - len(set(recipe.keep))
-    _refuse_contradictions(recipe, amounts, num_blocks)
-    if recipe.kv_budget is not None:
-        amounts["attention"] = _limited_within(recipe, num_blocks - sliding)
-    elif recipe.max_loss_increase is not None:
-        amounts["attention"] = min(free, num_blocks - 1)
-    elif recipe.weight_budget is not None:
-        parse_share(recipe.weight_budget, "weight-budget")
-        amounts["sublayers"] = min(2 * free, 2 * num_blocks - 2)
-    elif not amounts and limits(recipe):
-        amounts["attention"] = _limited_within(recipe.model_copy(update={"kv_budget": KV_BUDGET}), num_blocks - sliding)
-    elif not amounts:
-        amounts["attention"] = "33%"
-    totals = {"sublayers": 2 * num_blocks}
-    result = Counts(**{k: parse_amount(v, totals.get(k, num_blocks), k) for k, v in amounts.items()})
-    no_cache = cache_of(recipe.kind) == "none"
-    if (no_cache and result.attention + result.blocks >= num_blocks) or result.sublayers >= 2 * num_blocks - 1:
-        gone = min(num_blocks, result.attention + result.blocks + result.sublayers)
-        raise RecipeError(f"{gone} of {num_blocks} attention layers would go; at least one must stay")
-    if result.ffn + result.blocks > num_blocks:
-        raise RecipeError(
-            f"{result.ffn + result.blocks} of {num_blocks} FFN layers would go; there are only {num_blocks}"
-        )
-    if max(result.attention, result.ffn) + result.blocks > free or result.sublayers > 2 * free:
-        raise RecipeError(f"--keep leaves only {free} blocks to remove from; ask for less")
-    return result
-
-
-def _limited_within(recipe: Recipe, num_blocks: int) -> int:
-    """Attention layers that have to be limited or removed for the recipe's share of the KV cache."""
-    assert recipe.kv_budget is not None
-    left = (recipe.window or 0) / (recipe.context or LONGEST_CONTEXT)
-    count = layers_within(parse_share(recipe.kv_budget, "kv-budget"), num_blocks, left)
-    if count > num_blocks:
-        raise RecipeError(
-            f"--kv-budget {recipe.kv_budget}: with every layer limited to {recipe.window} of {recipe.context} tokens, "
-            f"{left:.1%} stays; give a smaller --window"
-        )
-    return count
-
-
-def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int], num_blocks: int) -> None:
-    budgets = {
-        "--kv-budget": recipe.kv_budget,
-        "--weight-budget": recipe.weight_budget,
-        "--max-loss-increase": recipe.max_loss_increase,
-    }
-    named = [flag for flag, value in budgets.items() if value is not None]
-    if len(named) > 1 or (named and amounts):
-        both = [*named, *(f"--{kind}" for kind in amounts)][:2]
-        raise RecipeError(f"{both[0]} and {both[1]} both say how much goes; give one")
-    if "sublayers" in amounts and len(amounts) > 1:
-        raise RecipeError("--sublayers ranks both kinds together; leave --attention, --ffn and --blocks out")
-    if recipe.format == "llama" and set(amounts) != {"blocks"}:
-        raise RecipeError("--format llama holds whole blocks only; ask for --blocks N, or for --format shoal")
-    if (
-        recipe.format in ("nemotron-nas", "gguf")
-        and not recipe.fuse
-        and recipe.kind != REMOVED
-        and set(amounts) != {"blocks"}
-    ):
-        raise RecipeError(f"--format {recipe.format} holds no adapters; add --fuse, or choose --emulation none")
-    if recipe.fuse and recipe.max_loss_increase is not None:
-        raise RecipeError("--max-loss-increase measures adapters, which --fuse refits; leave one of them out")
-    if named and named != ["--kv-budget"] and recipe.search not in ("rank", "greedy"):
-        raise RecipeError(f"{named[0]} needs an order of removal: --search rank or greedy, not {recipe.search}")
-    outside = [block for block in recipe.keep if not 0 <= block < num_blocks]
-    if outside:
-        raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
-    if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
-        raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
-    if recipe.recovery_aware and recipe.kind == REMOVED:
-        raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
-    whole = recipe.kind != REMOVED and row(recipe.kind).unit == "block"
-    if whole:
-        _refuse_with_whole_blocks(recipe, set(amounts))
-    unshared = set(amounts) == {"blocks"} and not whole
-    if recipe.heal == "adapters" and (recipe.kind == REMOVED or unshared):
-        why = "--emulation none" if recipe.kind == REMOVED else "whole blocks go without emulation"
-        raise RecipeError(f"--heal adapters has nothing to train ({why}); use --heal lora, or leave it out")
-    if recipe.heal != "none" and recipe.fuse:
-        raise RecipeError("--heal trains adapters and --fuse leaves none; give one of them")
-    if recipe.heal == "none" and (recipe.heal_minutes or recipe.heal_steps):
-        raise RecipeError("--heal-minutes and --heal-steps need --heal adapters or --heal lora")
-
-
-def _refuse_with_whole_blocks(recipe: Recipe, kinds: set[str]) -> None:
-    """Refuse what contradicts blocks that share the weights of kept ones."""
-    flag = f"--emulation {recipe.kind}"
-    if kinds != {"blocks"}:
-        raise RecipeError(f"{flag} replaces whole blocks; ask for --blocks N and for nothing else")
-    if recipe.compensate or recipe.fuse:
-        flag = "--compensate" if recipe.compensate else "--fuse"
-        raise RecipeError(f"{flag} changes kept weights, which {flag} uses twice; give one of them")
-    if recipe.recovery_aware:
-        raise RecipeError(f"--recovery-aware cannot try {flag} (who lends depends on who stays); leave it out")
-    if recipe.format != "shoal":
-        raise RecipeError(f"--format {recipe.format} holds no shared blocks; use --format shoal, or --emulation none")
+def emulation_kind(recipe: Recipe) -> EmulationKind:
+    """The recipe's emulation as the plan names it."""
+    return recipe.kind.replace("-", "_")

@@ -12,27 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from pruning import windows
+from pruning.budget import Counts, counts
 from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
-from pruning.evaluation.choice import read_questions
-from pruning.evaluation.tasks import TaskEvaluator, holds_questions, parse_task, read_task
+from pruning.evaluation.questions import holds_questions, parse_task
+from pruning.evaluation.tasks import TaskEvaluator, read_task
 from pruning.export.formats import format_named
-from pruning.export.untouched import changes_weights, links_to
-from pruning.families import has_biases, own_window
+from pruning.export.untouched import links_to
+from pruning.families import has_biases
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator, Residency
-from pruning.importance import Sampling, Scores, metric
-from pruning.models.loading import DenseModel, Source, find_model
+from pruning.importance import Sampling, Scores
+from pruning.models.loading import DenseModel
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Counts, Recipe, counts, limits, resolved
+from pruning.recipe import Recipe, emulation_kind, limits
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import Precision, Settings, heal
+from pruning.request import weight_changing_flag
 from pruning.search import selection
 from pruning.search.selection import Judge, Selection
-from pruning.texts.calibration import from_files, other_windows, read_text, repeated, self_generated, standard_library
-from pruning.variants import REMOVED, cache_of, row, variant
+from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
+from pruning.variants import REMOVED, cache_of, row
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -246,11 +248,6 @@ def _within_loss(
     return list(order[:fits])
 
 
-def emulation_kind(recipe: Recipe) -> EmulationKind:
-    """The recipe's emulation as the plan names it."""
-    return recipe.kind.replace("-", "_")
-
-
 def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
     """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are."""
     removed: dict[Sublayer, EmulationKind] = {}
@@ -263,63 +260,6 @@ def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
     if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
     return plan
-
-
-def checked(model: str, recipe: Recipe, reporter: Reporter) -> tuple[Source, Recipe, Counts]:
-    """Find the model, resolve the recipe, and refuse what cannot be done before anything costs time.
-
-    Raises:
-        UserError: What is wrong with the request.
-    """
-    scorer = metric(recipe.metric)
-    flag = "--task" if recipe.task else "--copying"
-    if (recipe.task or recipe.copying) and not scorer.target.startswith("pruning.importance.ablation"):
-        raise RecipeError(f"--importance {recipe.metric} sees all tokens alike; with {flag} use leave-one-out, kl, "
-                          f"a Shapley value, or leave {flag} out")  # fmt: skip
-    if recipe.metric == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
-        raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
-    source = find_model(model, reporter)
-    recipe = resolved(recipe, source.config.max_position_embeddings)
-    num_blocks, own = source.config.num_hidden_layers, list[int]()
-    if limits(recipe):
-        own = [block for block in range(num_blocks) if own_window(source.config, block)]
-        recipe = recipe.model_copy(update={"keep": sorted({*recipe.keep, *own})})  # sliding by design
-    wanted = counts(recipe, num_blocks, len(own))
-    if recipe.fuse:
-        check_fusable(source.family, {Sublayer(0, "ffn"): emulation_kind(recipe)})
-    kind = emulation_kind(recipe)
-    if kind != REMOVED:
-        variant(kind).check(source.family, source.config)
-    if recipe.rank > source.config.hidden_size:
-        raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.config.hidden_size}")
-    if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
-        raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
-    if not format_named(recipe.format).weights and (changing := weight_changing_flag(recipe, wanted)) is not None:
-        raise RecipeError(f"--format {recipe.format} holds no weights, and {changing} changes some; leave it out, "
-                          "or use --format shoal")  # fmt: skip
-    for path in recipe.calibration:
-        read_text(path)
-    for path, _ in map(parse_task, recipe.task):
-        if holds_questions(path):
-            read_questions(path)
-        else:
-            read_text(path)
-    return source, recipe, wanted
-
-
-def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
-    """The flag by which weights of the dense model go or change; None: they all stay as they are."""
-    kind = emulation_kind(recipe)
-    if changes_weights([kind]):
-        return f"--emulation {recipe.kind}"
-    flags = {
-        "--blocks": wanted.blocks and row(kind).unit != "block",
-        "--compensate": recipe.compensate,
-        "--recalibrate": recipe.recalibrate,
-        "--fuse": recipe.fuse,
-        "--heal lora": recipe.heal == "lora",
-    }
-    return next((flag for flag, given in flags.items() if given), None)
 
 
 def shares_weights(recipe: Recipe, wanted: Counts, dense: DenseModel, output: Path) -> bool:

@@ -7,7 +7,6 @@ every removal with --importance; nested as well). Everything is journalled, so a
 import copy
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,92 +14,41 @@ from pathlib import Path
 from typing import Any
 
 import pruning
+from pruning.budget import Counts
 from pruning.console import Reporter, quiet_libraries
-from pruning.errors import RecipeError
-from pruning.evaluation.choice import Question, answer, judged, read_questions
+from pruning.evaluation.choice import answer, judged
 from pruning.evaluation.paired import bootstrap, standard_error
+from pruning.evaluation.questions import Question, read_questions
 from pruning.evaluation.text import text_windows
 from pruning.export.report import write_sweep_report
 from pruning.forward.evaluator import Evaluator
-from pruning.importance import Sampling, metric
-from pruning.models.loading import DenseModel, find_model, load_model
+from pruning.importance import Sampling
+from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import predicted_bytes
 from pruning.models.surgery import apply_plan
 from pruning.plan import Plan, Unit, sublayers_of
-from pruning.recipe import Counts, Emulation, Recipe, resolved
+from pruning.recipe import Recipe, emulation_kind
 from pruning.recovery.fitting import Fitted, fit_plans, together
+from pruning.request import SweepRequest
 from pruning.search import selection
-from pruning.stages import calibrate, emulation_kind, groups_of, journal_of, judges_of, table_of
-from pruning.texts.calibration import read_text
-from pruning.variants import REMOVED, row
-from pruning.workdir import Journal, atomic_directory, check_output
+from pruning.stages import calibrate, groups_of, journal_of, judges_of, table_of
+from pruning.texts.reading import read_text
+from pruning.workdir import Journal, atomic_directory
 
 JUDGE_WINDOW = 512
 PLANS_AT_ONCE = 12  # fitted in one walk; what a sweep that is stopped loses at most
 
 
-@dataclass(frozen=True, slots=True)
-class Curves:
-    """What to sweep.
-
-    Attributes:
-        choosers: Metrics, or `greedy`.
-        emulations: What takes their place.
-        judge: Text to judge on; held-out calibration text by default.
-        judge_tokens: Of it.
-        choice: Multiple-choice files to judge on as well.
-        limit: Questions of each.
-    """
-
-    choosers: Sequence[str]
-    emulations: Sequence[Emulation]
-    judge: Path | None = None
-    judge_tokens: int = 8192
-    choice: Sequence[Path] = ()
-    limit: int | None = None
-
-
-def parse_budgets(text: str, num_blocks: int) -> list[int]:
-    """`0..20`, `0..20/5` (every fifth) or `2,4,8`, ascending.
-
-    Raises:
-        RecipeError: Malformed, or none of the attention would be left.
-    """
-    if match := re.fullmatch(r"(\d+)\.\.(\d+)(?:/(\d+))?", text.strip()):
-        first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
-        found = list(range(first, last + 1, max(1, step)))
-    elif re.fullmatch(r"\d+(,\d+)*", text.strip()):
-        found = sorted({int(part) for part in text.split(",")})
-    else:
-        raise RecipeError(f"--attention {text!r} is not a range such as 0..20, 0..20/5 or 2,4,8")
-    if not found or found[-1] >= num_blocks:
-        raise RecipeError(f"--attention {text}: the model has {num_blocks} attention sublayers and one must stay")
-    return found
-
-
-def sweep(
-    model: str, output: Path, attention: str, curves: Curves, recipe: Recipe, *, overwrite: bool, command: str,
-    reporter: Reporter,
-) -> dict[str, Any]:  # fmt: skip
+def sweep(request: SweepRequest, output: Path, *, command: str, reporter: Reporter) -> dict[str, Any]:
     """Measure the curves; write `sweep.json`, `report.html` and its figures; `command` is named in both.
 
     Raises:
-        UserError: Anything about the request; nothing is written then.
+        UserError: What could not be known before the model was loaded; nothing is written then.
     """
     quiet_libraries()
-    check_output(output, overwrite)
-    for name in curves.choosers:
-        metric(recipe.metric if name == "greedy" else name)
+    source, recipe, curves, budgets = request.source, request.recipe, request.curves, request.budgets
+    num_blocks = source.num_blocks
     questions = [read_questions(path, curves.limit) for path in curves.choice]
-    for path in [*recipe.calibration, *([curves.judge] if curves.judge else [])]:
-        read_text(path)
-    for name in curves.emulations:
-        if name != REMOVED and row(name).unit == "block":
-            raise RecipeError(f"--emulations {name}: a sweep removes attention, and {name} replaces whole blocks")
-    source = find_model(model, reporter)
-    recipe = resolved(recipe, source.config.max_position_embeddings)
-    num_blocks = source.config.num_hidden_layers
-    budgets = parse_budgets(attention, num_blocks - len(set(recipe.keep)))
     with reporter.stage("load"):
         dense = load_model(source, recipe.dtype, recipe.device)
     journal = journal_of(output, dense, recipe)

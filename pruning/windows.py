@@ -19,8 +19,9 @@ from pruning.models.loading import DenseModel
 from pruning.plan import Sublayer
 from pruning.recipe import Recipe
 from pruning.search.selection import Judge
-from pruning.texts.calibration import from_files, last_windows, other_windows, read_text, standard_library_ids
+from pruning.texts.calibration import from_files, last_windows, other_windows, standard_library_ids
 from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
+from pruning.texts.reading import read_text
 from pruning.variants.window import Window
 from pruning.variants.window_fit import limits, resized
 from pruning.workdir import Journal

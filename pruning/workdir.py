@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +19,28 @@ from pruning.errors import StorageError
 def cache_directory() -> Path:
     """Where converted models are kept: `$XDG_CACHE_HOME/shoal` or `~/.cache/shoal`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal"
+
+
+def unexpected(error: Exception, command: Sequence[str]) -> str:
+    """Keep the traceback of an error that nothing foresaw in a file; one line that says what to report.
+
+    Args:
+        error: With its traceback.
+        command: What was typed.
+    """
+    about = f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = f"{shlex.join(command)}\n\n{''.join(traceback.format_exception(error))}"
+    directory = cache_directory() / "errors"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="replace", prefix=time.strftime("%Y%m%d-%H%M%S-"), suffix=".txt",
+            dir=directory, delete=False,
+        ) as file:  # fmt: skip
+            file.write(text)
+    except OSError:
+        return f"{about}; this is a fault of Shoal, please report it with this:\n{text}"
+    return f"{about}; this is a fault of Shoal, please report it with {file.name}"
 
 
 def check_output(output: Path, overwrite: bool) -> None:

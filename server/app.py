@@ -39,7 +39,7 @@ from server.opening import opening, opening_app
 from server.refusals import OpenAIErrors
 from server.routes import router
 from server.settings import Settings
-from server.validation import refuse_invalid
+from server.validation import UNREADABLE, refuse_invalid, refuse_unreadable
 
 logger = logging.getLogger("shoal.app")
 
@@ -91,7 +91,10 @@ def adopt(stock: FastAPI, routes: Sequence[BaseRoute]) -> None:
     stock.title, stock.version = "Shoal", pruning.__version__
     stock.description = "OpenAI-compatible API of a depth-pruned model, served by vLLM."
     stock.add_exception_handler(RequestValidationError, refuse_invalid)
-    stock.middleware_stack = None  # built at the first request, with that handler in it
+    for kind in UNREADABLE:
+        stock.add_exception_handler(kind, refuse_unreadable)
+    stock.user_middleware = [one for one in stock.user_middleware if one.cls is not CORSMiddleware]  # `dress` has it
+    stock.middleware_stack = None  # built at the first request, with these handlers in it
 
 
 def announce(inventory: Inventory, args: Namespace, settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """Every answer that is no success has OpenAI's error object, whoever gave it: the framework, vLLM, or a crash."""
 
 import json
+import logging
 import re
 from http import HTTPStatus
 from typing import Any
@@ -10,12 +11,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import error_response, error_type
 
+FAILED = "the server failed at this request"
 FRAMEWORK = ("Not Found", "Method Not Allowed")  # what Starlette says, which says nothing
+logger = logging.getLogger("shoal.refusals")
 PARAMETER = re.compile(r" \(parameter=[^()]*\)$")  # what vLLM adds for itself; `param` has it
 
 
 class OpenAIErrors:
     """Middleware: gives answers of status 400 and above the body that OpenAI's clients read.
+
+    A stream that breaks after it has begun ends with an error as its last event.
 
     Bodies that are something else on purpose stay as they are: those of the health routes, and Anthropic's errors.
     """
@@ -28,17 +33,19 @@ class OpenAIErrors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun = False
         start: Message | None = None
         body = b""
+        sent, streams, pieces = False, False, 0
 
         async def watched(message: Message) -> None:
-            nonlocal begun, start, body
-            begun = True
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                start = message
-                return
+            nonlocal start, body, sent, streams, pieces
+            if message["type"] == "http.response.start":
+                if message["status"] >= 400:
+                    start = message
+                    return
+                streams = any(k == b"content-type" and b"event-stream" in v for k, v in message["headers"])
             if start is None:
+                sent, pieces = True, pieces + bool(message.get("body"))
                 await send(message)
                 return
             body += message.get("body", b"")
@@ -47,15 +54,43 @@ class OpenAIErrors:
                 if content != body:
                     headers = MutableHeaders(scope=start)
                     headers["content-type"], headers["content-length"] = "application/json", str(len(content))
+                sent = True
                 await send(start)
                 await send({"type": "http.response.body", "body": content})
 
         try:
             await self.app(scope, receive, watched)
-        except Exception:
-            if not begun:
-                await error_response(500, None, "the server failed at this request")(scope, receive, send)
+        except Exception as error:
+            if not sent:
+                await error_response(500, None, FAILED)(scope, receive, send)
+            elif streams:
+                event, is_clients = _last_event(error, pieces)
+                await send({"type": "http.response.body", "body": event})
+                if is_clients:
+                    logger.info("a stream ended with an error of its request")  # whose text may quote it
+                    return
             raise
+
+
+def _last_event(error: Exception, number: int) -> tuple[bytes, bool]:
+    """What ends a stream that broke after it had begun, and whether its request was at fault.
+
+    vLLM checks some fields when it has already answered 200; its exceptions for them have a `parameter`.
+
+    Args:
+        error: Starlette's, with vLLM's as its cause, or any other.
+        number: Of this event in the stream.
+    """
+    cause = error.__cause__ or error
+    is_clients = hasattr(cause, "parameter")
+    message = PARAMETER.sub("", str(cause)) if is_clients else FAILED
+    told = {"message": message, "type": error_type(400 if is_clients else 500),
+            "param": getattr(cause, "parameter", None), "code": None}  # fmt: skip
+    # `error` is for chat and completions, the rest for the event of that name of responses.
+    event = {"type": "error", "error": told, "sequence_number": number} | {
+        k: told[k] for k in ("message", "param", "code")
+    }
+    return f"event: error\ndata: {json.dumps(event)}\n\n".encode(), is_clients
 
 
 def _content(scope: Scope, start: Message, body: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """What is wrong with a request's fields, in one sentence."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +9,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from server.engine import compat as vllm_compat
 from server.errors import error_response
 
+UNREADABLE = (AssertionError, AttributeError, LookupError)
+logger = logging.getLogger("shoal.validation")
 NOUNS = {
     "string": "a string",
     "int": "an integer",
@@ -35,6 +39,14 @@ async def refuse_invalid(request: Request, error: Exception) -> JSONResponse:
         return error_response(415, "unsupported_media_type", text, retry=False)
     text, param = describe(errors, error.body)
     return error_response(400, None, text, param=param, retry=False)
+
+
+async def refuse_unreadable(request: Request, error: Exception) -> JSONResponse:
+    """Handler of what vLLM trips over in a request without a word, such as an assertion about a part of a message."""
+    if not vllm_compat.raised_while_reading(error):
+        raise error
+    logger.warning("a request could not be read: %s", type(error).__name__)
+    return error_response(400, None, "`messages` or `input` has a part that this server cannot read", retry=False)
 
 
 def describe(errors: Sequence[Error], body: Any) -> tuple[str, str | None]:

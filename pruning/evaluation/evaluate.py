@@ -14,22 +14,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import pruning
 from pruning.console import Reporter, quiet_libraries
 from pruning.errors import EvaluationError, StorageError
-from pruning.evaluation.choice import Question, accuracy, answer, differences, read_letter_questions, read_questions
+from pruning.evaluation.choice import accuracy, answer, differences
 from pruning.evaluation.generation import agreement, greedy, recall_prompts, recalled
 from pruning.evaluation.harness import run_tasks, run_tasks_on_server
-from pruning.evaluation.long_context import LongTasks, on_long_context
+from pruning.evaluation.long_context import on_long_context
 from pruning.evaluation.paired import bootstrap, standard_error
+from pruning.evaluation.questions import Question
 from pruning.evaluation.text import batches_of, compare, loss_by_position, text_windows, token_losses
+from pruning.evaluation.wanted import Wanted, questions_of
 from pruning.families import Family
+from pruning.finite import check_numbers, check_tensors
 from pruning.forward.evaluator import Evaluator
 from pruning.models.applied import apply_plan_file
 from pruning.models.checkpoint import is_pruned, verify
-from pruning.models.loading import find_model, load_dense
-from pruning.texts.calibration import read_text
+from pruning.models.finding import find_model
+from pruning.models.loading import load_dense
+from pruning.texts.reading import read_text
 
 PROMPT_TOKENS = 32
 RECALL_FACTS = 12
-NOTHING_HIDDEN = LongTasks()
 
 
 def loss(model: PreTrainedModel, family: Family, tokens: Tensor, batch_size: int = 4) -> float:
@@ -73,6 +76,7 @@ def load(name: str, dtype: str, device: str, reporter: Reporter, plan: str | Non
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
     model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True).eval().to(device)
+    check_tensors(model.state_dict().items(), f"the weights of {name}")
     return Loaded(model, AutoTokenizer.from_pretrained(path, local_files_only=True))
 
 
@@ -82,8 +86,10 @@ def on_text(subject: Loaded, dense: Loaded | None, windows: Tensor, seed: int, r
     with reporter.progress("text", len(batches_of(windows))) as step:
         if dense is None:
             alone = token_losses(subject.model, windows, step.advance)
+            check_numbers({"loss": alone.mean}, "text")
             return out | {"loss": alone.mean, "perplexity": alone.perplexity, "by_position": loss_by_position(alone)}
         both = compare(dense.model, subject.model, windows, step.advance)
+    check_numbers({"loss": both.other.mean, "dense loss": both.reference.mean}, "text")
     increase = bootstrap((both.other.windows - both.reference.windows).tolist(), seed)
     return out | {
         "loss": both.other.mean,
@@ -144,52 +150,6 @@ def on_generation(subject: Loaded, dense: Loaded, windows: Tensor, count: int, n
     }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to measure.
-
-    Attributes:
-        text: Text files.
-        text_tokens: Of each, from the start.
-        window: T.
-        long_context: Window lengths to measure the first text at, all on the same tokens.
-        choice: Multiple-choice files.
-        letter: A file of MMLU rows for the few-shot letter form, and the file its examples come from.
-        shots: Examples in it.
-        limit: Questions of each file, evenly spread.
-        generate: Prompts of the greedy check against the dense model.
-        new_tokens: Tokens it writes.
-        recall: Key-value recall prompts.
-        seed: Of the bootstrap and the recall prompts.
-        tasks: Of lm-evaluation-harness.
-        include: Directory of task files.
-        url: Server to run the tasks against.
-        long_tasks: What to hide in long prompts.
-    """
-
-    text: Sequence[Path] = ()
-    text_tokens: int = 20480
-    window: int = 512
-    long_context: Sequence[int] = ()
-    choice: Sequence[Path] = ()
-    letter: tuple[Path, Path] | None = None
-    shots: int = 5
-    limit: int | None = None
-    generate: int = 0
-    new_tokens: int = 64
-    recall: int = 0
-    seed: int = 0
-    tasks: Sequence[str] = ()
-    include: Path | None = None
-    url: str | None = None
-    long_tasks: LongTasks = NOTHING_HIDDEN
-
-    @property
-    def of_model(self) -> bool:
-        """Whether a model has to be loaded for anything but the harness's tasks."""
-        return bool(self.text or self.choice or self.letter or self.recall or self.long_tasks.kinds)
-
-
 def evaluate(
     name: str, against: str | None, wanted: Wanted, *, dtype: str, device: str, output: Path | None,
     reporter: Reporter, plan: str | None = None,
@@ -200,18 +160,6 @@ def evaluate(
         UserError: Anything about the request.
     """
     quiet_libraries()
-    if not (wanted.of_model or wanted.tasks):
-        raise EvaluationError(
-            "nothing to measure; give --text, --choice, --letter, --recall, --long-context-tasks or --tasks"
-        )
-    if min(wanted.window, *wanted.long_context, wanted.text_tokens) < 2:
-        raise EvaluationError("windows and --text-tokens are at least 2 tokens")
-    if output is not None and not output.resolve().parent.is_dir():
-        raise StorageError(f"cannot write {output}: no such directory")
-    questions_of(wanted)
-    for path in (*wanted.text, *([wanted.long_tasks.filler] if wanted.long_tasks.filler else [])):
-        read_text(path)
-    wanted.long_tasks.check()
     found: dict[str, Any] = {"model": name, "against": against} | ({} if plan is None else {"plan": plan})
     if wanted.of_model or wanted.url is None:
         with reporter.stage("load"):
@@ -234,14 +182,6 @@ def evaluate(
         except OSError as error:
             raise StorageError(f"cannot write {output}: {error.strerror or error}") from error
     return found
-
-
-def questions_of(wanted: Wanted) -> list[list[Question]]:
-    """All question sets, read before anything costs time."""
-    sets = [read_questions(path, wanted.limit) for path in wanted.choice]
-    if wanted.letter is not None:
-        sets.append(read_letter_questions(*wanted.letter, shots=wanted.shots, limit=wanted.limit))
-    return sets
 
 
 def measure(subject: Loaded, dense: Loaded | None, wanted: Wanted, reporter: Reporter) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruning.console import Reporter
-from pruning.errors import EvaluationError
 from pruning.evaluation.choice import FORWARD_TOKENS
 from pruning.evaluation.paired import bootstrap, wilson
 from pruning.evaluation.text import final_states, logits_of
-from pruning.texts.calibration import read_text
-from pruning.texts.long_context import KINDS, PLACED, LongPrompt, filler, long_prompts
+from pruning.evaluation.wanted import LongTasks
+from pruning.texts.long_context import LongPrompt, filler, long_prompts
+from pruning.texts.reading import read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,48 +42,6 @@ class LongScore:
     def exact(self) -> bool:
         """All answers are found."""
         return all(self.found)
-
-
-@dataclass(frozen=True, slots=True)
-class LongTasks:
-    """What to hide, and where.
-
-    Attributes:
-        kinds: Of `pruning.texts.long_context.KINDS`.
-        lengths: Tokens of a prompt.
-        depths: 0 to 1, for the kinds that have one.
-        prompts: Of every kind, length and depth.
-        filler: File of the text around; None: prose and code that every Python carries.
-    """
-
-    kinds: Sequence[str] = ()
-    lengths: Sequence[int] = (1024, 2048, 4096)
-    depths: Sequence[float] = (0.1, 0.5, 0.9)
-    prompts: int = 8
-    filler: Path | None = None
-
-    def check(self) -> None:
-        """Refuse what no model can be asked.
-
-        Raises:
-            EvaluationError: An unknown kind, a depth outside 0 to 1, or nothing to do.
-        """
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise EvaluationError(f"unknown long-context task {kind!r}; there are {', '.join(KINDS)}")
-        for depth in self.depths:
-            if not 0 <= depth <= 1:
-                raise EvaluationError(f"--depths are from 0 (start) to 1 (end), not {depth:g}")
-        if self.prompts < 1 or not self.lengths or not self.depths or min(self.lengths) < 2:
-            raise EvaluationError(
-                "long-context tasks need --depths, --prompts of at least 1 and --lengths of at least 2"
-            )
-
-    def cells(self) -> Iterator[tuple[str, int, float]]:
-        """Kind, length and depth of every set of prompts; the kinds that spread have one depth, 0."""
-        for kind, length in itertools.product(self.kinds, sorted(self.lengths)):
-            for depth in sorted(self.depths) if kind in PLACED else (0.0,):
-                yield kind, length, depth
 
 
 @torch.inference_mode()

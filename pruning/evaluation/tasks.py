@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pruning.errors import RecipeError
-from pruning.evaluation.choice import Question, encode, read_questions, spread
+from pruning.evaluation.choice import encode
+from pruning.evaluation.questions import Question, read_questions, spread
 from pruning.families import Family
 from pruning.forward.evaluator import Evaluator, Gone
 from pruning.forward.objective import Objective
@@ -95,28 +95,3 @@ def read_task(path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) -> li
     some = spread(questions, 32)
     mean = sum(windows_of(question, tokenizer)[0].numel() for question in some) / len(some)
     return spread(questions, max(8, round(tokens / mean)))
-
-
-def parse_task(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:weight`.
-
-    Raises:
-        RecipeError: The weight is not positive.
-    """
-    name, colon, weight = text.rpartition(":")
-    try:
-        if colon and float(weight) > 0:
-            return Path(name), float(weight)
-        if colon and not Path(text).exists():
-            raise RecipeError(f"--task {text}: the weight must be over 0")
-    except ValueError:
-        pass
-    return Path(text), 1.0
-
-
-def holds_questions(path: Path) -> bool:
-    """Whether a file is JSON lines with choices, not text."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return '"choices"' in file.readline()

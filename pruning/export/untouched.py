@@ -1,7 +1,6 @@
 """Plans that change no weight of the dense model: what can be shared with it, and what that is in bytes."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from pruning.errors import CheckpointError
@@ -9,16 +8,9 @@ from pruning.export.formats import Untouched
 from pruning.models.checkpoint import Manifest, combined
 from pruning.models.loading import DenseModel
 from pruning.models.weight_files import ADDED, BASE, SINGLE, WeightFiles, placed, weight_files
-from pruning.plan import EmulationKind
-from pruning.variants import FUSED, REMOVED, variant
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-
-
-def changes_weights(kinds: Iterable[EmulationKind]) -> bool:
-    """Whether one of these kinds lets weights of the dense model go or changes them."""
-    return any(kind in (REMOVED, FUSED) or variant(kind).changes_weights for kind in kinds)
 
 
 def untouched(dense: DenseModel, manifest: Manifest, dtype: str) -> Untouched | None:

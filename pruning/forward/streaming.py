@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pruning.errors import ModelError
 from pruning.families import Family
+from pruning.finite import check_tensors
 from pruning.forward.evaluator import Residency
 from pruning.models.checkpoint import hash_files
-from pruning.models.loading import DenseModel, Source, load_tokenizer
+from pruning.models.finding import Source
+from pruning.models.loading import DenseModel, load_tokenizer
 
 
 class Streamed(Residency):
@@ -38,6 +40,7 @@ class Streamed(Residency):
         self, model: PreTrainedModel, family: Family, files: list[Path], dtype: torch.dtype, device: torch.device
     ) -> None:
         self._model, self._family, self._dtype, self._device = model, family, dtype, device
+        self._checked: set[str] = set()
         self._file_of = {name: file for file in files for name in _names(file)}
         outside = [name for name, _ in model.named_parameters() if not name.startswith(family.blocks + ".")]
         self._head = [name for name in outside if name.startswith((family.head + ".", family.norm + "."))]
@@ -91,6 +94,9 @@ class Streamed(Residency):
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self._file_of[name], framework="pt", device="cpu") as file:
             tensor: torch.Tensor = file.get_tensor(name)
+        if name not in self._checked:
+            check_tensors([(name, tensor)], "the weights")
+            self._checked.add(name)
         return tensor.to(self._device, self._dtype, copy=True)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:

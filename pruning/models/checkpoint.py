@@ -12,8 +12,8 @@ from pruning import __version__
 from pruning.errors import CheckpointError
 
 MANIFEST = "pruning.json"
-FORMAT_VERSION = 4
-READABLE_VERSIONS = (1, 2, 3, 4)
+FORMAT_VERSION = 5  # windows and planted sinks
+READABLE_VERSIONS = (1, 2, 3, 4, 5)
 
 
 class Manifest(BaseModel):

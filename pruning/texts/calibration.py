@@ -1,6 +1,5 @@
 """Calibration tokens: from text or JSONL files, or from what is always at hand (no file, no network)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,33 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pruning.console import Reporter
 from pruning.errors import CalibrationError
 from pruning.texts.openings import OPENINGS
+from pruning.texts.reading import read_text
 
 GENERATION_BATCH = 64
-
-
-def read_text(path: Path) -> str:
-    """Read a text file, or the `text` (else `content`) field of every line of a JSONL file.
-
-    Raises:
-        CalibrationError: Unreadable, not UTF-8, or JSONL without such a field.
-    """
-    try:
-        raw = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise CalibrationError(f"cannot read calibration file {path}: {reason}") from error
-    if path.suffix != ".jsonl":
-        return raw
-    texts = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts.append(row.get("text") or row["content"])
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CalibrationError(f"{path}:{number}: expected a JSON object with a 'text' field") from error
-    return "\n\n".join(texts)
 
 
 def windows(ids: Sequence[int] | Tensor, length: int, count: int, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ Another package adds a kind with `add`, or with an entry point in the group `sho
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
@@ -134,6 +134,11 @@ def replaces(kind: str) -> bool:
     return kind == REMOVED or not variant(kind).in_place
 
 
+def changes_weights(kinds: Iterable[str]) -> bool:
+    """Whether one of these kinds lets weights of the dense model go or changes them."""
+    return any(kind in (REMOVED, FUSED) or variant(kind).changes_weights for kind in kinds)
+
+
 def cache_of(kind: str | None) -> Literal["none", "window", "full"]:
     """What a sublayer of this kind (as in a plan or as typed) keeps in the KV cache; None: it is kept as it is."""
     if kind is None:
@@ -164,6 +169,12 @@ def of_entry(entry: Mapping[str, Any]) -> "Variant | None":
                 return variant(name)
         raise CheckpointError(f"emulation kind {kind!r} is not known to this version of Shoal; upgrade it")
     return None
+
+
+def positions_of(entry: Mapping[str, Any]) -> int | None:
+    """Positions that a kept attention layer with this entry keeps in its cache; None: all."""
+    found = None if entry.get("no_op") else of_entry(entry)
+    return None if found is None else found.positions(entry)
 
 
 def _own_entries() -> list[str]:

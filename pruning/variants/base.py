@@ -195,6 +195,10 @@ class Variant:
         """
         raise NotImplementedError
 
+    def positions(self, entry: Mapping[str, Any]) -> int | None:
+        """Positions that a layer with this entry keeps in its cache; None: all, or it has none."""
+        return None
+
     def weight_bytes(self, shape: Shape) -> int:
         """Weight bytes of what is there instead of the sublayer; an upper bound."""
         raise NotImplementedError

@@ -227,6 +227,10 @@ class WindowVariant(Variant):
         spec = entry["window"]
         return Window(int(spec["size"]), int(config.num_key_value_heads), head_dim(config), bool(spec["sink"]))
 
+    def positions(self, entry: Mapping[str, Any]) -> int:
+        """The window."""
+        return int(entry["window"]["size"])
+
     def weight_bytes(self, shape: Shape) -> int:
         """All of the sublayer, and two constants."""
         return shape.whole + 2 * shape.kv_heads * shape.head_dim * shape.dtype_bytes

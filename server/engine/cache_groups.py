@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pruning.variants import positions_of
+
 logger = logging.getLogger("vllm.shoal")  # vLLM's handlers, in its processes
 
 GROUP_COST = 0.02
@@ -127,7 +129,8 @@ def dense_shape_of(vllm_config: Any) -> CacheShape:
 def windows_of(config: Any) -> dict[int, int]:
     """Block -> W, of the layers that a model's configuration limits."""
     entries = [block["attention"] for block in getattr(config, "block_configs", None) or ()]
-    return {block: int(entry["window"]["size"]) for block, entry in enumerate(entries) if entry.get("window")}
+    found = {block: positions_of(entry) for block, entry in enumerate(entries)}
+    return {block: size for block, size in found.items() if size is not None}
 
 
 def _shape(vllm_config: Any, windows: Sequence[int | None], together: int = 0) -> CacheShape:

@@ -386,6 +386,16 @@ async def model_cards(app: FastAPI) -> dict[str, Any]:
     return (await app.state.openai_serving_models.show_available_models()).model_dump()
 
 
+def raised_while_reading(error: BaseException) -> bool:
+    """Whether an exception comes from where vLLM turns messages into a prompt, which only a request can make fail."""
+    trace = error.__traceback__
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__")).startswith("vllm.renderers."):
+            return True
+        trace = trace.tb_next
+    return False
+
+
 def stores_responses() -> bool:
     """Whether `/v1/responses` keeps what it answered."""
     return bool(vllm.envs.VLLM_ENABLE_RESPONSES_API_STORE)

@@ -194,6 +194,19 @@ def test_supported_fields_do(server, http):
     assert answer.status_code == 200, answer.text
 
 
+def test_a_part_that_vllm_only_asserts_about_is_a_400(server, http):
+    file = {"type": "input_file", "file_data": None, "file_id": None, "file_url": None, "filename": None,
+            "detail": None, "prompt_cache_breakpoint": {"mode": "explicit", "ttl": "12h"}}  # fmt: skip
+    item = {"type": "function_call_output", "call_id": None, "id": "", "status": "completed", "output": [file]}
+    refused(http.post("/v1/responses", json={"model": server.model, "input": [item]}), 400)
+
+
+def test_a_stream_of_a_wrong_request_ends_with_an_error(server, api):
+    stream = api.responses.create(model=server.model, input="x", stream=True, extra_body={"stop_token_ids": [2**40]})
+    with pytest.raises(openai.APIError, match="out-of-vocab"):
+        list(stream)
+
+
 def test_browsers_of_other_origins_are_refused_in_json(http):
     ask = {"Origin": "https://bad.example", "Access-Control-Request-Method": "POST"}
     assert "CORS" in refused(http.options("/v1/completions", headers=ask), 400)["message"]

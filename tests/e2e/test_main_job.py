@@ -35,10 +35,15 @@ def client(live_server):
     return openai.OpenAI(base_url=f"{live_server.url}/v1", api_key="none", max_retries=0)
 
 
-def test_a_third_of_the_attention_layers_is_gone(smollm2_checkpoint):
+def test_a_request_keeps_under_a_third_of_its_cache_and_far_codes_are_found(smollm2_checkpoint):
     manifest = verify(smollm2_checkpoint)
-    assert sum(name.startswith("attention.") for name in manifest.removed) == 10
+    assert list(manifest.removed.values()) == ["window"] * 24
     assert manifest.num_blocks == 30
+    assert manifest.sizes["context"] == 8192
+    assert manifest.sizes["kv_request"] <= 0.3 * manifest.sizes["kv_request_dense"]
+    codes, dense = manifest.quality["codes"], manifest.quality["codes_dense"]
+    assert codes["length"] > manifest.recipe["window"]
+    assert codes["found"] >= dense["found"] - 2
 
 
 def test_the_pruned_model_knows_the_capital_of_france(client, live_server):
@@ -54,10 +59,10 @@ def test_streaming_gives_the_same_text(client, live_server):
     assert len([p for p in parts if p]) > 3
 
 
-def test_kv_cache_holds_exactly_half_as_many_tokens_again(live_server):
+def test_kv_cache_holds_twice_as_many_tokens_at_least(live_server):
     found = re.search(r"KV cache: ([\d,]+) tokens .*?([\d,]+)", live_server.log.read_text())
     pruned, dense = (int(number.replace(",", "")) for number in found.groups())
-    assert pruned * 20 == dense * 30
+    assert pruned > 2 * dense
     engine = re.search(r"KV cache size: ([\d,]+) tokens", live_server.log.read_text())
     assert int(engine[1].replace(",", "")) == pruned
 
@@ -68,7 +73,7 @@ def test_metrics_are_exported(client, live_server):
     samples = {(s.name, tuple(sorted(s.labels.items()))): s.value
                for family in text_string_to_metric_families(text) for s in family.samples}  # fmt: skip
     kv = {labels: value for (name, labels), value in samples.items() if name == "shoal_kv_bytes_per_token"}
-    assert kv[(("variant", "dense"),)] * 20 == kv[(("variant", "served"),)] * 30
+    assert 0.3 <= kv[(("variant", "served"),)] / kv[(("variant", "dense"),)] < 0.33  # a block for each window
     assert any(name == "vllm:request_success_total" and value > 0 for (name, _), value in samples.items())
 
 
@@ -92,8 +97,8 @@ def test_greedy_tokens_of_vllm_and_transformers_agree(client, live_server):
 
 def test_the_server_says_what_was_pruned(client, live_server):
     answer = client._client.get(f"{live_server.url}/v1/pruning").json()
-    assert answer["kv_cache"]["tokens"] * 20 == answer["kv_cache"]["tokens_dense"] * 30
-    assert sum(block["attention"] != "kept" for block in answer["sublayers"]) == 10
+    assert answer["kv_cache"]["tokens"] > 2 * answer["kv_cache"]["tokens_dense"]
+    assert sum(block["attention"] == "limited" for block in answer["sublayers"]) == 24
 
 
 def test_errors_are_those_openai_clients_expect(client, live_server):
@@ -150,8 +155,9 @@ def test_tools_get_a_clear_error_where_the_model_has_no_tool_template(client, li
 def test_the_models_list_says_what_was_removed(client, live_server):
     (model,) = client.models.list().data
     assert model.id == live_server.model
-    assert len(model.pruning["attention_removed"]) == model.pruning["emulated"] == 10
-    assert model.pruning["kv_bytes_per_token"] * 30 == model.pruning["kv_bytes_per_token_dense"] * 20
+    assert len(model.pruning["attention_limited"]) == 24
+    assert model.pruning["attention_removed"] == []
+    assert model.pruning["kv_bytes_per_token"] < 0.33 * model.pruning["kv_bytes_per_token_dense"]
 
 
 def wait(truth, seconds=30):

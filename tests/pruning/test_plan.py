@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pruning.budget import counts
 from pruning.errors import RecipeError
 from pruning.plan import KINDS, Plan, Sublayer, kv_bytes_of_request, nearest_kept_attention, parse_amount
-from pruning.recipe import Recipe, counts
+from pruning.recipe import Recipe
 
 
 @pytest.mark.parametrize(("amount", "expected"), [("10", 10), (10, 10), ("33%", 10), ("50%", 15), ("1.7%", 1)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pruning.budget import counts, resolved
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.families import FAMILIES
@@ -13,7 +14,7 @@ from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling
 from pruning.models.checkpoint import verify
 from pruning.plan import Unit, layers_within
-from pruning.recipe import Recipe, counts, resolved
+from pruning.recipe import Recipe
 from pruning.search.selection import Judge, score
 from tests.conftest import pico_model, tokens
 from tests.conftest import run_prune_export as run

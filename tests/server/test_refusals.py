@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.testclient import TestClient
 
 from server.app import dress
@@ -15,9 +15,29 @@ CORS = {"allow_origins": ["https://good.example"], "allow_methods": ["*"], "allo
 GOOD, BAD = {"Origin": "https://good.example"}, {"Origin": "https://bad.example"}
 
 
+class WrongFieldError(Exception):
+    """As vLLM's: what is wrong with which field."""
+
+    parameter = "stop"
+
+
 @pytest.fixture(scope="module")
 def app():
     app = FastAPI()
+
+    @app.exception_handler(WrongFieldError)
+    def wrong(request, error):
+        return JSONResponse({}, 400)
+
+    @app.get("/v1/stream/{kind}")
+    def stream(kind: str):
+        async def pieces():
+            yield "data: one\n\n"
+            if kind != "whole":
+                raise WrongFieldError("no such token (parameter=stop)") if kind == "wrong" else ZeroDivisionError("x")
+
+        return StreamingResponse(pieces(), media_type="text/event-stream")
+
     app.router.routes.extend(Lifecycle().routes())
 
     @app.get("/v1/things")
@@ -122,3 +142,23 @@ def test_a_wrong_port_has_a_request_id(app):
     answer = TestClient(dress(Split(app, True), CORS)).get("/v1/things")
     assert check(answer, 404)["code"] == "wrong_port"
     assert json.loads(answer.text)["error"]["message"] == "there is no /v1/things on this port; ask the API's port"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "type_", "param"),
+    [
+        ("wrong", "no such token", "invalid_request_error", "stop"),
+        ("crash", "the server failed at this request", "server_error", None),
+    ],
+)
+def test_a_stream_that_breaks_says_so_in_its_last_event(client, kind, message, type_, param):
+    first, last = client.get(f"/v1/stream/{kind}").text.strip().split("\n\n")
+    assert first == "data: one"
+    assert last.startswith("event: error\ndata: ")
+    event = json.loads(last.partition("data: ")[2])
+    assert event["error"] == {"message": message, "type": type_, "param": param, "code": None}
+    assert (event["type"], event["message"], event["sequence_number"]) == ("error", message, 1)
+
+
+def test_a_whole_stream_stays(client):
+    assert client.get("/v1/stream/whole").text == "data: one\n\n"

@@ -7,8 +7,9 @@ from starlette.testclient import TestClient
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
-from server.validation import refuse_invalid
+from server.validation import UNREADABLE, refuse_invalid, refuse_unreadable
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,19 @@ def client():
     def responses(request: ResponsesRequest):
         return {}
 
+    for kind in UNREADABLE:
+        app.add_exception_handler(kind, refuse_unreadable)
+
+    @app.get("/parts")
+    def parts(ours: bool):
+        assert not ours
+        _parse_chat_message_content_mm_part(5)
+
     @app.get("/items/{number}")
     def item(number: int, deep: bool = False):
         return {}
 
-    return TestClient(app)
+    return TestClient(app, raise_server_exceptions=False)
 
 
 def said(content) -> dict:
@@ -85,3 +94,10 @@ def test_an_empty_body_and_parts_of_the_address(client):
     assert client.post("/chat").json()["error"]["message"] == "the body is missing"
     assert client.get("/items/x").json()["error"]["message"] == '`number` must be an integer, not "x"'
     assert client.get("/items/1?deep=maybe").json()["error"]["param"] == "deep"
+
+
+def test_what_vllm_asserts_about_a_message_is_the_clients_error_and_other_assertions_are_not(client):
+    answer = client.get("/parts?ours=false")
+    assert answer.status_code == 400
+    assert "cannot read" in answer.json()["error"]["message"]
+    assert client.get("/parts?ours=true").status_code == 500

@@ -10,19 +10,19 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from pruning.errors import RecipeError
-from pruning.export.writing import fields_of, state_dict
 from pruning.families import Family
 from pruning.models.checkpoint import Manifest
-from pruning.models.modeling import added_tensors, block_configs_of
-from pruning.models.weight_files import WeightFiles
 from pruning.variants import of_entry
-from pruning.variants.base import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from pruning.models.weight_files import WeightFiles
+    from pruning.variants.base import Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Untouched:
         manifest: What `pruning.json` is going to say.
     """
 
-    base: WeightFiles
+    base: "WeightFiles"
     hashes: Mapping[str, str]
     dtype: str
     keeps_dtype: bool
@@ -61,26 +61,29 @@ class PrunedModel:
     family: Family
     fields: Mapping[str, Any]
     block_configs: list[dict[str, Any]]
-    tensors: Mapping[str, Tensor]
+    tensors: "Mapping[str, Tensor]"
     companions: Path
     untouched: Untouched | None = None
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, family: Family, companions: Path, untouched: Untouched | None = None
+        cls, model: "PreTrainedModel", family: Family, companions: Path, untouched: Untouched | None = None
     ) -> "PrunedModel":
         """A model that `apply_plan` has cut."""
+        from pruning.export.writing import fields_of, state_dict
+        from pruning.models.modeling import added_tensors, block_configs_of
+
         fields = fields_of(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
         shared = untouched is not None and untouched.keeps_dtype
         tensors = added_tensors(model, family) if shared else state_dict(model)
         return cls(family, fields, block_configs_of(model, family), tensors, companions, untouched)
 
-    def added(self) -> dict[str, Tensor]:
+    def added(self) -> "dict[str, Tensor]":
         """The tensors that the dense model does not have, where none of its weights changes."""
         assert self.untouched is not None
         return {name: tensor for name, tensor in self.tensors.items() if name not in self.untouched.base.files}
 
-    def variants(self) -> dict[str, Variant]:
+    def variants(self) -> "dict[str, Variant]":
         """Sublayers that became a variant, such as `attention.4`, and which."""
         found = {
             f"{kind}.{index}": of_entry(block[kind])
@@ -120,7 +123,14 @@ class Format:
         return importlib.import_module(self.module).refusal(pruned)
 
     def write(self, pruned: PrunedModel, directory: Path) -> int:
-        """Write configuration and weights; returns the bytes of the weights."""
+        """Write configuration and weights; returns the bytes of the weights.
+
+        Raises:
+            NumberError: A weight is not finite; nothing is written.
+        """
+        from pruning.finite import check_tensors
+
+        check_tensors(pruned.tensors.items(), "what would be written")
         return importlib.import_module(self.module).write(pruned, directory)
 
 

@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from pruning.errors import EvaluationError
-from pruning.evaluation.choice import (
-    Question,
-    accuracy,
-    answer,
-    encode,
-    loglikelihoods,
-    read_letter_questions,
-    read_questions,
-)
+from pruning.evaluation.choice import accuracy, answer, encode, loglikelihoods
+from pruning.evaluation.questions import Question, read_letter_questions, read_questions
 from tests.conftest import pico_tokenizer
 
 SHOTS = "Question: which of the fish swims in a school? Answer: a shoal of herring does, and many others. " * 2

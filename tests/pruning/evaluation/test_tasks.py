@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from pruning.console import Reporter
 from pruning.errors import RecipeError
-from pruning.evaluation.choice import Question, answer
-from pruning.evaluation.tasks import TaskEvaluator, holds_questions, parse_task, read_task, windows_of
+from pruning.evaluation.choice import answer
+from pruning.evaluation.questions import Question, holds_questions, parse_task
+from pruning.evaluation.tasks import TaskEvaluator, read_task, windows_of
 from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling, metric

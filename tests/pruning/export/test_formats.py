@@ -18,6 +18,7 @@ from pruning.models import checkpoint
 from pruning.models.checkpoint import MANIFEST, verify
 from pruning.pipeline import run
 from pruning.recipe import Recipe
+from pruning.request import checked_export
 
 IDS = torch.randint(3, 320, (2, 20), generator=torch.Generator().manual_seed(4))
 
@@ -26,7 +27,8 @@ def export(model, directory, tmp_path, **recipe):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog and runs away from it " * 120)
     fixed = {"calibration": [text], "calibration_tokens": 2048, "score_tokens": 256, "sequence_length": 32, "rank": 8}
-    run(str(model), directory, Recipe(**fixed, **recipe), overwrite=False, dry_run=False, reporter=Reporter())
+    asked = checked_export(str(model), Recipe(**fixed, **recipe), directory, overwrite=False, reporter=Reporter())
+    run(asked, directory, dry_run=False, reporter=Reporter())
     return directory
 
 

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 
-from pruning import cli, pipeline
+from pruning import cli, pipeline, request
 from pruning.export.figures import STATES
 from pruning.export.report import command, write_card, write_report
 from pruning.models.checkpoint import read_manifest, verify, write_manifest
@@ -60,7 +60,8 @@ def test_command_makes_the_same_recipe_again(pico_checkpoint, monkeypatch):
     manifest = read_manifest(pico_checkpoint("llama")[0])
     manifest.recipe = recipe.model_dump(mode="json")
     asked = []
-    monkeypatch.setattr(pipeline, "run", lambda model, output, recipe, **flags: asked.append(recipe))
+    monkeypatch.setattr(request, "checked_export", lambda model, recipe, output, **flags: asked.append(recipe))
+    monkeypatch.setattr(pipeline, "run", lambda *arguments, **flags: None)
     with contextlib.suppress(SystemExit):
         cli.app.meta(shlex.split(command(manifest))[1:])
     assert asked == [recipe]

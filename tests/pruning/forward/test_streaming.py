@@ -15,7 +15,8 @@ from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, metric
-from pruning.models.loading import find_model, load_model
+from pruning.models.finding import find_model
+from pruning.models.loading import load_model
 from pruning.plan import KINDS, Unit
 from tests.conftest import pico_model, pico_tokenizer, run_prune_export
 
@@ -85,7 +86,7 @@ from pathlib import Path
 import torch
 from pruning.console import Reporter
 from pruning.importance import Sampling, metric
-from pruning.models.loading import find_model
+from pruning.models.finding import find_model
 from pruning.plan import Unit
 from pruning.forward.streaming import open_streamed
 from pruning.forward.evaluator import Evaluator

@@ -1,0 +1,205 @@
+"""What was asked for, found and checked before torch is loaded: recipe, model, texts and paths, cheap before dear."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning.budget import Counts, check, counts, resolved
+from pruning.console import Reporter
+from pruning.errors import RecipeError
+from pruning.evaluation.questions import holds_questions, parse_task, read_questions
+from pruning.export.formats import format_named
+from pruning.families import own_window
+from pruning.importance import metric
+from pruning.models.finding import Source, find_model
+from pruning.plan import Sublayer
+from pruning.recipe import Emulation, Recipe, emulation_kind, limits
+from pruning.texts.reading import read_text
+from pruning.variants import REMOVED, changes_weights, row, variant
+from pruning.workdir import check_output
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that can be carried out.
+
+    Attributes:
+        source: The model, not yet loaded.
+        recipe: With all that it left open named.
+        wanted: How much goes.
+    """
+
+    source: Source
+    recipe: Recipe
+    wanted: Counts
+
+
+def checked_export(
+    model: str, recipe: Recipe, output: Path | None, *, overwrite: bool, reporter: Reporter
+) -> Request:  # fmt: skip
+    """Check a request to write a checkpoint to `output`; None: it only asks what would be done.
+
+    Raises:
+        UserError: What is wrong with it.
+    """
+    if recipe.stream:
+        raise RecipeError("--stream scores only: run `prune-export score`, or leave it out")
+    if output is not None:
+        check_output(output, overwrite)
+    if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep:
+        recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # these formats need block 0's attention
+    return checked(model, recipe, reporter)
+
+
+def checked(model: str, recipe: Recipe, reporter: Reporter) -> Request:
+    """Find the model, resolve the recipe, and refuse what cannot be done before anything costs time.
+
+    Raises:
+        UserError: What is wrong with the request.
+    """
+    scorer = metric(recipe.metric)
+    flag = "--task" if recipe.task else "--copying"
+    if (recipe.task or recipe.copying) and not scorer.target.startswith("pruning.importance.ablation"):
+        raise RecipeError(f"--importance {recipe.metric} sees all tokens alike; with {flag} use leave-one-out, kl, "
+                          f"a Shapley value, or leave {flag} out")  # fmt: skip
+    if recipe.metric == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
+        raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
+    if recipe.stream and scorer.target.startswith("pruning.importance.gradient"):
+        raise RecipeError(f"--importance {recipe.metric} needs the whole model; leave --stream out")
+    if recipe.stream and recipe.fit_precision != "auto":
+        raise RecipeError("--stream computes in --dtype; leave --fit-precision out")
+    check(recipe)
+    _check_texts(recipe)
+    source = find_model(model, reporter)
+    recipe = resolved(recipe, source.positions)
+    counts(recipe, source.num_blocks)
+    if recipe.rank > source.hidden_size:
+        raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.hidden_size}")
+    recipe, own = _sparing(source, recipe)
+    wanted = counts(recipe, source.num_blocks, len(own))
+    kind = emulation_kind(recipe)
+    if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
+        raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
+    if kind != REMOVED:
+        variant(kind).check(source.family, source.config)
+    if not format_named(recipe.format).weights and (changing := weight_changing_flag(recipe, wanted)) is not None:
+        raise RecipeError(f"--format {recipe.format} holds no weights, and {changing} changes some; leave it out, "
+                          "or use --format shoal")  # fmt: skip
+    if recipe.fuse:
+        from pruning.recovery.fuse import check_fusable
+
+        check_fusable(source.family, {Sublayer(0, "ffn"): kind})
+    return Request(source, recipe, wanted)
+
+
+def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
+    """The flag by which weights of the dense model go or change; None: they all stay as they are."""
+    kind = emulation_kind(recipe)
+    if changes_weights([kind]):
+        return f"--emulation {recipe.kind}"
+    flags = {
+        "--blocks": wanted.blocks and row(kind).unit != "block",
+        "--compensate": recipe.compensate,
+        "--recalibrate": recipe.recalibrate,
+        "--fuse": recipe.fuse,
+        "--heal lora": recipe.heal == "lora",
+    }
+    return next((flag for flag, given in flags.items() if given), None)
+
+
+def _sparing(source: Source, recipe: Recipe) -> tuple[Recipe, list[int]]:
+    """The recipe that leaves layers with a window by design alone, where attention is limited; and those layers."""
+    if not limits(recipe):
+        return recipe, []
+    own = [block for block in range(source.num_blocks) if own_window(source.config, block)]
+    return recipe.model_copy(update={"keep": sorted({*recipe.keep, *own})}), own
+
+
+def _check_texts(recipe: Recipe) -> None:
+    for path in recipe.calibration:
+        read_text(path)
+    for path, _ in map(parse_task, recipe.task):
+        if holds_questions(path):
+            read_questions(path)
+        else:
+            read_text(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What to sweep.
+
+    Attributes:
+        choosers: Metrics, or `greedy`.
+        emulations: What takes their place.
+        judge: Text to judge on; held-out calibration text by default.
+        judge_tokens: Of it.
+        choice: Multiple-choice files to judge on as well.
+        limit: Questions of each.
+    """
+
+    choosers: Sequence[str]
+    emulations: Sequence[Emulation]
+    judge: Path | None = None
+    judge_tokens: int = 8192
+    choice: Sequence[Path] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRequest:
+    """A sweep that can be carried out.
+
+    Attributes:
+        source: The model, not yet loaded.
+        recipe: With all that it left open named.
+        curves: What to sweep.
+        budgets: Attention layers to remove, ascending.
+    """
+
+    source: Source
+    recipe: Recipe
+    curves: Curves
+    budgets: Sequence[int]
+
+
+def checked_sweep(
+    model: str, recipe: Recipe, curves: Curves, attention: str, output: Path, *, overwrite: bool, reporter: Reporter
+) -> SweepRequest:
+    """Check a request for curves.
+
+    Raises:
+        UserError: What is wrong with it.
+    """
+    check_output(output, overwrite)
+    for name in curves.choosers:
+        metric(recipe.metric if name == "greedy" else name)
+    for path in curves.choice:
+        read_questions(path, curves.limit)
+    for path in [*recipe.calibration, *([curves.judge] if curves.judge else [])]:
+        read_text(path)
+    for name in curves.emulations:
+        if name != REMOVED and row(name).unit == "block":
+            raise RecipeError(f"--emulations {name}: a sweep removes attention, and {name} replaces whole blocks")
+    source = find_model(model, reporter)
+    budgets = parse_budgets(attention, source.num_blocks - len(set(recipe.keep)))
+    return SweepRequest(source, resolved(recipe, source.positions), curves, budgets)
+
+
+def parse_budgets(text: str, num_blocks: int) -> list[int]:
+    """`0..20`, `0..20/5` (every fifth) or `2,4,8`, ascending.
+
+    Raises:
+        RecipeError: Malformed, or none of the attention would be left.
+    """
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)(?:/(\d+))?", text.strip()):
+        first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
+        found = list(range(first, last + 1, max(1, step)))
+    elif re.fullmatch(r"\d+(,\d+)*", text.strip()):
+        found = sorted({int(part) for part in text.split(",")})
+    else:
+        raise RecipeError(f"--attention {text!r} is not a range such as 0..20, 0..20/5 or 2,4,8")
+    if not found or found[-1] >= num_blocks:
+        raise RecipeError(f"--attention {text}: the model has {num_blocks} attention sublayers and one must stay")
+    return found
