@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEPLOY_VENV := .venv-deploy
 
-.PHONY: help setup run test check lint bench bench-full deploy-check client-check fuzz clean
+.PHONY: help setup run quick test check lint bench bench-full deploy-check client-check fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -26,6 +26,9 @@ run: setup $(DIR)/pruning.json ## Prune the default model once and serve it on P
 $(DIR)/pruning.json:
 	$(MAKE) setup
 	$(BIN)/prune-export $(MODEL) --output $(DIR)
+
+quick: lint ## Lint, types, and the tests that need neither the engine nor the embedded model (under 90 s on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not engine and not embedded and not slow"
 
 test: setup ## Run the tests, on real models and the real engine
 	$(BIN)/python -m pytest

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from pruning.console import Reporter, quiet_libraries
-from pruning.forward.evaluator import Evaluator, removed
+from pruning.forward.blocks import removed
+from pruning.forward.evaluator import Evaluator
 from pruning.models.loading import load_dense
 from pruning.plan import KINDS, Sublayer, Unit
 from pruning.search.algorithms import greedy

@@ -19,7 +19,8 @@ from pruning.export.writing import copy_companions
 from pruning.families import Family
 from pruning.finite import check_numbers
 from pruning.forward import parallel
-from pruning.forward.evaluator import Evaluator, Residency
+from pruning.forward.blocks import Residency
+from pruning.forward.evaluator import Evaluator
 from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, metric
 from pruning.models.checkpoint import Manifest, verify, write_manifest

@@ -21,7 +21,8 @@ from pruning.export.formats import format_named
 from pruning.export.untouched import links_to
 from pruning.families import has_biases
 from pruning.forward import parallel
-from pruning.forward.evaluator import Evaluator, Residency
+from pruning.forward.blocks import Residency
+from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling, Scores
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes

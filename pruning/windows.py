@@ -14,7 +14,8 @@ from torch import Tensor
 from pruning.console import Reporter
 from pruning.errors import CalibrationError
 from pruning.evaluation.long_context import score
-from pruning.forward.evaluator import Evaluator, Residency
+from pruning.forward.blocks import Residency
+from pruning.forward.evaluator import Evaluator
 from pruning.models.loading import DenseModel
 from pruning.plan import Sublayer
 from pruning.recipe import Recipe

@@ -3,9 +3,9 @@
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import body, costs, fields
 from server.errors import Refusal, error_response, whole_seconds
 from server.metrics import ACCEPTED, QUEUE_DEPTH, REJECTED
+from server.requests import body, costs, fields
 
 
 class Admission:

@@ -28,18 +28,19 @@ from pruning.models.checkpoint import Manifest, is_pruned, read_manifest
 from server import logs
 from server.admission import Admission
 from server.auth import Authenticate, KeyRing
-from server.costs import Limits
 from server.engine import compat
-from server.heads import Heads
+from server.engine.generation import guard_generation
 from server.inventory import Inventory, take_inventory
 from server.lifecycle import OPERATIONS, Gate, Lifecycle, Split, supervise
 from server.limits import RateLimit, spend_tokens
 from server.metrics import Measure, publish
 from server.opening import opening, opening_app
-from server.refusals import OpenAIErrors
+from server.requests.costs import Limits
+from server.requests.heads import Heads
+from server.requests.refusals import OpenAIErrors
+from server.requests.validation import UNREADABLE, refuse_invalid, refuse_unreadable
 from server.routes import router
 from server.settings import Settings
-from server.validation import UNREADABLE, refuse_invalid, refuse_unreadable
 
 logger = logging.getLogger("shoal.app")
 
@@ -147,7 +148,7 @@ async def serve(
             facts = compat.engine_facts(engine)
             inventory = take_inventory(directory, manifest, facts, draft)
             publish(inventory, pruning.__version__, compat.VERSION, args.served_model_name[0])
-            compat.guard_generation(engine, settings.max_prompt_tokens, settings.max_output_tokens, spend_tokens)
+            guard_generation(engine, settings.max_prompt_tokens, settings.max_output_tokens, spend_tokens)
             stock = await compat.stock_app(engine, args)
             own = router(manifest, inventory, partial(compat.model_cards, stock), draft, compat.VERSION)
             adopt(stock, [*lifecycle.routes(), *own.routes])

@@ -317,7 +317,7 @@ def export_windows(model: Path, output: Path, text: Path, **recipe: Any) -> Path
     long.write_text(text.read_text() * 4)
     fixed = {
         "calibration": [long], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
-        "emulation": "window", "window": 8, "context": 64, "attention": 3,
+        "emulation": "window", "window": 8, "context": 64, "attention": 3, "importance": "random",
     }  # fmt: skip
     asked = checked_export(str(model), Recipe(**fixed | recipe), output, overwrite=False, reporter=Reporter())
     run(asked, output, dry_run=False, reporter=Reporter())
@@ -395,7 +395,7 @@ def run_prune_export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of calibration text."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 60)
+    path.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 200)
     return path
 
 

@@ -69,3 +69,11 @@ def test_the_check_sees(source):
 def test_the_check_lets_caches_and_other_names_be():
     source = "cache_of(kind) == 'window'; row.cache == 'window'; sizes['context']; Emulation = 'low-rank'"
     assert not NAMES & {text for _, text in compared_texts(ast.parse(source))}
+
+
+def test_no_file_is_long():
+    assert {str(path.relative_to(ROOT)) for path in FILES if len(path.read_text().splitlines()) > 450} == set()
+
+
+def test_no_room_is_crowded():
+    assert {str(room.relative_to(ROOT)) for room in ROOMS if len(list(room.glob("*.py"))) > 20} == set()

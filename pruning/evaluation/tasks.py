@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pruning.evaluation.choice import encode
 from pruning.evaluation.questions import Question, read_questions, spread
 from pruning.families import Family
-from pruning.forward.evaluator import Evaluator, Gone
+from pruning.forward.blocks import Gone
+from pruning.forward.evaluator import Evaluator
 from pruning.forward.objective import Objective
 
 Judged = Literal["loss", "error"]

@@ -3,8 +3,6 @@
 import copy
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,95 +12,23 @@ from transformers import PreTrainedModel
 
 from pruning.families import Family
 from pruning.forward import parallel
+from pruning.forward.blocks import Arguments, Blocks, Gone, Residency, Taps
 from pruning.forward.objective import Head, Objective
-from pruning.models.modeling import blocks_of, emulation_in, fed, lent, places, replace_sublayer, sources_of, tap_into
-from pruning.plan import KINDS, Kind, Sublayer
-from pruning.variants.base import Emulation
+from pruning.forward.streams import State, describe, only, tile
+from pruning.models.modeling import emulation_in, sources_of
+from pruning.plan import KINDS, Sublayer
 from pruning.variants.taps import Tap
 from pruning.workdir import Journal
 
 STATE_BYTES = 2**30
 FORWARD_TOKENS = {"cpu": 512, "cuda": 16384}
-
-Gone = Mapping[Sublayer, nn.Module | None]
-"""Removed sublayers and what emulates each (None: nothing)."""
+_LAST = Sublayer(2**31, "ffn")
 
 Visitor = Callable[[int, Sublayer, Tensor, Tensor], None]
 """Called with the batch's number, a sublayer, and the residual stream before and after it, [b, T, D] each."""
 
-Arguments = list[dict[str, Any]]
-"""Keyword arguments that the model gives to each block."""
 
-Taps = dict[int, Tap]
-"""Block -> what its attention put out in one stream."""
-
-
-class _Capture(nn.Module):
-    """Takes a block's place to record what the model passes to it."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.attention_type = getattr(block, "attention_type", None)
-        self.inputs: Tensor | None = None
-        self.kwargs: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.inputs, self.kwargs = hidden_states, kwargs
-        return hidden_states
-
-
-@contextmanager
-def removed(block: nn.Module, family: Family, kind: Kind, emulation: nn.Module | None = None) -> Iterator[None]:
-    """Let a block run without one sublayer (or with its emulation) inside the `with`; restored after it."""
-    names = places(family, kind)
-    saved = [getattr(block, name) for name in names]
-    replace_sublayer(block, family, kind, emulation)
-    try:
-        yield
-    finally:
-        for name, module in zip(names, saved, strict=True):
-            setattr(block, name, module)
-
-
-class _Held(Emulation):
-    """An update that is known already, [b, T, D]."""
-
-    def __init__(self, held: Tensor) -> None:
-        super().__init__()
-        self.held = held
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.held
-
-
-@dataclass(slots=True)
-class _State:
-    """A residual stream [b, T, D], the plans that still share it, and what its attention layers handed on."""
-
-    hidden: Tensor
-    plans: list[int]
-    taps: Taps = field(default_factory=dict)
-
-
-class Residency:
-    """Where the parts of a model are: here, all in memory. `streaming.Streamed` loads them when they are needed."""
-
-    keeps_blocks = True
-
-    def block(self, index: int) -> AbstractContextManager[None]:
-        """Hold a block in memory inside the `with`."""
-        return nullcontext()
-
-    def embedding(self) -> AbstractContextManager[None]:
-        """Hold what comes before block 0."""
-        return nullcontext()
-
-    def head(self) -> AbstractContextManager[None]:
-        """Hold what comes after the last block."""
-        return nullcontext()
-
-
-class Evaluator:
+class Evaluator(Blocks):
     """Runs subnetworks of one model over calibration windows.
 
     All plans asked for at once go through the model in lock step: they share one residual stream until the first
@@ -133,8 +59,7 @@ class Evaluator:
         residency: Residency | None = None,
         journal: Journal | None = None,
     ) -> None:
-        self.model, self.family = model, family
-        self.blocks = list(blocks_of(model, family))
+        super().__init__(model, family)
 
         def batched(each: Tensor | Sequence[Tensor]) -> list[Tensor]:
             return list(each.split(batch_size)) if isinstance(each, Tensor) else list(each)
@@ -189,98 +114,6 @@ class Evaluator:
         """Where batch `number` lies among all windows."""
         first = sum(len(batch) for batch in self.batches[:number])
         return slice(first, first + len(self.batches[number]))
-
-    @torch.no_grad()
-    def embed(self, batch: Tensor) -> tuple[Tensor, Arguments]:
-        """What enters block 0, float [b, T, D], and the keyword arguments the model gives to every block."""
-        captures = nn.ModuleList([_Capture(block) for block in self.blocks])
-        parent, _, name = self.family.blocks.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        saved = getattr(owner, name)
-        setattr(owner, name, captures)
-        try:
-            owner(input_ids=batch.to(self.model.device), use_cache=False)
-        finally:
-            setattr(owner, name, saved)
-        hidden = captures[0].inputs
-        assert isinstance(hidden, Tensor)
-        return hidden, [capture.kwargs for capture in captures]
-
-    def run_block(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gone: Mapping[Kind, Any]) -> Tensor:
-        """One block [b, T, D] -> [b, T, D] without the kinds in `gone` (values: their emulation or None)."""
-        block = self.blocks[index]
-        with ExitStack() as stack:
-            for kind, emulation in gone.items():
-                stack.enter_context(removed(block, self.family, kind, emulation))
-                stack.enter_context(lent(emulation, self.blocks, self.family, kind))
-            out = block(hidden, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-    def run_sublayer(
-        self,
-        sublayer: Sublayer,
-        hidden: Tensor,
-        kwargs: Mapping[str, Any],
-        emulation: nn.Module | None = None,
-        entered: Tensor | None = None,
-    ) -> Tensor:
-        """The residual stream [b, T, D] after one sublayer, or after its emulation.
-
-        Args:
-            sublayer: Which.
-            hidden: The stream before it.
-            kwargs: What the model gives to its block.
-            emulation: Takes the sublayer's place.
-            entered: What an FFN reads instead, where it stands in parallel to attention: the stream before the block.
-        """
-        other: Kind = "ffn" if sublayer.kind == "attention" else "attention"
-        gone: dict[Kind, Any] = {other: None}
-        if emulation is not None:
-            gone[sublayer.kind] = emulation
-        if entered is not None:
-            gone[other] = _Held(hidden - entered)  # what attention added
-            hidden = entered
-        return self.run_block(sublayer.block, hidden, kwargs, gone)
-
-    def run_and_tap(
-        self, sublayer: Sublayer, hidden: Tensor, kwargs: Mapping[str, Any], emulation: nn.Module | None, taps: Taps
-    ) -> Tensor:
-        """`run_sublayer`, where emulations read `taps` and attention adds to them what it puts out."""
-        entered = self._entered(sublayer, taps)
-        inside = emulation or emulation_in(self.blocks[sublayer.block], self.family, sublayer.kind)
-        tap, attention = Tap(), getattr(self.blocks[sublayer.block], self.family.attention)
-        with fed(inside, taps), tap_into(attention, tap, cache=self.family.shares_cache):
-            after = self.run_sublayer(sublayer, hidden, kwargs, emulation, entered)
-        if sublayer.kind == "attention":
-            if emulation is not None:  # it took the place of the tapped module
-                tap.output = (after - hidden) / self.family.scale(self.model.config)
-            tap.entered = hidden if self.family.parallel else None
-            taps[sublayer.block] = tap
-        return after
-
-    def _entered(self, sublayer: Sublayer, taps: Taps) -> Tensor | None:
-        """What entered the block, where that is not what comes before the sublayer; attention that ran noted it."""
-        attention = taps.get(sublayer.block) if sublayer.kind == "ffn" else None
-        return None if attention is None else attention.entered
-
-    def reads(self, sublayer: Sublayer, hidden: Tensor, taps: Taps) -> Tensor:
-        """What an emulation reads in a sublayer's place [b, T, D]: the stream before it.
-
-        In parallel families it is the stream that entered the block, after the norm which both sublayers share.
-        """
-        if not self.family.parallel:
-            return hidden
-        assert self.family.attention_norm is not None
-        entered = self._entered(sublayer, taps)
-        norm = self.blocks[sublayer.block].get_submodule(self.family.attention_norm)
-        normed: Tensor = norm(hidden if entered is None else entered)
-        return normed
-
-    def sources(self, plans: Sequence[Gone]) -> frozenset[int]:
-        """Blocks whose attention some emulation of the plans, or of the model itself, reads."""
-        own = [emulation_in(block, self.family, kind) for block in self.blocks for kind in KINDS]
-        given = [emulation for plan in plans for emulation in plan.values()]
-        return frozenset(source for emulation in (*own, *given) for source in sources_of(emulation))
 
     def head_loss(self, hidden: Tensor, batch: Tensor) -> Tensor:
         """Next-token cross-entropy of every window, float64 [b] in nats/token; logits come in chunks."""
@@ -448,7 +281,7 @@ class Evaluator:
         """For every batch, what leaves the last block under each plan, [b, T, D]."""
         entering = self._embedded(numbers)
         arguments = {number: kwargs for number, (_, kwargs) in entering.items()}
-        states = {number: [_State(hidden, list(range(len(plans))))] for number, (hidden, _) in entering.items()}
+        states = {number: [State(hidden, list(range(len(plans))))] for number, (hidden, _) in entering.items()}
         del entering
         sources = self.sources(plans)
         for index in range(len(self.blocks)):
@@ -468,14 +301,14 @@ class Evaluator:
     def _advance(
         self,
         sublayer: Sublayer,
-        states: list[_State],
+        states: list[State],
         kwargs: Mapping[str, Any],
         plans: Sequence[Gone],
         sources: Collection[int],
-    ) -> list[_State]:
+    ) -> list[State]:
         """Take every stream through one sublayer, splitting those whose plans differ in it."""
-        out: list[_State] = []
-        keeping: list[_State] = []
+        out: list[State] = []
+        keeping: list[State] = []
         keeps = {*sources, sublayer.block} if self.family.parallel else sources
         for state in states:
             variants: dict[int, tuple[nn.Module, list[int]]] = {}
@@ -488,18 +321,18 @@ class Evaluator:
                 else:
                     variants.setdefault(id(emulation), (emulation, []))[1].append(plan)
             if cut:
-                out.append(_State(state.hidden, cut, _only(state.taps, keeps)))
+                out.append(State(state.hidden, cut, only(state.taps, keeps)))
             for emulation, members in variants.values():
                 taps = dict(state.taps)
                 hidden = self.run_and_tap(sublayer, state.hidden, kwargs, emulation, taps)
-                out.append(_State(hidden, members, _only(taps, keeps)))
+                out.append(State(hidden, members, only(taps, keeps)))
             if kept:
-                keeping.append(_State(state.hidden, kept, _only(state.taps, keeps)))
+                keeping.append(State(state.hidden, kept, only(state.taps, keeps)))
         self._run_together(sublayer, keeping, kwargs, keeps)
         return out + keeping
 
     def _run_together(
-        self, sublayer: Sublayer, states: list[_State], kwargs: Mapping[str, Any], sources: Collection[int]
+        self, sublayer: Sublayer, states: list[State], kwargs: Mapping[str, Any], sources: Collection[int]
     ) -> None:
         """Advance streams through one sublayer, several in a forward while they are small, in place."""
         if not states:
@@ -514,16 +347,16 @@ class Evaluator:
             part = states[first : first + many]
             together = torch.cat([state.hidden for state in part]) if len(part) > 1 else part[0].hidden
             taps = dict(part[0].taps) if len(part) == 1 else self._shared(sublayer, part)
-            after = self.run_and_tap(sublayer, together, _tile(kwargs, rows, len(part)), None, taps)
+            after = self.run_and_tap(sublayer, together, tile(kwargs, rows, len(part)), None, taps)
             for state, hidden in zip(part, after.split(rows), strict=True):
                 state.hidden = hidden
             if sublayer.kind == "attention" and sublayer.block in sources:
                 for state, tap in zip(part, taps[sublayer.block].split(rows), strict=True):
                     state.taps[sublayer.block] = tap
 
-    def _shared(self, sublayer: Sublayer, states: Sequence[_State]) -> Taps:
+    def _shared(self, sublayer: Sublayer, states: Sequence[State]) -> Taps:
         """What several streams know when they go through a sublayer together: what entered the block."""
-        entered = [self._entered(sublayer, state.taps) for state in states]
+        entered = [self.entered_of(sublayer, state.taps) for state in states]
         if all(start is None for start in entered):
             return {}
         starts = [state.hidden if s is None else s for state, s in zip(states, entered, strict=True)]
@@ -555,38 +388,3 @@ class Evaluator:
             return wide.mean(1)
         counted = self.counted[number].double()
         return (wide * counted).sum(1) / counted.sum(1)
-
-
-def _only(taps: Taps, blocks: Collection[int]) -> Taps:
-    return {block: tap for block, tap in taps.items() if block in blocks}
-
-
-_LAST = Sublayer(2**31, "ffn")
-
-
-def describe(plan: Gone) -> list[str]:
-    """What a plan is made of, for a journal's key: sublayers and the digests of their emulations."""
-    return [str(s) if plan[s] is None else f"{s}:{_fingerprint(plan[s])}" for s in sorted(plan)]
-
-
-def _fingerprint(module: nn.Module | None) -> str:
-    assert module is not None
-    described = module.entry() if isinstance(module, Emulation) else None
-    digest = hashlib.sha256(f"{sources_of(module)} {described}".encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _tile(value: Any, rows: int, times: int) -> Any:
-    """Repeat the batch dimension of a block's arguments; those with one row broadcast by themselves."""
-    if isinstance(value, Tensor):
-        return (
-            value.repeat(times, *[1] * (value.dim() - 1)) if value.dim() > 1 and value.shape[0] == rows > 1 else value
-        )
-    if isinstance(value, tuple | list):
-        return type(value)(_tile(item, rows, times) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _tile(item, rows, times) for key, item in value.items()}
-    return value

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from pruning.errors import ModelError
 from pruning.families import Family
 from pruning.finite import check_tensors
-from pruning.forward.evaluator import Residency
+from pruning.forward.blocks import Residency
 from pruning.models.checkpoint import hash_files
 from pruning.models.finding import Source
 from pruning.models.loading import DenseModel, load_tokenizer

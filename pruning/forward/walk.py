@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.forward.evaluator import Arguments, Evaluator, Taps
+from pruning.forward.blocks import Arguments, Taps
+from pruning.forward.evaluator import Evaluator
 from pruning.forward.spill import Batches, batches
 from pruning.plan import Sublayer
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pruning.families import Family
-from pruning.forward.evaluator import Arguments, Evaluator, Taps
+from pruning.forward.blocks import Arguments, Taps
+from pruning.forward.evaluator import Evaluator
 from pruning.forward.spill import Batches
 from pruning.forward.walk import Wanted, advance, trim
 from pruning.plan import Sublayer

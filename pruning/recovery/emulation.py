@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pruning.console import Reporter
 from pruning.finite import check_tensors
-from pruning.forward.evaluator import Arguments, Evaluator, Taps
+from pruning.forward.blocks import Arguments, Taps
+from pruning.forward.evaluator import Evaluator
 from pruning.forward.spill import Batches
 from pruning.forward.walk import Seen, advance, enter, forget_taps, last_block
 from pruning.plan import KINDS, EmulationKind, Sublayer

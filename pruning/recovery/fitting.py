@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pruning.console import Reporter
-from pruning.forward.evaluator import Evaluator, Taps
+from pruning.forward.blocks import Taps
+from pruning.forward.evaluator import Evaluator
 from pruning.forward.walk import Seen, forget_taps
 from pruning.plan import KINDS, EmulationKind, Sublayer
 from pruning.recovery.emulation import fit, sources_read

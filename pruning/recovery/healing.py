@@ -20,7 +20,7 @@ from pruning.console import LOG_INTERVAL_SECONDS, Reporter
 from pruning.errors import RecipeError
 from pruning.families import Family
 from pruning.forward import parallel
-from pruning.forward.evaluator import describe
+from pruning.forward.streams import describe
 from pruning.models.modeling import blocks_of, sources_of
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer
 from pruning.recovery.distillation import Loss, Student, Teacher, cut_copy, head_gradient, hidden_distance

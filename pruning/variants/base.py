@@ -14,7 +14,8 @@ from pruning.variants.taps import Tap
 
 if TYPE_CHECKING:
     from pruning.console import Reporter
-    from pruning.forward.evaluator import Evaluator, Taps
+    from pruning.forward.blocks import Taps
+    from pruning.forward.evaluator import Evaluator
     from pruning.forward.walk import Seen
 
 Module = TypeVar("Module", bound=nn.Module)

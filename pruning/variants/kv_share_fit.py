@@ -22,7 +22,8 @@ from pruning.variants.kv_share import KVShareEmulation
 from pruning.variants.taps import Tap, rms_normalise
 
 if TYPE_CHECKING:
-    from pruning.forward.evaluator import Evaluator, Taps
+    from pruning.forward.blocks import Taps
+    from pruning.forward.evaluator import Evaluator
     from pruning.forward.walk import Seen
 
 RIDGE = 0.1  # of a feature's variance, for the query map

@@ -15,7 +15,8 @@ from pruning.variants.shared import SharedEmulation, linear_maps
 
 if TYPE_CHECKING:
     from pruning.console import Reporter
-    from pruning.forward.evaluator import Evaluator, Taps
+    from pruning.forward.blocks import Taps
+    from pruning.forward.evaluator import Evaluator
     from pruning.forward.walk import Seen
 
 OVERSAMPLING = 8

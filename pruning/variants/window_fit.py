@@ -14,7 +14,8 @@ from pruning.variants.window import Window
 
 if TYPE_CHECKING:
     from pruning.console import Reporter
-    from pruning.forward.evaluator import Evaluator, Taps
+    from pruning.forward.blocks import Taps
+    from pruning.forward.evaluator import Evaluator
 
 FIRST_TOKENS = 8  # whose keys and values are averaged
 LEAST_WINDOWS = 4  # that a row has to hold, or the sink is chosen with a smaller window

@@ -9,7 +9,7 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,6 @@ from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server import app_state, entry
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
-from vllm.exceptions import VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.third_party import pynvml
@@ -319,81 +318,9 @@ async def first_token(engine: Any) -> None:
         pass
 
 
-def guard_generation(
-    engine: Any,
-    max_prompt_tokens: int | None,
-    max_output_tokens: int | None,
-    spending: Callable[[], Callable[[int], None] | None],
-) -> None:
-    """Limit the tokens of every generation on this engine client, whatever route asks for it, and count them.
-
-    vLLM's handlers call `engine.generate` before they answer, so a refusal becomes an ordinary 400. Only what is needed
-    is wrapped: without limits the engine's own method stays.
-
-    Args:
-        engine: vLLM's engine client.
-        max_prompt_tokens: Of one prompt; None: no limit but the model's.
-        max_output_tokens: Of one answer, which is cut there; None: no limit but the model's.
-        spending: Called once a generation; gives what to call with each number of tokens, or None.
-    """
-    stock = engine.generate
-
-    def generate(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
-        length = len(prompt.get("prompt_token_ids") or prompt.get("prompt_embeds") or ()) if prompt else 0
-        if max_prompt_tokens is not None and length > max_prompt_tokens:
-            raise VLLMValidationError(
-                f"the prompt has {length} tokens; this server takes at most {max_prompt_tokens}", parameter="prompt"
-            )
-        if max_output_tokens is not None and (sampling_params.max_tokens or max_output_tokens + 1) > max_output_tokens:
-            sampling_params = sampling_params.clone()
-            sampling_params.max_tokens = max_output_tokens
-            sampling_params.min_tokens = min(sampling_params.min_tokens, max_output_tokens)
-        answer = stock(prompt, sampling_params, request_id, **options)
-        if sampling_params.structured_outputs is not None:
-            answer = _blaming_the_grammar(answer)
-        spend = spending()
-        if spend is None:
-            return answer
-        spend(length)
-        return _counted(answer, spend)
-
-    engine.generate = generate
-
-
-async def _blaming_the_grammar(answer: Any) -> AsyncIterator[Any]:
-    """An answer that fails before its first token fails for its grammar: vLLM itself calls that an internal error."""
-    begun = False
-    async with aclosing(answer):
-        async for output in answer:
-            if not begun and any(part.finish_reason == "error" for part in output.outputs):
-                raise VLLMValidationError(
-                    "the schema or grammar cannot be compiled, or not in the time this server gives it",
-                    parameter="response_format",
-                )
-            begun = begun or any(part.token_ids for part in output.outputs)
-            yield output
-
-
-async def _counted(answer: Any, spend: Callable[[int], None]) -> AsyncIterator[Any]:
-    async with aclosing(answer):
-        async for output in answer:  # the server asks for deltas or for one final output, never for running totals
-            spend(sum(len(part.token_ids) for part in output.outputs))
-            yield output
-
-
 async def model_cards(app: FastAPI) -> dict[str, Any]:
     """What vLLM's own `/v1/models` answers."""
     return (await app.state.openai_serving_models.show_available_models()).model_dump()
-
-
-def raised_while_reading(error: BaseException) -> bool:
-    """Whether an exception comes from where vLLM turns messages into a prompt, which only a request can make fail."""
-    trace = error.__traceback__
-    while trace is not None:
-        if str(trace.tb_frame.f_globals.get("__name__")).startswith("vllm.renderers."):
-            return True
-        trace = trace.tb_next
-    return False
 
 
 def stores_responses() -> bool:

@@ -9,7 +9,7 @@ import httpx2
 import openai
 import pytest
 
-from server.fields import FIELDS
+from server.requests.fields import FIELDS
 from tests.conftest import rewrite_manifest
 
 pytestmark = pytest.mark.engine

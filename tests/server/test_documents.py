@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import server.metrics as metrics
-from server.fields import table as fields_table
+from server.requests.fields import table as fields_table
 from server.settings import table
 
 DOCS = Path(__file__).parents[2] / "docs"

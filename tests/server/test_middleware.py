@@ -14,10 +14,10 @@ from starlette.testclient import TestClient
 
 from server.admission import Admission
 from server.auth import Authenticate, KeyRing, read_keys
-from server.costs import Limits
 from server.errors import SettingsError
 from server.lifecycle import Gate, Lifecycle, Phase
 from server.metrics import Measure
+from server.requests.costs import Limits
 
 
 async def echo(request: Request) -> JSONResponse:

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import pruning
 from pruning.families import FAMILIES
-from pruning.forward.evaluator import Evaluator, describe
+from pruning.forward.evaluator import Evaluator
+from pruning.forward.streams import describe
 from pruning.models.surgery import apply_plan
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.variants.bias import BiasEmulation
@@ -147,7 +148,8 @@ from pruning.console import Reporter
 from pruning.families import FAMILIES
 from pruning.importance import Sampling, metric
 from pruning.plan import Sublayer, Unit
-from pruning.forward.evaluator import Evaluator, describe
+from pruning.forward.evaluator import Evaluator
+from pruning.forward.streams import describe
 
 torch.set_num_threads(1)
 parallel.start()

@@ -9,7 +9,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 
-from server.validation import UNREADABLE, refuse_invalid, refuse_unreadable
+from server.requests.validation import UNREADABLE, refuse_invalid, refuse_unreadable
 
 
 @pytest.fixture(scope="module")

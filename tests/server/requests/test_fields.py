@@ -8,7 +8,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
 from server.errors import Refusal
-from server.fields import FIELDS, check
+from server.requests.fields import FIELDS, check
 
 CLIENT = {
     "/v1/chat/completions": chat_create_params.CompletionCreateParamsStreaming,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from server.body import DEPTH, parse
 from server.errors import Refusal
+from server.requests.body import DEPTH, parse
 
 
 def nested(levels: int) -> bytes:

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from server.engine import compat as vllm_compat
+from server.engine.generation import raised_while_reading
 from server.errors import error_response
 
 UNREADABLE = (AssertionError, AttributeError, LookupError)
@@ -43,7 +43,7 @@ async def refuse_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def refuse_unreadable(request: Request, error: Exception) -> JSONResponse:
     """Handler of what vLLM trips over in a request without a word, such as an assertion about a part of a message."""
-    if not vllm_compat.raised_while_reading(error):
+    if not raised_while_reading(error):
         raise error
     logger.warning("a request could not be read: %s", type(error).__name__)
     return error_response(400, None, "`messages` or `input` has a part that this server cannot read", retry=False)

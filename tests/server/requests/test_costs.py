@@ -2,8 +2,8 @@
 
 import pytest
 
-from server.costs import Limits, check, sequences
 from server.errors import Refusal
+from server.requests.costs import Limits, check, sequences
 from server.settings import Settings
 
 LIMITS = Limits(16, 256, 20, 5, 16, 1024, 2**16, 128, 128)

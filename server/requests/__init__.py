@@ -1,0 +1,1 @@
+"""What a request may hold and what it costs, and the words in which one is refused."""
