@@ -313,8 +313,10 @@ def export_windows(model: Path, output: Path, text: Path, **recipe: Any) -> Path
     from pruning.recipe import Recipe
     from pruning.request import checked_export
 
+    long = output.parent / "long.txt"  # thousands of tokens of it are held out
+    long.write_text(text.read_text() * 4)
     fixed = {
-        "calibration": [text], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
+        "calibration": [long], "calibration_tokens": 1024, "score_tokens": 128, "sequence_length": 32,
         "emulation": "window", "window": 8, "context": 64, "attention": 3, "importance": "random",
     }  # fmt: skip
     asked = checked_export(str(model), Recipe(**fixed | recipe), output, overwrite=False, reporter=Reporter())

@@ -5,6 +5,7 @@ keys and values at each multiple of W and masks what is outside the window.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,3 +226,53 @@ def test_a_plan_over_the_dense_directory_writes_what_the_exported_checkpoint_wri
     assert mine.pop("model") != theirs.pop("model")
     assert mine == theirs
     check(mine["first"], AutoModelForCausalLM.from_pretrained(checkpoint))
+
+
+def int8_sibling(dense: Path, directory: Path) -> Path:
+    """The same model with projections in int8 (compressed-tensors: a scale for each row, and for each token)."""
+    shutil.copytree(dense, directory)
+    tensors = {}
+    for name, tensor in load_file(dense / "model.safetensors").items():
+        tensors[name] = tensor
+        if name.endswith("_proj.weight"):
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors |= {name: (tensor / scale).round().to(torch.int8), f"{name}_scale": scale}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": group},
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.engine
+def test_a_quantised_sibling_is_limited_by_the_same_plan(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dense = tmp_path / "dense"
+    pico_model("llama", max_position_embeddings=448).save_pretrained(dense)
+    pico_tokenizer().save_pretrained(dense)
+    with planting_sinks():
+        plan = export_windows(dense, tmp_path / "plan", text, window=WINDOW, format="plan")
+    small, notes = int8_sibling(dense, tmp_path / "int8"), []
+    both = [apply_plan_file(str(one), str(plan), notes.append) for one in (dense, small)]
+    assert len(notes) == 1
+    checked = {SKIP_VERIFICATION: "1"}
+    jobs = dict.fromkeys([*both, dense, small], 4)
+    results = run(jobs, variables=checked, distributed_executor_backend="uni", dtype="bfloat16")
+    limited_dense, limited_int8, plain_dense, plain_int8 = (
+        torch.tensor(results[str(one)]["first"][0]["prompt"]) for one in jobs
+    )
+
+    def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).abs().mean())
+
+    quantising = apart(plain_int8, plain_dense)
+    assert apart(limited_int8, limited_dense) < 2 * quantising < apart(limited_int8, plain_int8) / 4

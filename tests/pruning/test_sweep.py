@@ -7,7 +7,8 @@ import pytest
 
 from pruning import cli, sweep
 from pruning.errors import RecipeError
-from pruning.sweep import knees, pareto, parse_budgets
+from pruning.request import parse_budgets
+from pruning.sweep import knees, pareto
 
 
 def run(monkeypatch, *words):
