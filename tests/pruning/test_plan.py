@@ -67,7 +67,7 @@ def test_a_context_adapter_reads_the_nearest_kept_attention_before_it():
 )  # fmt: skip
 def test_counts_that_cannot_be_met(recipe):
     with pytest.raises(RecipeError):
-        counts(Recipe(**recipe), 30)
+        counts(Recipe(emulation="low-rank", **recipe), 30)
 
 
 @pytest.mark.parametrize("given", ["0,1,5", ["0,1", "5"], ["0", "1", "5"], [0, 1, 5]])
@@ -76,5 +76,5 @@ def test_blocks_to_keep_are_given_with_commas_or_spaces(given):
 
 
 def test_a_third_of_attention_goes_by_default():
-    assert counts(Recipe(), 30).attention == 10
+    assert counts(Recipe(emulation="low-rank"), 30).attention == 10
     assert counts(Recipe(ffn=2), 30).attention == 0

@@ -16,6 +16,7 @@ from pruning.export.formats import PrunedModel, format_named
 from pruning.export.writing import state_dict
 from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.walk import enter
 from pruning.models.checkpoint import verify
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import predicted_bytes, weight_bytes
@@ -78,7 +79,8 @@ def test_a_block_borrows_from_the_one_it_resembles():
     for name, own in model.model.layers[4].named_parameters():
         own.data = model.model.layers[1].get_parameter(name) + 0.05 * own
     evaluator = Evaluator(model, FAMILIES["llama"], tokens())
-    found = differences(evaluator, shared_plan(4, 2).removed, 4, Reporter())
+    gone = shared_plan(4, 2).removed
+    found = differences(evaluator, list(gone), gone, 4, Reporter(), enter)
     assert {found[Sublayer(4, kind)].source for kind in KINDS} == {1}
     assert all(found[Sublayer(2, kind)].source not in (2, 4) for kind in KINDS)
 
@@ -299,4 +301,4 @@ def test_a_sweep_refuses_it(monkeypatch, pico_directory, text, tmp_path, capsys)
 def test_other_formats_refuse_a_checkpoint_that_has_it(name, pico_checkpoint):
     directory, model = pico_checkpoint("llama shared")
     reason = format_named(name).refusal(PrunedModel.of(model, FAMILIES["llama"], directory))
-    assert "attention.2 shares another block's weights" in reason
+    assert "another block's weights in the place of attention.2" in reason
