@@ -69,6 +69,20 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+QUICK_FAMILIES = ("llama", "cohere")
+"""Of what is repeated for every family, the runs that are not marked `slow`: the usual block, and a parallel one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `slow` what another family's run stands for."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        values = [] if parameters is None else [str(value).split()[0:1] for value in parameters.params.values()]
+        families = {first for value in values for first in value} & FAMILIES.keys()
+        if families - set(QUICK_FAMILIES):
+            item.add_marker(pytest.mark.slow)
+
+
 def pico_config(model_type: str, **fields: Any) -> Any:
     """A tiny configuration of a family."""
     return base_config_class(FAMILIES[model_type])(**{**SIZES, **OWN_SIZES.get(model_type, {}), **fields})

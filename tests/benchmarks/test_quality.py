@@ -29,6 +29,7 @@ def rows_of(words: list, output: Path) -> list[dict]:
     return json.loads(output.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_rows_are_paired_and_resumed(pico_directory, pico_checkpoint, tmp_path):
     dense, (pruned, _) = pico_directory("llama"), pico_checkpoint("llama")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -105,6 +105,7 @@ def test_lora_attaches_to_kept_sublayers_only(pico_checkpoint):
         assert torch.equal(adapted(PROMPT).logits, before(PROMPT).logits)
 
 
+@pytest.mark.slow
 def test_plain_transformers_refuses_the_checkpoint(pico_checkpoint, tmp_path):
     import subprocess
     import sys

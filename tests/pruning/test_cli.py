@@ -68,6 +68,7 @@ def test_whole_blocks_go(monkeypatch, pico_directory, text, tmp_path):
     assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 4
 
 
+@pytest.mark.slow
 def test_an_ordinary_checkpoint_needs_nothing_of_ours(monkeypatch, pico_directory, text, tmp_path):
     output = tmp_path / "out"
     arguments = ["--calibration", text, "--blocks", 2, "--format", "llama", *QUICK]
@@ -246,6 +247,7 @@ def test_a_search_fits_on_a_part_of_the_text_and_in_the_arithmetic_asked_for(
         assert value == pytest.approx((one[unit] + two[unit] + 0.5 * (copied[unit] + copied_too[unit])) / 3)
 
 
+@pytest.mark.slow
 def test_budgets_in_weights_and_in_loss_hold(monkeypatch, pico_directory, text, tmp_path):
     arguments = ["--calibration", text, "--calibration-tokens", "256", "--sequence-length", "32"]
     model = str(pico_directory("llama"))
@@ -311,6 +313,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_recovery_aware_search_goes_on_and_ends_with_the_same_bytes(pico_directory, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("Of all sad words of tongue or pen, the saddest are these: it might have been. " * 60)

@@ -69,6 +69,7 @@ def test_prunes_to_windows_and_measures_at_the_context(monkeypatch, pico_directo
     assert "codes hidden in 128 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("search", "importance"),
     [("greedy", "leave-one-out"), ("exchange", "leave-one-out"), ("rank", "taylor"), ("rank", "leave-one-out")],
@@ -82,6 +83,7 @@ def test_searches_and_metrics_see_windows_in_place(
     assert set(verify(output).removed.values()) == {"window"}
 
 
+@pytest.mark.slow
 def test_layers_that_slide_by_design_stay(monkeypatch, pico_directory, long_text, tmp_path):
     output = tmp_path / "out"
     assert run(monkeypatch, pico_directory("gemma2"), "--output", output, "--calibration", long_text, *WINDOWS) == 0
@@ -102,6 +104,7 @@ def test_what_a_judge_gains_is_no_reason_to_limit_a_layer():
     assert clipped.values == {unit: max(0.0, value) for unit, value in free.values.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heal", ["adapters", "lora"])
 def test_limited_layers_are_healed_with_windows_for_the_rows(monkeypatch, pico_directory, long_text, tmp_path, heal):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

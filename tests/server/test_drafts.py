@@ -104,6 +104,7 @@ def test_the_cache_of_a_draft_counts(draft, dense):
     assert inventory.capacity_tokens_dense == 900 * 8 // 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "engine", "message"),
     [

@@ -66,6 +66,7 @@ def test_nemotron_nas_and_shoal_hold_the_same_tensors_and_convert_back_to_the_sa
         assert (tmp_path / "again" / name).read_bytes() == (fused / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_configuration_class_travels_with_nemotron_nas_and_needs_none_of_our_code(fused, tmp_path):
     code = (
         "import sys, pickle; from transformers import AutoConfig\n"

@@ -143,6 +143,7 @@ def test_a_plan_cannot_replace_a_tensor_of_the_model(plan, dense, tmp_path):
         apply_plan_file(str(dense), str(forged), print)
 
 
+@pytest.mark.embedded
 def test_the_embedded_models_plan_is_under_200_kilobytes():
     """SmolLM2-135M with all 30 layers limited: 3 KV heads of 64 numbers, float32, and scores of every sublayer."""
     layers = range(30)
@@ -200,6 +201,7 @@ def test_an_export_of_windows_shares_the_dense_files(dense, checkpoint):
     assert index.keys() == {*load_file(theirs), *load_file(checkpoint / ADDED)}
 
 
+@pytest.mark.slow
 def test_without_sinks_nothing_is_added(dense, text, tmp_path, monkeypatch):
     bare = [{"none": None}] * BLOCKS
     monkeypatch.setattr(window_fit, "first_tokens", lambda _: bare)
@@ -259,6 +261,7 @@ def test_where_files_cannot_be_linked_they_are_copied(tmp_path, dense, text, mon
     verify(out)
 
 
+@pytest.mark.slow
 def test_files_in_shards_keep_their_names(tmp_path, dense, text):
     sharded = tmp_path / "sharded"
     pico_model("llama").save_pretrained(sharded, max_shard_size="200KB")
@@ -282,6 +285,7 @@ def test_each_file_is_hashed_once(tmp_path, dense, text, monkeypatch):
     assert hashed.count("model.safetensors") + hashed.count(BASE) == 1
 
 
+@pytest.mark.slow
 def test_half_precision_weights_stay_in_their_dtype_unless_asked_otherwise(tmp_path, text):
     half = tmp_path / "half"
     pico_model("llama").to(torch.bfloat16).save_pretrained(half)
@@ -302,6 +306,7 @@ def test_half_precision_weights_stay_in_their_dtype_unless_asked_otherwise(tmp_p
     torch.testing.assert_close(logits(out, dtype=torch.float32), logits(asked), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - SLIDING))
 def test_checkpoint_and_plan_of_every_family_hold_the_same_model(model_type, pico_directory, tmp_path, text):
     dense, config = pico_directory(model_type), pico_config(model_type)

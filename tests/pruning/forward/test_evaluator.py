@@ -167,6 +167,7 @@ torch.save((table, processes), f"{sys.argv[2]}.{rank}")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_losses_and_scores_bit_for_bit(pico_directory, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": str(Path(pruning.__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -75,6 +75,7 @@ def growth(model, how, kind):
     return (most[1] - most[0]) / (3 * ROWS * LENGTH * STREAM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "kind", "streams"),
     [(compensated, "low_rank", 2), (compensated, "context", 3), (independent, "low_rank", 3),
@@ -85,6 +86,7 @@ def test_each_token_costs_no_more_than_its_streams(how, kind, streams, pico, mon
     assert growth(pico("llama"), how, kind) < streams + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [compensated, independent, candidates, fused])
 def test_past_the_budget_no_token_costs_memory(how, pico, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

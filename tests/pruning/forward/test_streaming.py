@@ -112,6 +112,7 @@ print(json.dumps([memory("VmHWM") - before, list(scores.values.values())]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_a_streamed_model_of_30_blocks_needs_less_than_a_third_of_its_memory(tmp_path):
     model = pico_model("llama", num_hidden_layers=30, hidden_size=384, intermediate_size=1536)

@@ -8,6 +8,7 @@ import pytest
 LOAD = "AutoModelForCausalLM.from_pretrained({0!r})"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

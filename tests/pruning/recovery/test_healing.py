@@ -157,6 +157,7 @@ def test_mixed_precision_trains_in_float32_and_stores_in_the_models_dtype(own_te
     assert {tensor.dtype for tensor in tensors_of(healed).values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     state = tmp_path / "state.safetensors"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -190,6 +191,7 @@ def test_state_of_another_request_is_not_taken(tmp_path):
     assert all(torch.equal(tensors_of(again)[name], tensor) for name, tensor in tensors_of(fresh).items())
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = tmp_path / "two.safetensors"

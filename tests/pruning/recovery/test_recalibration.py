@@ -88,6 +88,7 @@ def test_nothing_changes_without_windows_to_hold_out_or_a_difference():
     assert not recalibrate(evaluator, [states], [states], Reporter())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "same"),
     [

@@ -60,6 +60,7 @@ def test_repeated_windows_count_what_is_copied():
     assert copies.tolist() == [[False, False, False, True, True]] * 2
 
 
+@pytest.mark.embedded
 def test_a_model_copies_from_the_first_half_of_repeated_windows_until_it_loses_what_copies():
     """SmolLM2: 0.49 nats a token; without the attention of 14 and 17, which cost text 0.1, 0.69."""
     dense = load_dense("smollm2-135m", "float32", "cpu", Reporter())

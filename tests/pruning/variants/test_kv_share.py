@@ -50,6 +50,7 @@ def copied_attention(model_type):
     return model, family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "granite"])  # Qwen3's norm of queries is no linear map
 def test_a_copy_of_its_source_on_the_same_stream_is_reproduced(model_type, monkeypatch):
     model, family = copied_attention(model_type)

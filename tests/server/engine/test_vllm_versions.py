@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 # The functions of the installed vLLM at the addresses of 0.33, its own addresses gone. (Checked by hand against the
 # wheel vllm-0.33.0: docs/decisions/engine.md.)
 MOVED = """
@@ -24,6 +26,7 @@ vllm_compat.warn_if_untested()
 """
 
 
+@pytest.mark.slow
 def test_the_import_paths_of_0_33_and_a_warning_for_it():
     done = subprocess.run([sys.executable, "-c", MOVED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
