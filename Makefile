@@ -28,7 +28,7 @@ $(DIR)/pruning.json:
 	$(BIN)/prune-export $(MODEL) --output $(DIR)
 
 quick: lint ## Lint, types, and the tests that need neither the engine nor the embedded model (under 90 s on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not engine and not embedded and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not engine and not embedded and not slow"
 
 test: setup ## Run the tests, on real models and the real engine
 	$(BIN)/python -m pytest

@@ -12,9 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pruning import request
+from pruning.console import Reporter
 from pruning.errors import NumberError
+from pruning.export.formats import FORMATS, PrunedModel
+from pruning.families import FAMILIES
 from pruning.finite import check_numbers, check_tensors, is_finite
+from pruning.forward.evaluator import Evaluator
+from pruning.plan import Sublayer
+from pruning.recovery.emulation import fit_plan
+from pruning.variants.bias import BIAS
 from tests.conftest import run_prune_export as run
+from tests.conftest import tokens
 
 QUICK = ["--calibration-tokens", "256", "--score-tokens", "128", "--sequence-length", "32", "--emulation", "low-rank",
          "--rank", "4"]  # fmt: skip
@@ -221,3 +229,23 @@ def test_what_nothing_foresaw_is_one_line_and_a_file(monkeypatch, capsys, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert run(monkeypatch, "a model", "--output", tmp_path / "out") == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_was_fitted_and_what_would_be_written_is_looked_at(monkeypatch, pico, tmp_path):
+    model, family = pico("llama"), FAMILIES["llama"]
+    evaluator, gone = Evaluator(model, family, tokens(rows=2)), {Sublayer(2, "attention"): "bias"}
+    fit_bias = BIAS.fit
+
+    def spoiled(job):
+        module = fit_bias(job)
+        module.bias.data[3] = float("nan")
+        return module
+
+    monkeypatch.setattr(type(BIAS), "fit", lambda self, job: spoiled(job))
+    with pytest.raises(NumberError, match=r"what was fitted for attention.2: bias holds 1 of 128"):
+        fit_plan(evaluator, gone, 4, Reporter())
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+    pruned = PrunedModel.of(model, family, tmp_path)
+    with pytest.raises(NumberError, match=r"would be written: model.layers.1.mlp.up_proj.weight holds 1"):
+        FORMATS["shoal"].write(pruned, tmp_path)
+    assert not list(tmp_path.iterdir())

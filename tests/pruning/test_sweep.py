@@ -37,6 +37,7 @@ def request_words(pico_directory, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_resumed_sweep_equals_an_uninterrupted_one(request_words, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *request_words, "--output", tmp_path / "whole") == 0
     whole = json.loads((tmp_path / "whole" / "sweep.json").read_text())

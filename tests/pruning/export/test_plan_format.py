@@ -212,6 +212,7 @@ def test_without_sinks_nothing_is_added(dense, text, tmp_path, monkeypatch):
     assert torch.equal(logits(apply_plan_file(str(dense), str(plan), print)), logits(checkpoint))
 
 
+@pytest.mark.slow
 def test_exporting_leaves_the_mode_of_the_dense_files(tmp_path, dense, text):
     mine = shutil.copytree(dense, tmp_path / "dense")
     (mine / "model.safetensors").chmod(0o640)
@@ -219,6 +220,7 @@ def test_exporting_leaves_the_mode_of_the_dense_files(tmp_path, dense, text):
     assert (mine / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.slow
 def test_weights_behind_links_are_linked_for_real(tmp_path, dense, text):
     """A snapshot of the hub is a directory of symbolic links."""
     mine = tmp_path / "snapshot"
@@ -250,6 +252,7 @@ def test_a_dense_model_is_evaluated_with_a_plan(checkpoint, plan, dense, text, t
     assert mine["plan"] == str(plan)
 
 
+@pytest.mark.slow
 def test_where_files_cannot_be_linked_they_are_copied(tmp_path, dense, text, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError("another file system")
@@ -273,6 +276,7 @@ def test_files_in_shards_keep_their_names(tmp_path, dense, text):
     assert torch.equal(logits(out), logits(export_windows(dense, tmp_path / "single", text)))
 
 
+@pytest.mark.slow
 def test_each_file_is_hashed_once(tmp_path, dense, text, monkeypatch):
     hashed = []
 
