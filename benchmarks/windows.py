@@ -107,7 +107,9 @@ def figure(document: dict[str, Any], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
         axes.axhline(1, color="#888888", linewidth=0.8)
         axes.set_yscale("log")
-        axes.set_yticks([1, 1.5, 2, 3, 5], ["1", "1.5", "2", "3", "5"], minor=False)
+        top = max(row["perplexity"]["value"] for row in document["rows"].values() if "kind" in row)
+        ticks = [tick for tick in (1, 1.1, 1.2, 1.5, 2, 3, 5) if tick <= 1.05 * top]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.minorticks_off()
         axes.set_xlabel("KV cache kept, % of a request")
         axes.set_ylabel("perplexity / dense")
