@@ -147,13 +147,20 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     if not format_named(recipe.format).weights:
         reporter.say(f"serve it: prune-serve {dense.directory} --plan {output}")
     ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
-    rows = f"rows of {quality['row_tokens']} tokens of held-out text"
+    rows = f"rows of {quality['row_tokens']} tokens of held-out {_text_of(recipe)}"
     reporter.say(f"perplexity on {rows}: {ratio:.4f} times dense")
     if "codes" in quality:
         mine, theirs = quality["codes"], quality["codes_dense"]
         how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"
         reporter.say(f"codes hidden in {mine['length']} tokens: {how_many}")
     return manifest
+
+
+def _text_of(recipe: Recipe) -> str:
+    """What the text is, for people."""
+    if recipe.calibration or not limits(recipe):
+        return "text"
+    return "text (Python's documentation, which repeats itself far apart; give --calibration FILE for yours)"
 
 
 def _label(kind: EmulationKind, recipe: Recipe) -> str:
