@@ -6,7 +6,8 @@ The KV-bound load: every engine gets the same bytes of KV cache, few enough that
 requests, and runs as many at once as fit in full. Beside what is measured stands what a model of two costs predicts:
     seconds = R * prefill(P) + ceil(R / B) * D * step(B)
 with R requests of P prompt tokens that write D tokens each, B of them at once (they start and end together, so they go
-in waves), and both costs measured on the same engine when it is not KV-bound.
+in waves), and both costs measured on the same engine when it is not KV-bound. Where a prompt is longer than a step
+reads, requests do not start together; `steps.py` then counts the steps.
 The limit is the ratio of KV bytes per token, dense / pruned: reached when a step costs the same at any B.
 With windows the bytes are those of a whole request, and `room.py` says how many fit.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
+from steps import Costs, Load
 from worker import Worker, start_worker
 
 MODEL_LENGTH = 1152  # tokens of the longest request, where no load is longer
@@ -118,6 +120,8 @@ def measure(engines: list[Engine], options: argparse.Namespace) -> list[dict[str
         "same_batch": lambda e: (engines[0].concurrent, prompt, new // 2),
         "kv_bound": lambda e: (options.requests, prompt, new),
     }
+    if not options.same_batch:
+        loads.pop("same_batch")
     found: dict[str, dict[str, list[dict[str, Any]]]] = {e.name: {name: [] for name in loads} for e in engines}
     for engine in engines:
         engine.run(2, 128, 8, seed=99)  # warm
@@ -137,18 +141,25 @@ def measure(engines: list[Engine], options: argparse.Namespace) -> list[dict[str
 def row(engine: Engine, dense: Engine, found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What is reported of one engine."""
     mine, theirs = found[engine.name], found[dense.name]
+    contexts = list(options.contexts)
 
     def ratio(load: str, value: Any) -> dict[str, float]:
         return spread([value(b) / value(a) for a, b in zip(mine[load], theirs[load], strict=True)])
 
     def expected(who: Engine, loads: dict[str, Any]) -> float:
         prefill = statistics.median(one["ttft"][0] for one in loads["prefill"])
+        if options.prompt > options.chunk:
+            alone = statistics.median(one["itl"] for one in loads[contexts[-1]])
+            taken = statistics.median(one["seconds"] for one in loads["step"])
+            some = Load(who.concurrent, who.concurrent, options.prompt, options.new // 2, options.chunk)
+            all_ = Load(options.requests, who.concurrent, options.prompt, options.new, options.chunk)
+            return Costs.of(prefill, alone, some, taken).seconds(all_)
         step = statistics.median(one["itl"] for one in loads["step"])
         return options.requests * prefill + math.ceil(options.requests / who.concurrent) * options.new * step
 
+    steady = ["step"] if options.prompt <= options.chunk else []  # else some are read in it while others write
     predicted = expected(dense, theirs) / expected(engine, mine)
     measured = ratio("kv_bound", lambda one: one["seconds"])
-    contexts = list(options.contexts)
     found_row = {
         "name": engine.name,
         "kv_bytes_per_token": engine.kv_bytes,
@@ -156,10 +167,14 @@ def row(engine: Engine, dense: Engine, found: dict[str, Any], options: argparse.
         "requests_at_once": engine.concurrent,
         "start_seconds": round(engine.started["start_seconds"], 1),
         "ttft_seconds": {c: spread([one["ttft"][0] for one in mine[c]]) for c in contexts},
-        "itl_seconds": {c: spread([one["itl"] for one in mine[c]]) for c in [*contexts, "step"]},
+        "itl_seconds": {c: spread([one["itl"] for one in mine[c]]) for c in [*contexts, *steady]},
         "ttft_dense_over_this": {c: ratio(c, lambda one: one["ttft"][0]) for c in contexts},
         "itl_dense_over_this": {c: ratio(c, lambda one: one["itl"]) for c in contexts},
-        "throughput_ratio_same_batch": ratio("same_batch", lambda one: one["seconds"]),
+        **(
+            {"throughput_ratio_same_batch": ratio("same_batch", lambda one: one["seconds"])}
+            if options.same_batch
+            else {}
+        ),
         "rounds": len(mine["kv_bound"]),
         "kv_bound": {
             "requests_per_second": spread([options.requests / one["seconds"] for one in mine["kv_bound"]]),
@@ -188,6 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=math.inf, help="no new round that would end after so many")
     parser.add_argument("--contexts", type=int, nargs="+", help="of one request at a time [128 1024]")
+    parser.add_argument("--same-batch", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--block", type=int, default=128, help="tokens in a KV block")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of one step, at most")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -79,6 +79,11 @@ def serving_short(results: Results) -> str:
     return _table(["", "tokens in the same KV bytes", "requests/s, to dense"], rows)
 
 
+def _ranged(one: Mapping[str, float]) -> str:
+    """With its range, where there is one."""
+    return _range(one) if one["low"] < one["high"] else f"{one['median']:.2f}"
+
+
 def _limited(row: Mapping[str, Any]) -> str:
     return f"{count} layers limited" if (count := row["cache"]["limited"]) else "dense"
 
@@ -95,7 +100,7 @@ def serving_windows(results: Results) -> str:
         bound = row["kv_bound"]
         rows.append([
             _limited(row), _kv(row, found[0]), str(row["requests_at_once"]),
-            f"{bound['requests_per_second']['median']:.3f}", _range(bound["ratio_to_dense"]),
+            f"{bound['requests_per_second']['median']:.3f}", _ranged(bound["ratio_to_dense"]),
             f"{bound['predicted_ratio']:.2f}", f"{bound['measured_over_predicted']:.2f}",
         ])  # fmt: skip
     head = ["", "KV bytes of a request", "requests at once", "requests/s", "to dense", "predicted"]
@@ -121,7 +126,7 @@ def latency_windows(results: Results) -> str:
     for row in found:
         for context in contexts:
             first, between = (1000 * row[key][context]["median"] for key in ("ttft_seconds", "itl_seconds"))
-            ratios = [_range(row[key][context]) for key in ("ttft_dense_over_this", "itl_dense_over_this")]
+            ratios = [_ranged(row[key][context]) for key in ("ttft_dense_over_this", "itl_dense_over_this")]
             rows.append([_limited(row), f"{int(context):,}", f"{first:.0f}", ratios[0], f"{between:.1f}", ratios[1]])
     return _table(["", "context", "TTFT, ms", "dense / this", "ITL, ms", "dense / this"], rows)
 
