@@ -79,6 +79,58 @@ def serving_short(results: Results) -> str:
     return _table(["", "tokens in the same KV bytes", "requests/s, to dense"], rows)
 
 
+def _ranged(one: Mapping[str, float]) -> str:
+    """With its range, where there is one."""
+    return _range(one) if one["low"] < one["high"] else f"{one['median']:.2f}"
+
+
+def _limited(row: Mapping[str, Any]) -> str:
+    return f"{count} layers limited" if (count := row["cache"]["limited"]) else "dense"
+
+
+def _kv(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    return f"{row['kv_bytes_per_token'] / dense['kv_bytes_per_token']:.0%}"
+
+
+def serving_windows(results: Results) -> str:
+    """Dense and windows on vLLM in the same bytes of KV cache, under a load that does not fit at once."""
+    found = results.rows("serving_windows")
+    rows = []
+    for row in found:
+        bound = row["kv_bound"]
+        rows.append([
+            _limited(row), _kv(row, found[0]), str(row["requests_at_once"]),
+            f"{bound['requests_per_second']['median']:.3f}", _ranged(bound["ratio_to_dense"]),
+            f"{bound['predicted_ratio']:.2f}", f"{bound['measured_over_predicted']:.2f}",
+        ])  # fmt: skip
+    head = ["", "KV bytes of a request", "requests at once", "requests/s", "to dense", "predicted"]
+    return _table([*head, "measured / predicted"], rows)
+
+
+def serving_windows_short(results: Results) -> str:
+    """The same in three columns, for README."""
+    found = results.rows("serving_windows")
+    rows = [
+        [_limited(row), _kv(row, found[0]), str(row["requests_at_once"]),
+         f"{row['kv_bound']['ratio_to_dense']['median']:.2f}"]
+        for row in found
+    ]  # fmt: skip
+    return _table(["", "KV bytes of a request", "requests at once", "requests/s, to dense"], rows)
+
+
+def latency_windows(results: Results) -> str:
+    """The same engines with one request at a time, by its context; ratios are dense / this."""
+    found = results.rows("serving_windows")
+    contexts = list(found[0]["ttft_seconds"]) if found else []
+    rows = []
+    for row in found:
+        for context in contexts:
+            first, between = (1000 * row[key][context]["median"] for key in ("ttft_seconds", "itl_seconds"))
+            ratios = [_ranged(row[key][context]) for key in ("ttft_dense_over_this", "itl_dense_over_this")]
+            rows.append([_limited(row), f"{int(context):,}", f"{first:.0f}", ratios[0], f"{between:.1f}", ratios[1]])
+    return _table(["", "context", "TTFT, ms", "dense / this", "ITL, ms", "dense / this"], rows)
+
+
 def windows(results: Results) -> str:
     """Windows at several budgets: perplexity over dense, also past half of a row, and codes found by length."""
     found: Any = results.document("windows").get("rows") or {}
@@ -216,8 +268,8 @@ def speculation(results: Results) -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        serving, serving_short, windows, latency, recovery, healing, overhead, quality, choosers, subnetworks,
-        speculation,
+        serving, serving_short, serving_windows, serving_windows_short, windows, latency, latency_windows,
+        recovery, healing, overhead, quality, choosers, subnetworks, speculation,
     )
 }  # fmt: skip
 
