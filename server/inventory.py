@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pruning.models.checkpoint import Manifest
 from pruning.plan import KINDS, Kind
-from pruning.variants import cache_of
+from pruning.variants import cache_of, state_of
 from server.engine.compat import EngineFacts
 
 State = Literal["kept", "limited", "removed", "emulated"]
@@ -96,10 +96,7 @@ def sublayers(manifest: Manifest, limited: Collection[int] = ()) -> tuple[dict[K
     def state(block: int, kind: Kind) -> State:
         if kind == "attention" and block in limited:
             return "limited"
-        emulation = manifest.removed.get(f"{kind}.{block}")
-        if emulation is None:
-            return "kept"
-        return "removed" if emulation == "none" else "emulated"
+        return state_of(manifest.removed.get(f"{kind}.{block}"))
 
     return tuple({kind: state(block, kind) for kind in KINDS} for block in range(manifest.num_blocks))
 

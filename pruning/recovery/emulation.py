@@ -68,16 +68,16 @@ def recover(
         prepared: What `prepare` gives, where it is known.
         recalibrated: In the end also scale the final norm.
     """
+    if prepared is None:
+        prepared = prepare(evaluator, removed, rank, window, reporter)
+    if not (compensated or recalibrated or any(map(_walks, removed.values()))):
+        return Recovery({sublayer: prepared.get(sublayer) for sublayer in sorted(removed)}, {})
     emulations: dict[Sublayer, Emulation | None] = {}
     weights: dict[str, Tensor] = {}
     dense, arguments = enter(evaluator)
     pruned = dense  # as long as nothing is gone
     taps: list[Taps] = [{} for _ in arguments]
     reads = sources_read(evaluator, removed, sources)
-    if prepared is None:
-        prepared = prepare(evaluator, removed, rank, window, reporter)
-    if not (compensated or recalibrated or any(map(_walks, removed.values()))):
-        return Recovery({sublayer: prepared.get(sublayer) for sublayer in sorted(removed)}, {})
     runs = _runs(removed, len(evaluator.blocks)) if compensated else {}
     last = last_block(evaluator, removed, to_the_end=compensated or recalibrated)
     with reporter.progress("emulation", last + 1) as step:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -215,6 +215,3 @@ def shallow_copy(module: Module) -> Module:
     for key, value in vars(made).items():
         vars(made)[key] = copy.copy(value) if isinstance(value, dict) else value
     return made
-
-
-Cache = Literal["none", "window", "full"]
