@@ -241,7 +241,7 @@ class Recipe(BaseModel):
         """What sublayers become."""
         others = self.ffn is not None or self.blocks is not None or self.sublayers is not None
         others = others or self.weight_budget is not None or self.format in ("nemotron-nas", "gguf")
-        others = others or self.recovery_aware or self.copying > 0 or self.compensate or self.fuse
+        others = others or self.recovery_aware or self.copying > 0 or self.compensate or self.fuse or bool(self.task)
         return self.emulation or ("low-rank" if others else "window")
 
     @property

@@ -16,7 +16,7 @@ from pruning.models.finding import Source, find_model
 from pruning.plan import Sublayer
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
-from pruning.variants import REMOVED, changes_weights, row, variant
+from pruning.variants import REMOVED, cache_of, changes_weights, row, variant
 from pruning.workdir import check_output
 
 
@@ -182,6 +182,8 @@ def checked_sweep(
     for name in curves.emulations:
         if name != REMOVED and row(name).unit == "block":
             raise RecipeError(f"--emulations {name}: a sweep removes attention, and {name} replaces whole blocks")
+        if cache_of(name) == "window":
+            raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with --kv-budget for windows")
     source = find_model(model, reporter)
     budgets = parse_budgets(attention, source.num_blocks - len(set(recipe.keep)))
     return SweepRequest(source, resolved(recipe, source.positions), curves, budgets)

@@ -127,3 +127,13 @@ def test_limited_layers_are_healed_with_windows_for_the_rows(monkeypatch, pico_d
 
 def block_configs(directory):
     return json.loads((directory / "config.json").read_text())["block_configs"]
+
+
+def test_a_sweep_refuses_windows(monkeypatch, pico_directory, long_text, tmp_path, capsys):
+    command = ["sweep", pico_directory(), "--output", tmp_path / "out", "--calibration", long_text]
+    assert run(monkeypatch, *command, "--emulations", "window") == 2
+    assert "a sweep removes attention" in capsys.readouterr().err
+
+
+def test_plans_judged_by_tasks_are_still_of_adapters():
+    assert Recipe(task=["questions.jsonl"]).kind == "low-rank"
