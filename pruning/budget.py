@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 from pruning.errors import RecipeError
 from pruning.plan import layers_within, parse_amount, parse_share
-from pruning.recipe import FIT_TOKENS, SHORT_ROW_TOKENS, Recipe, limits
+from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, limits
 from pruning.variants import REMOVED, cache_of, row
 
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 3072  # for windows: as large a share of a row as of the context
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
-KV_BUDGET = "30%"  # kept where nothing says how much
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pruning.errors import RecipeError
@@ -58,6 +58,7 @@ class Plan:
         rank: r of the low-rank adapters.
         sources: k, kept attention layers that a `context` adapter reads.
         window: Positions that a limited layer keeps.
+        full_heads: Block of a limited layer -> KV heads of it that keep every token; absent: none.
     """
 
     num_blocks: int
@@ -65,6 +66,7 @@ class Plan:
     rank: int = 0
     sources: int = 1
     window: int = 0
+    full_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def blocks_kept(self) -> list[int]:
         """Blocks of which at least one sublayer does something, in order."""
@@ -119,12 +121,12 @@ def parse_amount(amount: str | int, total: int | None, what: str) -> int:
 
 
 def layers_within(budget: float, layers: int, left: float) -> int:
-    """How many attention layers must be limited or removed so that the rest fits a budget; at least one.
+    """How many attention layers (or KV heads) must be limited or removed so that the rest fits; at least one.
 
     Args:
         budget: Share of the KV cache to keep, over 0 and under 1.
         layers: Of the model.
-        left: Share of its cache that a limited layer keeps; 0 for a removed one.
+        left: Share of its cache that a limited one keeps; 0 for a removed one.
 
     Returns:
         The least count; it may be over `layers`, where the budget is out of reach.
@@ -154,17 +156,17 @@ def shortest(savings: Sequence[int], wanted: int) -> int | None:
     return None
 
 
-def kv_bytes_of_request(layer_bytes: int, full: int, limited: int, window: int, context: int) -> int:
+def kv_bytes_of_request(head_bytes: int, full: int, limited: int, window: int, context: int) -> int:
     """KV cache bytes of one request.
 
     Args:
-        layer_bytes: Of one token in one layer: 2 (K and V) · K heads · head dim · dtype bytes.
-        full: Attention layers that keep every token.
-        limited: Attention layers that keep a window.
+        head_bytes: Of one token in one KV head: 2 (K and V) · head dim · dtype bytes.
+        full: KV heads, of all layers together, that keep every token.
+        limited: KV heads that keep a window.
         window: Its positions.
         context: L, tokens of the request.
     """
-    return layer_bytes * (full * context + limited * min(window, context))
+    return head_bytes * (full * context + limited * min(window, context))
 
 
 def lowest(scores: Mapping[Unit, float], count: int, among: Sequence[Unit]) -> list[Unit]:

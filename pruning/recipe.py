@@ -121,6 +121,11 @@ class Recipe(BaseModel):
         SELECTION,
         Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
     ] = None
+    window_by: Annotated[
+        Literal["auto", "layer", "head"],
+        SELECTION,
+        Field(description="Limit whole layers, single KV heads, or what costs less of the two."),
+    ] = "auto"
     codes: Annotated[
         float,
         SELECTION,
@@ -289,6 +294,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 SHORT_ROW_TOKENS, FIT_TOKENS = 256, 16384  # for adapters
+KV_BUDGET = "30%"  # kept where nothing says how much
 
 
 def limits(recipe: Recipe) -> bool:

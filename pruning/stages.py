@@ -249,7 +249,9 @@ def _within_loss(
     return list(order[:fits])
 
 
-def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
+def plan_of(
+    gone: Sequence[Unit], num_blocks: int, recipe: Recipe, full_heads: Mapping[int, tuple[int, ...]] | None = None
+) -> Plan:
     """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are."""
     removed: dict[Sublayer, EmulationKind] = {}
     for unit in gone:
@@ -257,7 +259,9 @@ def plan_of(gone: Sequence[Unit], num_blocks: int, recipe: Recipe) -> Plan:
         if unit.kind == "block" and kind != REMOVED and row(kind).unit != "block":
             kind = REMOVED
         removed |= dict.fromkeys(unit.sublayers, kind)
-    plan = Plan(num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0)
+    plan = Plan(
+        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0, full_heads or {}
+    )
     if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
     return plan

@@ -16,10 +16,12 @@ from pruning.errors import CalibrationError
 from pruning.evaluation.long_context import score
 from pruning.forward.blocks import Residency
 from pruning.forward.evaluator import Evaluator
+from pruning.importance import Scores
 from pruning.models.loading import DenseModel
-from pruning.plan import Sublayer
-from pruning.recipe import Recipe
-from pruning.search.selection import Judge
+from pruning.plan import Sublayer, Unit, layers_within, parse_share
+from pruning.recipe import KV_BUDGET, Recipe
+from pruning.search import heads
+from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, last_windows, other_windows, standard_library_ids
 from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
 from pruning.texts.reading import read_text
@@ -46,6 +48,14 @@ class Limits:
 
     scored: Mapping[Sublayer, Window]
     served: Mapping[Sublayer, Window]
+
+    def but_for(self, full: heads.Full) -> "Limits":
+        """The same where some KV heads keep every token; without layers of which all do."""
+        return Limits(heads.limited(self.scored, full), heads.limited(self.served, full))
+
+    def full_heads(self) -> dict[int, tuple[int, ...]]:
+        """Block -> the KV heads of a limited layer that keep every token."""
+        return {sublayer.block: window.full for sublayer, window in self.served.items() if window.full}
 
 
 def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -118,6 +128,47 @@ def judges(
         codes = Evaluator(dense.model, dense.family, tokens, counted=counted, **settings)
         made.append(Judge("far codes", codes, recipe.codes, adapters, "windows", gains=False))
     return made
+
+
+def by_head(recipe: Recipe) -> bool:
+    """Whether KV heads are chosen, by their gates; else whole layers are, by any metric and search."""
+    counted = (recipe.attention, recipe.weight_budget, recipe.max_loss_increase)
+    usual = recipe.metric == "aumann-shapley" and recipe.search in ("rank", "exchange") and not recipe.task
+    return recipe.window_by != "layer" and usual and all(each is None for each in counted)
+
+
+def choose(
+    dense: DenseModel, recipe: Recipe, judges: Sequence[Judge], found: Limits, reporter: Reporter
+) -> tuple[Selection, Limits]:
+    """Which KV heads keep every token, within the budget: whole layers, or single heads where those cost less.
+
+    Returns:
+        The limited layers and the scores of all, and the limits of the plan.
+    """
+    assert recipe.window is not None
+    assert recipe.context is not None
+    kv_heads = int(dense.model.config.num_key_value_heads)
+    whole = [block for block in dense.limitable if block in recipe.keep]
+    free = [block for block in dense.limitable if block not in recipe.keep]
+    kept = frozenset((block, head) for block in whole for head in range(kv_heads))
+    total, budget = len(dense.limitable) * kv_heads, parse_share(recipe.kv_budget or KV_BUDGET, "kv-budget")
+    full = total - layers_within(budget, total, recipe.window / recipe.context) - len(kept)
+    scores = heads.score(judges, found.scored, recipe.draws, reporter)
+    trial = heads.Trial(judges, found.scored, reporter)
+    plans = {"single heads": kept | heads.best_heads(scores, free, full)}
+    if recipe.window_by == "auto":
+        plans["whole layers"] = kept | heads.best_layers(scores, free, full // kv_heads)
+    costs = dict(zip(plans, trial.costs(plans.values(), "plans"), strict=True))
+    for name, cost in costs.items():
+        reporter.say(f"{name}: {cost:.4f} nats/token more than dense ({len(plans[name])} of {total} KV heads full)")
+    plan = plans[min(costs, key=lambda name: costs[name])]
+    if recipe.search == "exchange":
+        plan = heads.exchange(trial, plan, scores, free)
+    limits = found.but_for(plan)
+    units = [Unit(block, "attention") for block in dense.limitable]
+    layers = Scores({unit: float(scores.layers[unit.block]) for unit in units})
+    chosen = [unit for unit in units if Sublayer(unit.block, "attention") in limits.served]
+    return Selection(sorted(chosen, key=lambda unit: layers.values[unit]), {"": layers}), limits
 
 
 def _prompts(

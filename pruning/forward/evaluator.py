@@ -233,6 +233,22 @@ class Evaluator(Blocks):
         Returns:
             d(mean loss of the window)/d gate, float64 [b, L, 2], nats/token; 0 for what the view removes.
         """
+        return self._gradients(gates, number, self._gated)
+
+    def head_gradients(self, gates: Tensor, number: int) -> Tensor:
+        """Gradient of the loss by a gate on every KV head: 1 attends as it does, 0 as the view's emulation limits it.
+
+        Args:
+            gates: float32 [L, K].
+            number: Of the batch.
+
+        Returns:
+            d(mean loss of the window)/d gate, float64 [b, L, K], nats/token; 0 where no emulation has gates.
+        """
+        return self._gradients(gates, number, self._gated_heads)
+
+    def _gradients(self, gates: Tensor, number: int, run: Callable[..., Tensor]) -> Tensor:
+        """Gradients of each window's loss by its own gates [L, n], float64 [b, L, n]; `run` takes a block its part."""
         batch = self.batches[number]
         hidden, kwargs = self.embed(batch)
         # One gate per window, so that one backward pass gives every window's own gradient.
@@ -240,12 +256,23 @@ class Evaluator(Blocks):
         taps: Taps = {}
         with torch.enable_grad():
             for index in range(len(self.blocks)):
-                given = (index, hidden, kwargs[index], wide[:, index], taps)
-                hidden = checkpoint(self._gated, *given, use_reentrant=False)
+                hidden = checkpoint(run, index, hidden, kwargs[index], wide[:, index], taps, use_reentrant=False)
             loss = self._reduce(self._head.cross_entropy(hidden, batch[:, 1:]), number).sum()
             (gradient,) = torch.autograd.grad(loss, wide)
         taps.clear()  # the graph holds them and they hold the graph, where no collector sees it
         return gradient.double().cpu()
+
+    def _gated_heads(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps) -> Tensor:
+        base = self._complete({})
+        for kind in KINDS:
+            sublayer = Sublayer(index, kind)
+            emulation: Any = base[sublayer] if sublayer in base else self.emulations.get(sublayer)
+            if sublayer in base and emulation is None:
+                continue
+            if sublayer not in base and emulation is not None:
+                emulation = emulation.gated(gates)
+            hidden = self.run_and_tap(sublayer, hidden, kwargs, emulation, taps)
+        return hidden
 
     def _gated(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps) -> Tensor:
         base = self._complete({})

@@ -17,10 +17,9 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def kv_layer_bytes(dense: DenseModel) -> int:
-    """KV cache bytes that one token takes in one attention layer."""
-    config = dense.model.config
-    return 2 * int(config.num_key_value_heads) * head_dim(config) * dense.model.dtype.itemsize
+def kv_head_bytes(dense: DenseModel) -> int:
+    """KV cache bytes that one token takes in one KV head."""
+    return 2 * head_dim(dense.model.config) * dense.model.dtype.itemsize
 
 
 def sublayer_bytes(dense: DenseModel) -> dict[Sublayer, int]:
@@ -93,10 +92,16 @@ def saved_bytes(
     return {sublayer: saved(sublayer, kind) for sublayer, kind in removed.items()}
 
 
-def kv_layers(plan: Plan) -> tuple[int, int]:
-    """Attention layers that keep every token of a request, and those that keep a window."""
+def kv_heads(plan: Plan, each: int) -> tuple[int, int]:
+    """KV heads, of all layers together, that keep every token of a request, and those that keep a window.
+
+    Args:
+        plan: The plan.
+        each: K, KV heads of one layer.
+    """
     caches = [cache_of(plan.removed.get(Sublayer(block, "attention"))) for block in range(plan.num_blocks)]
-    return caches.count("full"), caches.count("window")
+    mixed = sum(len(heads) for heads in plan.full_heads.values())
+    return caches.count("full") * each + mixed, caches.count("window") * each - mixed
 
 
 def predicted_bytes(dense: DenseModel, plan: Plan, context: int, *, fused: bool = False) -> dict[str, int]:
@@ -105,19 +110,19 @@ def predicted_bytes(dense: DenseModel, plan: Plan, context: int, *, fused: bool 
     `kv_per_token` is what each further token of a long request takes; `kv_request` is what a request of `context`
     tokens takes, windows included.
     """
-    whole, layer = weight_bytes(dense.model), kv_layer_bytes(dense)
+    whole, head, each = weight_bytes(dense.model), kv_head_bytes(dense), int(dense.model.config.num_key_value_heads)
     saved = sum(saved_bytes(dense, plan.removed, plan.rank, plan.sources, fused=fused).values())
     if fused and any(emulation != REMOVED for emulation in plan.removed.values()):
         saved -= biases_bytes(dense)
-    full, limited = kv_layers(plan)
+    full, limited = kv_heads(plan, each)
     return {
         "weights_dense": whole,
         "weights": whole - saved,
-        "kv_per_token_dense": layer * plan.num_blocks,
-        "kv_per_token": layer * full,
+        "kv_per_token_dense": head * each * plan.num_blocks,
+        "kv_per_token": head * full,
         "context": context,
-        "kv_request_dense": kv_bytes_of_request(layer, plan.num_blocks, 0, 0, context),
-        "kv_request": kv_bytes_of_request(layer, full, limited, plan.window, context),
+        "kv_request_dense": kv_bytes_of_request(head, each * plan.num_blocks, 0, 0, context),
+        "kv_request": kv_bytes_of_request(head, full, limited, plan.window, context),
     }
 
 

@@ -35,8 +35,11 @@ class Window(Emulation):
         kv_heads: K.
         head_dim: d.
         sink: Whether a sink is planted.
+        full: KV heads that are not limited and keep every token; their rows of the sinks are not used.
 
     Attributes:
+        kv_heads: K.
+        gates: Per KV head, [b, K]: 1 attends as the layer did, 0 as limited, between them a mixture; None: as limited.
         sink_key: [K, d], or absent.
         sink_value: [K, d], or absent.
 
@@ -45,16 +48,30 @@ class Window(Emulation):
 
     in_place = True
 
-    def __init__(self, size: int, kv_heads: int, head_dim: int, sink: bool) -> None:
+    def __init__(self, size: int, kv_heads: int, head_dim: int, sink: bool, full: Sequence[int] = ()) -> None:
         super().__init__()
-        self.size, self.sink = size, sink
+        self.size, self.kv_heads, self.sink, self.full = size, kv_heads, sink, tuple(full)
+        self.gates: Tensor | None = None
         if sink:
             self.sink_key = nn.Parameter(torch.zeros(kv_heads, head_dim))
             self.sink_value = nn.Parameter(torch.zeros(kv_heads, head_dim))
 
     def describe(self) -> dict[str, Any]:
         """The checkpoint's `window` entry."""
-        return {"size": self.size, "sink": self.sink}
+        whole = {"full_heads": list(self.full)} if self.full else {}
+        return {"size": self.size, "sink": self.sink, **whole}
+
+    def with_heads(self, full: Sequence[int]) -> "Window":
+        """The same limit but for these KV heads; the sinks are shared."""
+        made: Window = shallow_copy(self)
+        made.full = tuple(full)
+        return made
+
+    def gated(self, gates: Tensor) -> "Window":
+        """The same limit between full attention and itself, for each KV head; gates [b, K]."""
+        made: Window = shallow_copy(self)
+        made.gates = gates
+        return made
 
     def entry(self) -> dict[str, Any]:
         """The checkpoint's entry of the sublayer."""
@@ -73,6 +90,8 @@ class Window(Emulation):
 
     def limit(self, module: nn.Module, arguments: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Plant the sink in what the module caches; the signature is that of a forward pre-hook with keywords."""
+        if self.gates is not None:
+            return arguments, kwargs  # the kernel wants both what was there and what is planted
         planted = _Planted(kwargs.get("past_key_values"), module, self.size, kwargs.get("position_ids"))
         return arguments, kwargs | {"past_key_values": planted}
 
@@ -99,11 +118,13 @@ class _Planted:
                 seen = 0 if self._cache is None else self._cache.get_seq_length()
                 positions = torch.arange(seen, seen + keys.shape[2], device=keys.device)[None]
             here = (positions % self._size == 0)[:, None, :, None]
+            if full := self._module.emulation.full:
+                here = here & _others(keys.shape[1], full, keys.device)[:, None, None]
             keys = torch.where(here, sink[:, None].to(keys), keys)
             values = torch.where(here, self._module.sink_value[:, None].to(values), values)
         if self._cache is None:
             return keys, values
-        if isinstance(self._cache, DynamicCache) and args:
+        if isinstance(self._cache, DynamicCache) and args and not self._module.emulation.full:
             keep_window(self._cache, int(args[0]), self._size)
         found: tuple[Tensor, Tensor] = self._cache.update(keys, values, *args, **kwargs)
         return found
@@ -123,11 +144,16 @@ def keep_window(cache: DynamicCache, layer: int, size: int) -> None:
         cache.layers.append(DynamicSlidingWindowLayer(size))
 
 
+def _others(heads: int, full: Sequence[int], device: torch.device) -> Tensor:
+    """Which KV heads are limited, bool [K]."""
+    return torch.tensor([head not in full for head in range(heads)], device=device)
+
+
 def windowed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     dropout: float = 0.0, softcap: float | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention of each token to the last `size` positions, in time linear in the length.
+    """Attention of each token to the last `size` positions, in time linear in the length; of full heads to all.
 
     Args:
         module: The limited attention module.
@@ -143,26 +169,68 @@ def windowed_attention(
     Returns:
         [b, T, H, d], and no probabilities.
     """
-    size, length, seen = module.emulation.size, query.shape[2], key.shape[2]
-    padding = _visible(attention_mask, length, seen)
-    scale = scaling or query.shape[-1] ** -0.5
+    limit: Window = module.emulation
+    padding = _visible(attention_mask, query.shape[2], key.shape[2])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, size: int | None) -> Tensor:
+        return _sliding(q, k, v, size, padding, scaling or query.shape[-1] ** -0.5, dropout, softcap)
+
+    if limit.gates is not None:
+        out = _gated(module, query, key, value, attend)
+    elif limit.full:
+        out = torch.empty_like(query)
+        others = [head for head in range(key.shape[1]) if head not in limit.full]
+        assert others
+        for heads, size in ((limit.full, None), (others, limit.size)):
+            queries = _queries(query, key, heads)
+            out[:, queries] = attend(query[:, queries], key[:, list(heads)], value[:, list(heads)], size)
+    else:
+        out = attend(query, key, value, limit.size)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _queries(query: Tensor, key: Tensor, heads: Sequence[int]) -> list[int]:
+    """The query heads that read these KV heads."""
+    group = query.shape[1] // key.shape[1]
+    return [head * group + member for head in heads for member in range(group)]
+
+
+def _gated(module: Any, query: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """Attention [b, H, T, d] between full and limited, on a text that starts here and has not been cached."""
+    limit: Window = module.emulation
+    assert limit.gates is not None
+    full = attend(query, key, value, None)
+    if limit.sink:
+        here = (torch.arange(key.shape[2], device=key.device) % limit.size == 0)[:, None]
+        key = torch.where(here, module.sink_key[:, None].to(key), key)
+        value = torch.where(here, module.sink_value[:, None].to(value), value)
+    limited = attend(query, key, value, limit.size)
+    gates = limit.gates.repeat_interleave(query.shape[1] // key.shape[1], 1)[..., None, None]
+    return limited + gates * (full - limited)
+
+
+def _sliding(
+    query: Tensor, key: Tensor, value: Tensor, size: int | None, padding: Tensor | None, scale: float, dropout: float,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention [b, H, T, d] of each token to the last `size` positions; None: to all before it."""
+    length, seen = query.shape[2], key.shape[2]
     # Without a mask a text starts here, or one token sees all of its window; a static cache holds room behind the text.
     own = torch.arange(length, device=query.device)[None, None, :, None] + (seen - 1 if length == 1 else 0)
     if padding is not None and length != seen:
         own = (seen - 1) - padding.flip(-1).int().argmax(-1, keepdim=True)
-    step = max(256, size) if length == seen else length
+    step = max(256, size or 1024) if length == seen else length
     pieces = []
     for start in range(0, length, step):
         end = min(length, start + step)
-        first, last = (max(0, start - size + 1), end) if length == seen else (0, seen)
+        first, last = (0 if size is None else max(0, start - size + 1), end) if length == seen else (0, seen)
         i, j = own[:, :, start:end], torch.arange(first, last, device=query.device)
-        allowed = (j <= i) & (i - j < size)
+        allowed = j <= i if size is None else (j <= i) & (i - j < size)
         if padding is not None:
             allowed = allowed & padding[:, :, start:end, first:last] | (i == j)  # a padded token sees itself
         some = query[:, :, start:end], key[:, :, first:last], value[:, :, first:last]
         pieces.append(_attention(*some, allowed, scale, dropout, softcap))
-    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-    return out.transpose(1, 2).contiguous(), None
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
 def _visible(mask: Tensor | None, length: int, seen: int) -> Tensor | None:
@@ -225,7 +293,8 @@ class WindowVariant(Variant):
     def build(self, entry: Mapping[str, Any], own: nn.Module, config: Any, output: str | None) -> Window:
         """The window with sinks still to load."""
         spec = entry["window"]
-        return Window(int(spec["size"]), int(config.num_key_value_heads), head_dim(config), bool(spec["sink"]))
+        full = spec.get("full_heads", ())
+        return Window(int(spec["size"]), int(config.num_key_value_heads), head_dim(config), bool(spec["sink"]), full)
 
     def positions(self, entry: Mapping[str, Any]) -> int:
         """The window."""

@@ -87,7 +87,7 @@ def _add(sums: list[float], before: Tensor, full: Tensor, limited: Tensor) -> No
 
 def resized(window: Window, size: int) -> Window:
     """A window of another size with the same sink."""
-    other = Window(size, 1, 1, False)
+    other = Window(size, window.kv_heads, 1, False, window.full)
     other.sink = window.sink
     for name, parameter in window.named_parameters():
         other.register_parameter(name, parameter)

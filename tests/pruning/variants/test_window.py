@@ -23,6 +23,7 @@ from pruning.variants.window_fit import first_tokens, limits
 from tests.conftest import BLOCKS, WINDOW, check_exported_equals_masked, pico_model, tokens, window_plan
 
 CAPPED = {"gemma2": "eager"}  # sdpa leaves the cap of its logits out
+Heads = tuple[int, ...]
 Sinks = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -46,30 +47,34 @@ def random_sinks(model: PreTrainedModel, layers: list[int]) -> Sinks:
     return {layer: (torch.randn(shape), torch.randn(shape)) for layer in layers}
 
 
-def limit(model: PreTrainedModel, model_type: str, sinks: Sinks, *, size: int = WINDOW, sink: bool = True) -> None:
-    """Limit layers of a model, in place."""
+def limit(
+    model: PreTrainedModel, model_type: str, sinks: Sinks, *, size: int = WINDOW, sink: bool = True, full: Heads = ()
+) -> None:
+    """Limit layers of a model, in place, but for some KV heads of each."""
     family = FAMILIES[model_type]
     for layer, (key, value) in sinks.items():
-        window = Window(size, *key.shape, sink)
+        window = Window(size, *key.shape, sink, full)
         if sink:
             window.sink_key.data, window.sink_value.data = key.clone(), value.clone()
         window.requires_grad_(False)
         replace_sublayer(blocks_of(model, family)[layer], family, "attention", window)
 
 
-def by_hand(model: PreTrainedModel, ids: torch.Tensor, sinks: Sinks, *, size: int = WINDOW) -> torch.Tensor:
+def by_hand(
+    model: PreTrainedModel, ids: torch.Tensor, sinks: Sinks, *, size: int = WINDOW, full: Heads = ()
+) -> torch.Tensor:
     """Logits of the dense model with the windows and the planted sinks written out."""
 
     def kernel(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any, softcap: Any = None, **_: Any):
         place = torch.arange(query.shape[2])
-        gap = place[:, None] - place[None]
+        groups = query.shape[1] // key.shape[1]
+        gap = (place[:, None] - place[None]).expand(query.shape[1], -1, -1)
         seen = (gap >= 0) & (gap < (own_window(model.config, module.layer_idx) or 10**6))
         if module.layer_idx in sinks:
-            seen &= gap < size
             key, value = key.clone(), value.clone()
-            key[:, :, ::size] = sinks[module.layer_idx][0][None, :, None]
-            value[:, :, ::size] = sinks[module.layer_idx][1][None, :, None]
-        groups = query.shape[1] // key.shape[1]
+            for head in set(range(key.shape[1])) - set(full):
+                seen[head * groups : (head + 1) * groups] &= gap[0] < size
+                key[:, head, ::size], value[:, head, ::size] = (sink[head] for sink in sinks[module.layer_idx])
         logits = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
         logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
         context = logits.masked_fill(~seen, float("-inf")).softmax(-1) @ value.repeat_interleave(groups, 1)
@@ -83,15 +88,16 @@ def by_hand(model: PreTrainedModel, ids: torch.Tensor, sinks: Sinks, *, size: in
         model.config._attn_implementation = usual
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[(family, full) for family in FAMILIES for full in ((), (1,))], ids=str)
 def limited(request) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor, list[int]]:
-    """A limited model of a family, tokens [2, 61], the logits it has to give, and its limited layers."""
-    model = dense_model(request.param)
+    """A limited model of a family, tokens [2, 61], the logits it has to give, and its layers that are limited whole."""
+    family, full = request.param
+    model = dense_model(family)
     layers = free_layers(model)
     sinks, ids = random_sinks(model, layers), tokens(2, 61)
-    expected = by_hand(model, ids, sinks)
-    limit(model, request.param, sinks)
-    return model, ids, expected, layers
+    expected = by_hand(model, ids, sinks, full=full)
+    limit(model, family, sinks, full=full)
+    return model, ids, expected, [] if full else layers
 
 
 def test_a_limited_layer_is_what_it_is_by_hand(limited):

@@ -1,0 +1,198 @@
+"""Which KV heads keep every token when the others are limited: scored by gates, tried as plans, improved by exchange.
+
+What a model fetches from far away sits in single KV heads. A plan names the heads that stay full; a layer of which all
+stay is left as it is, one of which none stays is limited whole.
+
+Source: retrieval heads, arXiv 2404.15574; gates by head, arXiv 2410.10819. There gates are trained, here their gradient
+    is read off.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from torch import Tensor
+
+from pruning.console import Reporter
+from pruning.finite import check_numbers
+from pruning.forward import parallel
+from pruning.plan import Sublayer
+from pruning.search.selection import Judge
+from pruning.variants.window import Window
+
+Head = tuple[int, int]
+"""Block and KV head."""
+
+Full = frozenset[Head]
+"""The heads that keep every token."""
+
+Limits = Mapping[Sublayer, Window]
+
+SHORTLIST = 12  # heads outside of a plan that exchange tries at a time, and heads inside that it tries to do without
+ROUNDS = 8  # exchanges, at most
+
+
+@dataclass(frozen=True, slots=True)
+class HeadScores:
+    """What limiting each KV head costs, first order, in nats/token.
+
+    Attributes:
+        heads: float64 [L, K], the judges' weighted sum, each counted where it is positive; 0 where nothing is limited.
+        layers: The same of whole layers [L].
+        by_judge: Judge -> [L, K], as they are.
+    """
+
+    heads: Tensor
+    layers: Tensor
+    by_judge: Mapping[str, Tensor]
+
+
+def score(judges: Sequence[Judge], limits: Limits, samples: int, reporter: Reporter) -> HeadScores:
+    """Score all heads at once: minus the gradient of the loss by a gate on each, between full and limited.
+
+    All gates go together from full to limited; the integral on the way is a Gauss-Legendre sum of `samples` points,
+    so that the scores of all heads sum to what limiting all of them costs. One point is the gradient half way.
+
+    Source: Aumann and Shapley, Values of Non-Atomic Games, 1974; integrated gradients, arXiv 1703.01365.
+    """
+    nodes, weights = numpy.polynomial.legendre.leggauss(samples)
+    gates = [(1 - float(node)) / 2 for node in nodes]
+    found: dict[str, Tensor] = {}
+    evaluators = [judge.evaluator.view([], limits) for judge in judges]
+    steps = samples * sum(len(evaluator.mine()) for evaluator in evaluators)
+    with reporter.progress("gates by head", steps) as step:
+        for judge, evaluator in zip(judges, evaluators, strict=True):
+            key = ["heads", evaluator.text, judge.fitted_on, samples]
+            known = evaluator.journal.recall(key)
+            if parallel.everywhere(known is not None):
+                found[judge.name] = torch.tensor(known, dtype=torch.float64)
+                continue
+            config = evaluator.model.config
+            shape = len(evaluator.blocks), int(config.num_key_value_heads)
+            table = torch.zeros(evaluator.windows, *shape, dtype=torch.float64)
+            for gate, weight in zip(gates, weights, strict=True):
+                for number in evaluator.mine():
+                    part = evaluator.head_gradients(torch.full(shape, gate), number)
+                    table[evaluator.span(number)] -= part * float(weight) / 2
+                    step.advance()
+            found[judge.name] = parallel.gather(table).mean(0)
+            check_numbers(_named(found[judge.name]), f"gates by head on {judge.name}")
+            evaluator.journal.keep(key, found[judge.name].tolist())
+    total = sum(judge.weight for judge in judges)
+
+    def summed(of: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = [judge.weight / total * _counted(judge, of(found[judge.name])) for judge in judges]
+        return torch.stack(parts).sum(0)
+
+    return HeadScores(summed(lambda table: table), summed(lambda table: table.sum(1)), found)
+
+
+def _counted(judge: Judge, values: Tensor) -> Tensor:
+    return values if judge.gains else values.clamp_min(0)
+
+
+def _named(table: Tensor) -> dict[str, float]:
+    return {
+        f"attention.{block} head {head}": value
+        for block, row in enumerate(table.tolist())
+        for head, value in enumerate(row)
+    }
+
+
+def best_heads(scores: HeadScores, free: Collection[int], count: int) -> Full:
+    """The `count` heads of the blocks `free` that cost most to limit; ties by position."""
+    ranked = sorted(
+        ((block, head) for block in free for head in range(scores.heads.shape[1])),
+        key=lambda each: (-float(scores.heads[each]), each),
+    )
+    return frozenset(ranked[:count])
+
+
+def best_layers(scores: HeadScores, free: Collection[int], count: int) -> Full:
+    """All heads of the `count` blocks of `free` that cost most to limit."""
+    ranked = sorted(free, key=lambda block: (-float(scores.layers[block]), block))
+    return frozenset((block, head) for block in ranked[:count] for head in range(scores.heads.shape[1]))
+
+
+def limited(limits: Limits, full: Full) -> dict[Sublayer, Window]:
+    """The limits of a plan: none for a layer that keeps all of its heads."""
+    out: dict[Sublayer, Window] = {}
+    for sublayer, window in limits.items():
+        kept = sorted(head for block, head in full if block == sublayer.block)
+        if len(kept) < window.kv_heads:
+            out[sublayer] = window.with_heads(kept) if kept else window
+    return out
+
+
+@dataclass
+class Trial:
+    """Plans measured by their judges; each once.
+
+    Attributes:
+        judges: Texts.
+        limits: Every layer that may be limited, limited.
+        reporter: For progress.
+    """
+
+    judges: Sequence[Judge]
+    limits: Limits
+    reporter: Reporter
+    _known: dict[Full, float] = field(default_factory=dict)
+    _modules: dict[tuple[Sublayer, tuple[int, ...]], Window] = field(default_factory=dict)
+    _dense: list[float] = field(default_factory=list)
+
+    def costs(self, plans: Iterable[Full], what: str) -> list[float]:
+        """Increase of the judges' losses, weighted, each counted where it is positive, nats/token."""
+        plans = list(plans)
+        missing = [plan for plan in dict.fromkeys(plans) if plan not in self._known]
+        if missing:
+            asked = [self._gone(plan) for plan in missing]
+            batches = sum(len(judge.evaluator.mine()) for judge in self.judges)
+            total = sum(judge.weight for judge in self.judges)
+            sums = torch.zeros(len(missing), dtype=torch.float64)
+            with self.reporter.progress(what, len(missing) * batches) as step:
+                if not self._dense:
+                    self._dense = [float(judge.evaluator.loss({}).mean()) for judge in self.judges]
+                for judge, dense in zip(self.judges, self._dense, strict=True):
+                    rows = judge.evaluator.values(asked, advance=step.advance).mean(1) - dense
+                    sums += judge.weight / total * _counted(judge, rows)
+            check_numbers({str(number): cost for number, cost in enumerate(sums.tolist())}, what)
+            self._known |= dict(zip(missing, sums.tolist(), strict=True))
+        return [self._known[plan] for plan in plans]
+
+    def _gone(self, plan: Full) -> dict[Sublayer, Window]:
+        """The plan's limits; equal ones are the same modules, so that plans share what they have in common."""
+        made = limited(self.limits, plan)
+        return {each: self._modules.setdefault((each, window.full), window) for each, window in made.items()}
+
+
+def exchange(trial: Trial, start: Full, scores: HeadScores, free: Collection[int]) -> Full:
+    """Swap single heads while that makes the plan cheaper.
+
+    Each round adds each of the best heads outside and leaves out each of the least heads inside, measures these plans,
+    and then tries the best additions with the best omissions.
+
+    Source: the exchange algorithm for subsets, Fedorov 1972. Inferred: the shortlists, by first-order scores.
+    """
+    plan = start
+    for number in range(1, ROUNDS + 1):
+        ranked = sorted(
+            ((block, head) for block in free for head in range(scores.heads.shape[1])),
+            key=lambda each: (-float(scores.heads[each]), each),
+        )
+        outside = [head for head in ranked if head not in plan][:SHORTLIST]
+        inside = [head for head in reversed(ranked) if head in plan][:SHORTLIST]
+        added = [plan | {head} for head in outside]
+        less = [plan - {head} for head in inside]
+        before, *costs = trial.costs([plan, *added, *less], f"exchange, round {number}")
+        gains = sorted(zip(costs[: len(added)], outside, strict=True))[:3]
+        losses = sorted(zip(costs[len(added) :], inside, strict=True))[:3]
+        swapped = [plan - {old} | {new} for _, new in gains for _, old in losses]
+        after, best = min(zip(trial.costs(swapped, f"exchange, round {number}"), swapped, strict=True),
+                          key=lambda each: each[0])  # fmt: skip
+        if after >= before:
+            break
+        trial.reporter.say(f"exchange: {before:.4f} -> {after:.4f} nats/token")
+        plan = best
+    return plan

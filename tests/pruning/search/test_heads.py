@@ -1,0 +1,91 @@
+"""KV heads: gates add up, plans hold the budget, exchange makes them cheaper, full heads reach the checkpoint."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pruning.console import Reporter
+from pruning.families import FAMILIES
+from pruning.forward.evaluator import Evaluator
+from pruning.models.checkpoint import verify
+from pruning.plan import Sublayer
+from pruning.search import heads
+from pruning.search.selection import Judge
+from pruning.variants.window_fit import limits
+from tests.conftest import pico_model, run_prune_export, tokens
+
+FREE = range(6)
+
+
+@pytest.fixture(scope="module")
+def trial():
+    model = pico_model("llama")
+    evaluator = Evaluator(model, FAMILIES["llama"], tokens(4, 64), 2)
+    every = [Sublayer(block, "attention") for block in FREE]
+    found = {one: each.window for one, each in limits(evaluator, every, 8, Reporter()).items()}
+    return heads.Trial([Judge("text", evaluator)], found, Reporter())
+
+
+@pytest.fixture(scope="module")
+def scores(trial):
+    return heads.score(trial.judges, trial.limits, 1, Reporter())
+
+
+def test_scores_of_all_heads_sum_to_what_limiting_all_costs(trial):
+    dense, limited = trial.judges[0].evaluator.values([{}, trial.limits]).mean(1).tolist()
+    fine = heads.score(trial.judges, trial.limits, 12, Reporter())
+    assert float(fine.heads.sum()) == pytest.approx(limited - dense, rel=1e-3)
+    assert fine.layers.tolist() == pytest.approx(fine.heads.sum(1).tolist())
+
+
+def test_a_gate_that_is_open_or_shut_is_the_plan(trial):
+    evaluator, window = trial.judges[0].evaluator, trial.limits[Sublayer(2, "attention")]
+    one_full = {Sublayer(2, "attention"): window.with_heads([1])}
+    gates = torch.tensor([[0.0, 1.0]]).expand(2, -1)
+    assert evaluator.loss(one_full).tolist() == pytest.approx(
+        evaluator.loss({Sublayer(2, "attention"): window.gated(gates)}).tolist(), abs=1e-6
+    )
+
+
+def test_a_plan_leaves_out_layers_that_keep_all_heads(trial):
+    made = heads.limited(trial.limits, frozenset({(0, 0), (0, 1), (3, 1)}))
+    assert sorted(each.block for each in made) == [1, 2, 3, 4, 5]
+    assert made[Sublayer(3, "attention")].full == (1,)
+    assert made[Sublayer(1, "attention")].full == ()
+
+
+def test_the_best_are_the_dearest(scores):
+    chosen = heads.best_heads(scores, FREE, 5)
+    assert len(chosen) == 5
+    rest = set(itertools.product(FREE, range(2))) - chosen
+    assert min(scores.heads[head] for head in chosen) >= max(scores.heads[head] for head in rest)
+    assert {block for block, _ in heads.best_layers(scores, [1, 4], 1)} <= {1, 4}
+
+
+def test_exchange_swaps_one_head_at_a_time_for_a_cheaper_plan(trial, scores):
+    worst = frozenset(sorted(itertools.product(FREE, range(2)), key=lambda head: float(scores.heads[head]))[:3])
+    found = heads.exchange(trial, worst, scores, FREE)
+    before, after = trial.costs([worst, found], "plans")
+    assert len(found) == len(worst)
+    assert after < before
+    again = heads.exchange(trial, found, scores, FREE)
+    assert trial.costs([again], "plans")[0] <= after
+
+
+def test_full_heads_reach_the_checkpoint_and_its_figures(monkeypatch, pico_directory, tmp_path):
+    text, output = tmp_path / "long.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 200)
+    options = ["--context", "256", "--kv-budget", "40%", "--window-by", "head", "--calibration", text]
+    assert run_prune_export(monkeypatch, pico_directory(), "--output", output, *options) == 0
+    manifest = verify(output)
+    entries = [block["attention"] for block in json.loads((output / "config.json").read_text())["block_configs"]]
+    kept = [entry["window"].get("full_heads", []) if "window" in entry else [0, 1] for entry in entries]
+    assert sum(map(len, kept)) == 3  # of 12: 3 + 9 / 8 is 34%, and 4 + 8 / 8 would be 42%
+    assert manifest.sizes["kv_request"] * 12 * 8 == manifest.sizes["kv_request_dense"] * (3 * 8 + 9)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    for block, heads_kept in enumerate(kept):
+        if len(heads_kept) < 2:
+            assert list(model.model.layers[block].self_attn.emulation.full) == heads_kept
