@@ -17,6 +17,7 @@ from torch import Tensor
 from pruning.console import Reporter
 from pruning.finite import check_numbers
 from pruning.forward import parallel
+from pruning.forward.gates import head_gradients
 from pruning.plan import Sublayer
 from pruning.search.selection import Judge
 from pruning.variants.window import Window
@@ -73,7 +74,7 @@ def score(judges: Sequence[Judge], limits: Limits, samples: int, reporter: Repor
             table = torch.zeros(evaluator.windows, *shape, dtype=torch.float64)
             for gate, weight in zip(gates, weights, strict=True):
                 for number in evaluator.mine():
-                    part = evaluator.head_gradients(torch.full(shape, gate), number)
+                    part = head_gradients(evaluator, torch.full(shape, gate), number)
                     table[evaluator.span(number)] -= part * float(weight) / 2
                     step.advance()
             found[judge.name] = parallel.gather(table).mean(0)
