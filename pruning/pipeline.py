@@ -89,11 +89,14 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
         judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
         if found is not None and windows.by_head(recipe):
-            chosen, found = windows.choose(dense, recipe, judges, found, reporter)
+            chosen, found = windows.choose(dense, recipe, judges, found, held_out, reporter)
+            gone = chosen.order
         else:
             chosen = choose(judges, recipe, wanted, reporter)
+            gone = within_budget(
+                dense, recipe, chosen.order, tokens, held_out, reporter, found.served if found else None
+            )
         served = found.served if found else None
-        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, served)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe, found.full_heads() if found else None)
     what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "

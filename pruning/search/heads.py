@@ -7,7 +7,7 @@ Source: retrieval heads, arXiv 2404.15574; gates by head, arXiv 2410.10819. Ther
     is read off.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -36,10 +36,10 @@ ROUNDS = 8  # exchanges, at most
 
 @dataclass(frozen=True, slots=True)
 class HeadScores:
-    """What limiting each KV head costs, first order, in nats/token.
+    """What limiting each KV head costs, first order, in nats/token of the first judge.
 
     Attributes:
-        heads: float64 [L, K], the judges' weighted sum, each counted where it is positive; 0 where nothing is limited.
+        heads: float64 [L, K], the judges' sum as `weigh` makes it; 0 where nothing is limited.
         layers: The same of whole layers [L].
         by_judge: Judge -> [L, K], as they are.
     """
@@ -80,17 +80,31 @@ def score(judges: Sequence[Judge], limits: Limits, samples: int, reporter: Repor
             found[judge.name] = parallel.gather(table).mean(0)
             check_numbers(_named(found[judge.name]), f"gates by head on {judge.name}")
             evaluator.journal.keep(key, found[judge.name].tolist())
-    total = sum(judge.weight for judge in judges)
-
-    def summed(of: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = [judge.weight / total * _counted(judge, of(found[judge.name])) for judge in judges]
-        return torch.stack(parts).sum(0)
-
-    return HeadScores(summed(lambda table: table), summed(lambda table: table.sum(1)), found)
+    tables = [found[judge.name] for judge in judges]
+    layers = [table.sum(1) for table in tables]
+    return HeadScores(weigh(judges, tables, _positive(tables)), weigh(judges, layers, _positive(layers)), found)
 
 
-def _counted(judge: Judge, values: Tensor) -> Tensor:
-    return values if judge.gains else values.clamp_min(0)
+def _positive(tables: Sequence[Tensor]) -> list[float]:
+    return [float(table.clamp_min(0).sum()) for table in tables]
+
+
+def weigh(judges: Sequence[Judge], costs: Sequence[Tensor], everything: Sequence[float]) -> Tensor:
+    """One cost from the judges' costs, each counted where it is positive.
+
+    Judges differ in scale: limiting every layer costs a tenth of a nat a token on text and ten on hidden codes. Each
+    cost counts as a share of what limiting everything costs that judge, and is given in nats/token of the first.
+
+    Args:
+        judges: The first is the text.
+        costs: Of each judge, any shape, nats/token.
+        everything: What limiting everything costs each judge.
+    """
+    parts = [
+        cost.clamp_min(0) * judge.weight * (everything[0] / whole if min(everything[0], whole) > 0 else 1.0)
+        for judge, cost, whole in zip(judges, costs, everything, strict=True)
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def _named(table: Tensor) -> dict[str, float]:
@@ -141,25 +155,26 @@ class Trial:
     reporter: Reporter
     _known: dict[Full, float] = field(default_factory=dict)
     _modules: dict[tuple[Sublayer, tuple[int, ...]], Window] = field(default_factory=dict)
-    _dense: list[float] = field(default_factory=list)
+    _ends: list[Tensor] = field(default_factory=list)
 
     def costs(self, plans: Iterable[Full], what: str) -> list[float]:
-        """Increase of the judges' losses, weighted, each counted where it is positive, nats/token."""
+        """Increase of the judges' losses, as `weigh` makes one cost of them, nats/token of the first judge."""
         plans = list(plans)
         missing = [plan for plan in dict.fromkeys(plans) if plan not in self._known]
         if missing:
             asked = [self._gone(plan) for plan in missing]
             batches = sum(len(judge.evaluator.mine()) for judge in self.judges)
-            total = sum(judge.weight for judge in self.judges)
-            sums = torch.zeros(len(missing), dtype=torch.float64)
-            with self.reporter.progress(what, len(missing) * batches) as step:
-                if not self._dense:
-                    self._dense = [float(judge.evaluator.loss({}).mean()) for judge in self.judges]
-                for judge, dense in zip(self.judges, self._dense, strict=True):
-                    rows = judge.evaluator.values(asked, advance=step.advance).mean(1) - dense
-                    sums += judge.weight / total * _counted(judge, rows)
-            check_numbers({str(number): cost for number, cost in enumerate(sums.tolist())}, what)
-            self._known |= dict(zip(missing, sums.tolist(), strict=True))
+            with self.reporter.progress(what, (len(missing) + 2 * (not self._ends)) * batches) as step:
+                if not self._ends:
+                    ends = [{}, self.limits]
+                    self._ends = [judge.evaluator.values(ends, advance=step.advance).mean(1) for judge in self.judges]
+                costs = [
+                    judge.evaluator.values(asked, advance=step.advance).mean(1) - dense
+                    for judge, (dense, _) in zip(self.judges, self._ends, strict=True)
+                ]
+            found = weigh(self.judges, costs, [float(limited - dense) for dense, limited in self._ends]).tolist()
+            check_numbers({str(number): cost for number, cost in enumerate(found)}, what)
+            self._known |= dict(zip(missing, found, strict=True))
         return [self._known[plan] for plan in plans]
 
     def _gone(self, plan: Full) -> dict[Sublayer, Window]:
