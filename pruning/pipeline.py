@@ -51,7 +51,7 @@ from pruning.stages import (
     within_budget,
 )
 from pruning.variants import changes_weights
-from pruning.workdir import atomic_directory, check_free_space
+from pruning.workdir import Journal, atomic_directory, check_free_space
 
 MEASURED_BATCH_TOKENS = 2048
 
@@ -118,7 +118,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             journal.discard()
             return None
     with reporter.stage("export"), atomic_directory(output) as directory:
-        quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, reporter)
+        exact = journal if recipe.fit_precision == "auto" else None  # measured in the model's own precision
+        quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, reporter, exact)
         if healing is not None:
             quality["healing"] = healing
         manifest = Manifest(
@@ -175,12 +176,13 @@ def _label(kind: EmulationKind, recipe: Recipe) -> str:
 
 
 def _cut_and_measure(
-    dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor, recipe: Recipe, reporter: Reporter
-) -> dict[str, Any]:
+    dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor, recipe: Recipe, reporter: Reporter,
+    journal: Journal | None,
+) -> dict[str, Any]:  # fmt: skip
     """Make the dense model the pruned one, in place; quality before and after."""
     family: Family = dense.family
     batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
-    evaluator = Evaluator(dense.model, family, held_out, batch)
+    evaluator = Evaluator(dense.model, family, held_out, batch, journal=journal)
     quality: dict[str, Any] = {"text": "held-out calibration windows", "row_tokens": held_out.shape[1]}
     codes = None
     if limits(recipe):

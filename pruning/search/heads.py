@@ -18,6 +18,7 @@ from pruning.console import Reporter
 from pruning.finite import check_numbers
 from pruning.forward import parallel
 from pruning.forward.gates import head_gradients
+from pruning.forward.streams import describe
 from pruning.plan import Sublayer
 from pruning.search.selection import Judge
 from pruning.variants.window import Window
@@ -61,10 +62,11 @@ def score(judges: Sequence[Judge], limits: Limits, samples: int, reporter: Repor
     gates = [(1 - float(node)) / 2 for node in nodes]
     found: dict[str, Tensor] = {}
     evaluators = [judge.evaluator.view([], limits) for judge in judges]
+    described = describe(limits)
     steps = samples * sum(len(evaluator.mine()) for evaluator in evaluators)
     with reporter.progress("gates by head", steps) as step:
         for judge, evaluator in zip(judges, evaluators, strict=True):
-            key = ["heads", evaluator.text, judge.fitted_on, samples]
+            key = ["heads", evaluator.text, described, samples]
             known = evaluator.journal.recall(key)
             if parallel.everywhere(known is not None):
                 found[judge.name] = torch.tensor(known, dtype=torch.float64)
