@@ -194,6 +194,12 @@ class Choice:
         rest = [(block, head) for block in self.free for head in range(self.scores.heads.shape[1])]
         return sum(float(self.scores.heads[each]) for each in rest if each not in plan)
 
+    def first_order(self, plan: heads.Full) -> float:
+        """What a plan costs on the text alone by first order, nats/token."""
+        text = next(iter(self.scores.by_judge.values())).clamp_min(0)
+        rest = [(block, head) for block in self.free for head in range(text.shape[1])]
+        return sum(float(text[each]) for each in rest if each not in plan)
+
     def share(self, plan: heads.Full) -> float:
         """Share of the KV cache that a plan keeps."""
         return (len(plan) + (self.total - len(plan)) * self.left) / self.total
