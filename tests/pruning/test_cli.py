@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pruning import stages
 from pruning.models.checkpoint import verify
+from pruning.recipe import Recipe
 from tests.conftest import run_prune_export as run
 
 QUICK = [
@@ -180,7 +182,31 @@ def test_help_is_quick_and_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--calibration" in done.stdout
+    assert "--heal" not in done.stdout
     assert time.perf_counter() - start < 10
+
+
+def options(printed: str) -> list[str]:
+    """Names of the options that a help page has a line for."""
+    return re.findall(r"^│ +(?:MODEL )?(--[a-z-]+)", printed.replace("*", " "), re.MULTILINE)
+
+
+def test_help_is_short_and_in_the_order_of_use_and_help_all_has_every_flag(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
+    model, *short = options(printed)
+    assert model == "--model"
+    assert short == [
+        "--output", "--kv-budget", "--weight-budget", "--max-loss-increase", "--target-tokens", "--kv-memory",
+        "--context", "--task", "--calibration", "--effort", "--recipe", "--dry-run",
+    ]  # fmt: skip
+    assert "Example: prune-export smollm2-135m --output" in printed
+    assert "--help-all shows every option" in printed
+    assert run(monkeypatch, "--help-all") == 0
+    every = set(options(capsys.readouterr().out))
+    assert every >= {f"--{key.replace('_', '-')}" for key in Recipe.model_fields} | {*short, "--overwrite"}
+    assert run(monkeypatch, "score", "--help-all") == 0
+    assert "--heal-lora-rank" in options(capsys.readouterr().out)
 
 
 def test_scores_are_printed_and_saved_and_nothing_else_is_written(monkeypatch, pico_directory, text, tmp_path, capsys):
