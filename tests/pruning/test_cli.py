@@ -43,7 +43,15 @@ def test_prunes_a_directory(monkeypatch, pico_directory, text, tmp_path, capsys)
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model(torch.arange(8)[None]).logits.isfinite().all()
     assert (output / "tokenizer.json").read_bytes() == (pico_directory() / "tokenizer.json").read_bytes()
-    assert "perplexity" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    (estimate,) = [number for number, line in enumerate(lines) if line.startswith("estimated time: ")]
+    assert lines[estimate + 1].startswith("calibrate ...")
+    made, quality, took, then = lines[-4:]
+    assert made.startswith(f"wrote {output}: ")
+    assert "KV cache of a request of 256 tokens" in made
+    assert quality.startswith("perplexity on rows of 64 tokens")
+    assert re.fullmatch(r"time: \d+ s \(estimated \d+ s\), peak memory \d+ MiB", took)
+    assert then == f"serve it: prune-serve {output}"
 
 
 def test_the_same_seed_gives_the_same_bytes(monkeypatch, pico_directory, text, tmp_path):
