@@ -1,7 +1,7 @@
 """How long a run takes, before it: the passes that its recipe makes, in units of one forward that was timed.
 
     work = stages_of(recipe, wanted, size)          # stage -> multiply-adds
-    seconds = in_seconds(work, size, timed_forward(dense))
+    seconds = in_seconds(work, size, timed, fitting, recipe)
 
 The constants are what SmolLM2-135M took on one core of a CPU; `tests/pruning/test_estimate.py` has the sizes.
 """
@@ -163,7 +163,9 @@ def _bisection(recipe: Recipe, size: Size, rows: int, length: int) -> float:
 def announce(dense: DenseModel, recipe: Recipe, wanted: Counts, reporter: Reporter, *, dry_run: bool) -> None:
     """Time a forward, print how long the run will take, and let every stage say its share when it begins."""
     timed, size = timed_forward(dense), size_of(dense)
-    seconds = in_seconds(stages_of(recipe, wanted, size), size, timed, recipe)
+    with stages.forwards(dense, recipe):
+        fitting = timed if recipe.fit_precision == "auto" else timed_forward(dense)
+    seconds = in_seconds(stages_of(recipe, wanted, size), size, timed, fitting, recipe)
     if dry_run:
         seconds = {name: each for name, each in seconds.items() if name in ("calibrate", "score")}
     reporter.expect(seconds)
@@ -172,17 +174,20 @@ def announce(dense: DenseModel, recipe: Recipe, wanted: Counts, reporter: Report
     reporter.say(f"estimated time: {about} ({parts or 'all of it short'}; {TIMED_TOKENS} tokens took {timed:.2f} s)")
 
 
-def in_seconds(work: Mapping[str, float], size: Size, timed: float, recipe: Recipe) -> dict[str, float]:
+def in_seconds(
+    work: Mapping[str, float], size: Size, timed: float, fitting: float, recipe: Recipe
+) -> dict[str, float]:  # fmt: skip
     """Seconds of every stage.
 
     Args:
         work: From `stages_of`.
         size: Of the model.
         timed: Seconds that a forward of one row of `TIMED_TOKENS` took.
+        fitting: The same in the arithmetic of choice and fit.
         recipe: Resolved.
     """
     plain = size.blocks(1, TIMED_TOKENS) + TIMED_TOKENS * size.head_weights
-    seconds = {name: each / plain * timed for name, each in work.items()}
+    seconds = {name: each / plain * (fitting if name in ("score", "emulate") else timed) for name, each in work.items()}
     if recipe.heal != "none" and "heal" not in seconds:
         seconds["heal"] = 60 * (recipe.heal_minutes or stages.HEALING_MINUTES)
     changed = recipe.heal == "lora" or not limits(recipe)
