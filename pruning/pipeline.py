@@ -9,8 +9,9 @@ from torch import Tensor
 
 import pruning
 from pruning import windows
-from pruning.console import Reporter, quiet_libraries
+from pruning.console import Reporter, duration, quiet_libraries
 from pruning.errors import RecipeError, StorageError
+from pruning.estimate import announce
 from pruning.evaluation.evaluate import loss, perplexity_ratio
 from pruning.export.formats import PrunedModel, format_named
 from pruning.export.report import score_table, write_card, write_report
@@ -78,6 +79,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         dense = load_model(source, recipe.dtype, recipe.device)
     if recipe.heal != "none":
         healing_precision(dense, recipe)
+    announce(dense, recipe, wanted, reporter, dry_run=dry_run)
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
         needed = int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05)
@@ -150,9 +152,16 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         manifest = verify(output, hashes)
     journal.discard()
     healing_state(output).unlink(missing_ok=True)
+    _say_what_was_made(dense, recipe, manifest, output, reporter)
+    return manifest
+
+
+def _say_what_was_made(
+    dense: DenseModel, recipe: Recipe, manifest: Manifest, output: Path, reporter: Reporter
+) -> None:  # fmt: skip
+    """Five lines: bytes, perplexity, hidden codes where they were asked for, time, and what to type next."""
+    quality, form = manifest.quality, format_named(recipe.format)
     reporter.say(f"wrote {output}: {describe_bytes(manifest.sizes)}")
-    if not format_named(recipe.format).weights:
-        reporter.say(f"serve it: prune-serve {dense.directory} --plan {output}")
     ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
     rows = f"rows of {quality['row_tokens']} tokens of held-out {_text_of(recipe)}"
     reporter.say(f"perplexity on {rows}: {ratio:.4f} times dense")
@@ -160,7 +169,16 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         mine, theirs = quality["codes"], quality["codes_dense"]
         how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"
         reporter.say(f"codes hidden in {mine['length']} tokens: {how_many}")
-    return manifest
+    estimated = duration(reporter.estimate or 0)
+    reporter.say(
+        f"time: {duration(reporter.seconds)} (estimated {estimated}), peak memory {reporter.peak_mebibytes} MiB"
+    )
+    if not form.weights:
+        reporter.say(f"serve it: prune-serve {dense.directory} --plan {output}")
+    elif recipe.format == "shoal":
+        reporter.say(f"serve it: prune-serve {output}")
+    else:
+        reporter.say(f"who reads it: {form.help}")
 
 
 def _text_of(recipe: Recipe) -> str:
