@@ -1,7 +1,6 @@
 """The curve before the choice: KV cache against perplexity and hidden codes, for every budget from one search."""
 
 import math
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ from pruning.console import Reporter, quiet_libraries
 from pruning.errors import RecipeError
 from pruning.export.report import curve_table, write_curve
 from pruning.forward import parallel
-from pruning.forward.blocks import removed
-from pruning.forward.evaluator import Evaluator
 from pruning.models.loading import DenseModel, load_model
 from pruning.recipe import Recipe, limits
 from pruning.request import Request
 from pruning.search import heads
 from pruning.stages import calibrate, forwards, journal_of, judges_of
+from pruning.windows.plans import BUDGETS, Choice, by_head
 from pruning.workdir import Journal
 
 
@@ -43,7 +41,7 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
     quiet_libraries()
     parallel.start()
     recipe = request.recipe
-    if not (limits(recipe) and windows.by_head(recipe)):
+    if not (limits(recipe) and by_head(recipe)):
         raise RecipeError("plan draws the curve of windows; leave out what chooses by another way (sweep removes)")
     with reporter.stage("load"):
         dense = load_model(request.source, recipe.dtype, recipe.device)
@@ -53,7 +51,7 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
     with reporter.stage("score"), forwards(dense, recipe):
         found = windows.limited(dense, recipe, tokens, reporter)
         judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
-        choice = windows.Choice.of(dense, recipe, judges, found, reporter)
+        choice = Choice.of(dense, recipe, judges, found, reporter)
     with reporter.stage("measure"):
         document = {
             "shoal_version": __version__, "model": dense.name, "context": recipe.context, "window": recipe.window,
@@ -69,15 +67,15 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
 
 
 def _points(
-    dense: DenseModel, recipe: Recipe, choice: windows.Choice, held_out: Tensor, measured: int, journal: Journal,
+    dense: DenseModel, recipe: Recipe, choice: Choice, held_out: Tensor, measured: int, journal: Journal,
     reporter: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     """The dense model's figures and a point for each budget, the smallest cache first."""
-    evaluator = Evaluator(dense.model, dense.family, held_out, 1, journal=journal)
-    shares = [share for share in windows.BUDGETS if share > choice.left]
+    figures = windows.Measured(dense, recipe, held_out, journal, reporter)
+    shares = [share for share in BUDGETS if share > choice.left]
     plans: dict[heads.Full, float] = {choice.kept: choice.share(choice.kept)}  # every layer limited
     plans |= {plan: choice.share(plan) for plan in map(choice.plan, shares)}
-    ends = evaluator.values([{}, choice.limits.but_for(choice.kept).served]).mean(1).tolist()
+    ends = figures.loss({}), figures.loss(choice.limits.but_for(choice.kept).served)
     whole = max(choice.first_order(choice.kept), 1e-9)
     chosen = _spread(len(plans) - 1, measured)
     points = []
@@ -92,15 +90,12 @@ def _points(
             "predicted_ratio": math.exp((ends[1] - ends[0]) * choice.first_order(plan) / whole),
         }
         if number == 0 or number - 1 in chosen:
-            loss = ends[1] if number == 0 else float(evaluator.loss(limits_of_plan.served).mean())
+            loss = ends[1] if number == 0 else figures.loss(limits_of_plan.served)
             point |= {"measured_ratio": math.exp(loss - ends[0])}
-            with ExitStack() as stack:
-                for sublayer, window in limits_of_plan.served.items():
-                    stack.enter_context(removed(evaluator.blocks[sublayer.block], dense.family, "attention", window))
-                point["codes"] = windows.found_codes(dense, recipe, reporter)
+            point["codes"] = figures.codes(limits_of_plan.served)
         points.append(point)
         reporter.say(f"{share:.1%} of the KV cache: perplexity {point['predicted_ratio']:.4f} times dense, predicted")
-    return {"dense_loss": ends[0], "codes_dense": windows.found_codes(dense, recipe, reporter), "points": points}
+    return {"dense_loss": ends[0], "codes_dense": figures.codes({}), "points": points}
 
 
 def _spread(count: int, wanted: int) -> set[int]:

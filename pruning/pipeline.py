@@ -27,7 +27,7 @@ from pruning.importance import Sampling, metric
 from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import describe_bytes, predicted_bytes
-from pruning.plan import EmulationKind, Plan, Unit, UnitKind
+from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind
 from pruning.recipe import Recipe, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
@@ -52,7 +52,9 @@ from pruning.stages import (
     within_budget,
 )
 from pruning.variants import changes_weights
-from pruning.workdir import Journal, atomic_directory, check_free_space
+from pruning.windows.plans import by_head
+from pruning.windows.plans import choose as choose_heads
+from pruning.workdir import atomic_directory, check_free_space
 
 MEASURED_BATCH_TOKENS = 2048
 
@@ -88,10 +90,12 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(None if dry_run else output, dense, recipe)
+        exact = journal if recipe.fit_precision == "auto" else None  # figures are in the model's own precision
+        measured = windows.Measured(dense, recipe, held_out, exact, reporter)
         found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
         judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
-        if found is not None and windows.by_head(recipe):
-            chosen, found = windows.choose(dense, recipe, judges, found, held_out, reporter)
+        if found is not None and by_head(recipe):
+            chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
             gone = chosen.order
         else:
             chosen = choose(judges, recipe, wanted, reporter)
@@ -120,8 +124,11 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             journal.discard()
             return None
     with reporter.stage("export"), atomic_directory(output) as directory:
-        exact = journal if recipe.fit_precision == "auto" else None  # measured in the model's own precision
-        quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, reporter, exact)
+        if found is not None and healing is None and not recovery.weights:
+            quality = _measured(measured, found.served, held_out)
+            apply_recovery(dense.model, dense.family, plan, recovery)
+        else:
+            quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
         if healing is not None:
             quality["healing"] = healing
         manifest = Manifest(
@@ -193,20 +200,32 @@ def _label(kind: EmulationKind, recipe: Recipe) -> str:
     return "fused" if recipe.fuse and kind != "none" else kind
 
 
+TEXT = "held-out calibration windows"
+
+
+def _measured(measured: windows.Measured, limits_of_plan: Mapping[Sublayer, Any], held_out: Tensor) -> dict[str, Any]:
+    """Quality of limits, of which much is known from the choice, and of the dense model."""
+    quality: dict[str, Any] = {"text": TEXT, "row_tokens": held_out.shape[1]}
+    quality |= {"dense_loss": measured.loss({}), "pruned_loss": measured.loss(limits_of_plan)}
+    if (codes := measured.codes({})) is not None:
+        quality |= {"codes_dense": codes, "codes": measured.codes(limits_of_plan)}
+    check_numbers({name: quality[name] for name in ("dense_loss", "pruned_loss")}, "held-out text")
+    return quality
+
+
 def _cut_and_measure(
-    dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor, recipe: Recipe, reporter: Reporter,
-    journal: Journal | None,
+    dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor, recipe: Recipe,
+    measured: windows.Measured, reporter: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the dense model the pruned one, in place; quality before and after."""
     family: Family = dense.family
     batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
-    evaluator = Evaluator(dense.model, family, held_out, batch, journal=journal)
-    quality: dict[str, Any] = {"text": "held-out calibration windows", "row_tokens": held_out.shape[1]}
+    quality: dict[str, Any] = {"text": TEXT, "row_tokens": held_out.shape[1]}
     codes = None
     if limits(recipe):
-        quality["dense_loss"] = float(evaluator.loss({}).mean())
-        codes = windows.found_codes(dense, recipe, reporter)
+        quality["dense_loss"], codes = measured.loss({}), measured.codes({})
     else:
+        evaluator = Evaluator(dense.model, family, held_out, batch)
         plans = [{}, dict.fromkeys(plan.removed)]
         quality["dense_loss"], quality["removed_loss"] = evaluator.values(plans).mean(1).tolist()
     apply_recovery(dense.model, family, plan, recovery)

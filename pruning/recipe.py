@@ -135,8 +135,12 @@ class Recipe(BaseModel):
     codes: Annotated[
         float,
         SELECTION,
-        Field(ge=0, description="For windows: weight of codes hidden far away, beside 1 for the loss on text."),
-    ] = 0.25
+        Field(
+            ge=0,
+            description="For windows: weight of codes hidden far away, beside 1 for text; each loss counts as a share of "
+            "what limiting everything loses.",
+        ),
+    ] = 1.5
     keep: Annotated[
         list[int],
         BeforeValidator(_numbers),

@@ -37,6 +37,7 @@ from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
 from pruning.variants import REMOVED, cache_of, row
+from pruning.windows import plans
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -289,7 +290,7 @@ def journal_of(output: Path | None, dense: DenseModel, recipe: Recipe) -> Journa
     """
     scope = f"{dense.weight_hash} {dense.model.dtype} {recipe.fit_precision} {torch.get_num_threads()}"
     rank, processes = parallel.process()
-    if limits(recipe) and windows.by_head(recipe):
+    if limits(recipe) and plans.by_head(recipe):
         scope += f" {pruning.__version__}"
         key = hashlib.sha256(f"{scope} {rank} of {processes}".encode()).hexdigest()[:16]
         return Journal(cache_directory() / "searches" / f"{key}.jsonl", scope, lasting=True)

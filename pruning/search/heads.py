@@ -20,7 +20,7 @@ from pruning.forward import parallel
 from pruning.forward.gates import head_gradients
 from pruning.forward.streams import describe
 from pruning.plan import Sublayer
-from pruning.search.selection import Judge
+from pruning.search.selection import Judge, weights_by_share
 from pruning.variants.window import Window
 
 Head = tuple[int, int]
@@ -31,6 +31,7 @@ Full = frozenset[Head]
 
 Limits = Mapping[Sublayer, Window]
 
+REACH = 0.5  # of the way from limited to full that scores are taken on
 SHORTLIST = 12  # heads outside of a plan that exchange tries at a time, and heads inside that it tries to do without
 ROUNDS = 8  # exchanges, at most
 
@@ -50,23 +51,26 @@ class HeadScores:
     by_judge: Mapping[str, Tensor]
 
 
-def score(judges: Sequence[Judge], limits: Limits, samples: int, reporter: Reporter) -> HeadScores:
-    """Score all heads at once: minus the gradient of the loss by a gate on each, between full and limited.
+def score(
+    judges: Sequence[Judge], limits: Limits, samples: int, reporter: Reporter, reach: float = REACH
+) -> HeadScores:
+    """Score all heads at once: minus the gradient of the loss by a gate on each, between limited (0) and full (1).
 
-    All gates go together from full to limited; the integral on the way is a Gauss-Legendre sum of `samples` points,
-    so that the scores of all heads sum to what limiting all of them costs. One point is the gradient half way.
+    All gates go together from `reach` to 0; the integral on the way is a Gauss-Legendre sum of `samples` points, so
+    that the scores of all heads sum to what this way costs. Budgets are small, so the half of the way is taken that
+    is near their plans: on WikiText it chose better than the whole way (docs/decisions/windows.md).
 
     Source: Aumann and Shapley, Values of Non-Atomic Games, 1974; integrated gradients, arXiv 1703.01365.
     """
     nodes, weights = numpy.polynomial.legendre.leggauss(samples)
-    gates = [(1 - float(node)) / 2 for node in nodes]
+    gates = [reach * (1 - float(node)) / 2 for node in nodes]
     found: dict[str, Tensor] = {}
     evaluators = [judge.evaluator.view([], limits) for judge in judges]
     described = describe(limits)
     steps = samples * sum(len(evaluator.mine()) for evaluator in evaluators)
     with reporter.progress("gates by head", steps) as step:
         for judge, evaluator in zip(judges, evaluators, strict=True):
-            key = ["heads", evaluator.text, described, samples]
+            key = ["heads", evaluator.text, described, samples, reach]
             known = evaluator.journal.recall(key)
             if parallel.everywhere(known is not None):
                 found[judge.name] = torch.tensor(known, dtype=torch.float64)
@@ -77,7 +81,7 @@ def score(judges: Sequence[Judge], limits: Limits, samples: int, reporter: Repor
             for gate, weight in zip(gates, weights, strict=True):
                 for number in evaluator.mine():
                     part = head_gradients(evaluator, torch.full(shape, gate), number)
-                    table[evaluator.span(number)] -= part * float(weight) / 2
+                    table[evaluator.span(number)] -= part * float(weight) / 2 * reach
                     step.advance()
             found[judge.name] = parallel.gather(table).mean(0)
             check_numbers(_named(found[judge.name]), f"gates by head on {judge.name}")
@@ -92,21 +96,15 @@ def _positive(tables: Sequence[Tensor]) -> list[float]:
 
 
 def weigh(judges: Sequence[Judge], costs: Sequence[Tensor], everything: Sequence[float]) -> Tensor:
-    """One cost from the judges' costs, each counted where it is positive.
-
-    Judges differ in scale: limiting every layer costs a tenth of a nat a token on text and ten on hidden codes. Each
-    cost counts as a share of what limiting everything costs that judge, and is given in nats/token of the first.
+    """One cost from the judges' costs, each counted where it is positive, by its share; nats/token of the first.
 
     Args:
         judges: The first is the text.
         costs: Of each judge, any shape, nats/token.
         everything: What limiting everything costs each judge.
     """
-    parts = [
-        cost.clamp_min(0) * judge.weight * (everything[0] / whole if min(everything[0], whole) > 0 else 1.0)
-        for judge, cost, whole in zip(judges, costs, everything, strict=True)
-    ]
-    return torch.stack(parts).sum(0)
+    weights = weights_by_share(judges, everything)
+    return torch.stack([weight * cost.clamp_min(0) for weight, cost in zip(weights, costs, strict=True)]).sum(0)
 
 
 def _named(table: Tensor) -> dict[str, float]:

@@ -37,7 +37,7 @@ def scores(trial):
 
 def test_scores_of_all_heads_sum_to_what_limiting_all_costs(trial):
     dense, limited = trial.judges[0].evaluator.values([{}, trial.limits]).mean(1).tolist()
-    fine = heads.score(trial.judges, trial.limits, 12, Reporter())
+    fine = heads.score(trial.judges, trial.limits, 12, Reporter(), reach=1.0)
     found = fine.by_judge["text"]
     assert float(found.sum()) == pytest.approx(limited - dense, rel=1e-3)
     assert fine.heads.tolist() == found.clamp_min(0).tolist()

@@ -5,6 +5,7 @@ shorter by the same factor.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,16 @@ import torch
 from torch import Tensor
 
 from pruning.console import Reporter
-from pruning.errors import CalibrationError, RecipeError
+from pruning.errors import CalibrationError
 from pruning.evaluation.long_context import score
-from pruning.forward.blocks import Residency
+from pruning.forward.blocks import Residency, removed
 from pruning.forward.evaluator import Evaluator
-from pruning.importance import Scores
+from pruning.forward.streams import describe
 from pruning.models.loading import DenseModel
-from pruning.plan import Sublayer, Unit, layers_within, parse_share
-from pruning.recipe import KV_BUDGET, Recipe
+from pruning.plan import Sublayer
+from pruning.recipe import Recipe
 from pruning.search import heads
-from pruning.search.selection import Judge, Selection
+from pruning.search.selection import Judge
 from pruning.texts.calibration import from_files, last_windows, other_windows, standard_library_ids
 from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
 from pruning.texts.reading import read_text
@@ -34,8 +35,7 @@ CODE_PROMPTS = 2  # that plans are judged by
 TOKENS_FOR_A_CODE = 96  # of a prompt, at least; eight codes at most
 MEASURED_PROMPTS = 2  # dense and pruned, at the end
 HELD_OUT_TOKENS = 8192
-WHOLE_LAYERS_MAY_LOSE = 1.1  # of what single heads lose
-BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried where a loss is allowed
+CODES_FOUND = 0.9  # of those that the dense model finds
 EDGE_TOKENS = 32  # of a row that tell whether it reaches into held-out text
 
 
@@ -132,130 +132,6 @@ def judges(
     return made
 
 
-def by_head(recipe: Recipe) -> bool:
-    """Whether KV heads are chosen, by their gates; else whole layers are, by any metric and search."""
-    counted = recipe.attention is not None or recipe.weight_budget is not None
-    usual = recipe.metric == "aumann-shapley" and recipe.search in ("rank", "exchange") and not recipe.task
-    return recipe.window_by != "layer" and usual and not counted
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Scores of all KV heads, from which a plan for any budget follows.
-
-    Attributes:
-        scores: What limiting each head costs.
-        limits: Every layer that may be limited, limited.
-        free: Blocks whose heads may be limited.
-        kept: Heads of layers that stay as they are.
-        left: Share of its cache that a limited head keeps.
-        by: "head", or "auto": whole layers where they cost little more.
-    """
-
-    scores: heads.HeadScores
-    limits: Limits
-    free: Sequence[int]
-    kept: heads.Full
-    left: float
-    by: str
-
-    @classmethod
-    def of(
-        cls, dense: DenseModel, recipe: Recipe, judges: Sequence[Judge], found: Limits, reporter: Reporter
-    ) -> "Choice":
-        """Score all heads."""
-        assert recipe.window is not None
-        assert recipe.context is not None
-        scores = heads.score(judges, found.scored, recipe.draws, reporter)
-        free = [block for block in dense.limitable if block not in recipe.keep]
-        whole = [block for block in dense.limitable if block in recipe.keep]
-        kept = frozenset((block, head) for block in whole for head in range(scores.heads.shape[1]))
-        return cls(scores, found, free, kept, recipe.window / recipe.context, recipe.window_by)
-
-    @property
-    def total(self) -> int:
-        """KV heads of all layers that may be limited or stay."""
-        return len(self.kept) + len(self.free) * self.scores.heads.shape[1]
-
-    def plan(self, budget: float) -> heads.Full:
-        """The heads that keep every token within a share of the KV cache: single ones, or those of whole layers.
-
-        Every head more that is split off costs time, so whole layers are taken where by first order they lose little.
-        """
-        full = self.total - layers_within(budget, self.total, self.left) - len(self.kept)
-        single = self.kept | heads.best_heads(self.scores, self.free, full)
-        if self.by == "head":
-            return single
-        layers = self.kept | heads.best_layers(self.scores, self.free, full // self.scores.heads.shape[1])
-        return layers if self.predicted(layers) <= WHOLE_LAYERS_MAY_LOSE * self.predicted(single) else single
-
-    def predicted(self, plan: heads.Full) -> float:
-        """What a plan costs by first order, nats/token."""
-        rest = [(block, head) for block in self.free for head in range(self.scores.heads.shape[1])]
-        return sum(float(self.scores.heads[each]) for each in rest if each not in plan)
-
-    def first_order(self, plan: heads.Full) -> float:
-        """What a plan costs on the text alone by first order, nats/token."""
-        text = next(iter(self.scores.by_judge.values())).clamp_min(0)
-        rest = [(block, head) for block in self.free for head in range(text.shape[1])]
-        return sum(float(text[each]) for each in rest if each not in plan)
-
-    def share(self, plan: heads.Full) -> float:
-        """Share of the KV cache that a plan keeps."""
-        return (len(plan) + (self.total - len(plan)) * self.left) / self.total
-
-    def selection(self, plan: heads.Full) -> tuple[Selection, Limits]:
-        """The limited layers, least first, with the scores of all; and their limits."""
-        limits = self.limits.but_for(plan)
-        layers = {Unit(block, "attention"): float(self.scores.layers[block]) for block in self.free}
-        chosen = [unit for unit in layers if unit.sublayers[0] in limits.served]
-        return Selection(sorted(chosen, key=lambda unit: layers[unit]), {"": Scores(layers)}), limits
-
-
-def choose(
-    dense: DenseModel, recipe: Recipe, judges: Sequence[Judge], found: Limits, held_out: Tensor, reporter: Reporter
-) -> tuple[Selection, Limits]:
-    """Which KV heads keep every token, within the budget, or within the loss that is allowed.
-
-    Returns:
-        The limited layers and the scores of all, and the limits of the plan.
-
-    Raises:
-        RecipeError: No plan stays within the loss.
-    """
-    choice = Choice.of(dense, recipe, judges, found, reporter)
-    if recipe.max_loss_increase is not None:
-        plan = smallest(dense, recipe, choice, recipe.max_loss_increase, held_out, reporter)
-    else:
-        plan = choice.plan(parse_share(recipe.kv_budget or KV_BUDGET, "kv-budget"))
-    if recipe.search == "exchange":
-        plan = heads.exchange(heads.Trial(judges, found.scored, reporter), plan, choice.scores, choice.free)
-    return choice.selection(plan)
-
-
-def smallest(
-    dense: DenseModel, recipe: Recipe, choice: Choice, bound: float, held_out: Tensor, reporter: Reporter
-) -> heads.Full:
-    """The plan with the smallest KV cache that stays within a loss on held-out rows of the context, by bisection.
-
-    Raises:
-        RecipeError: No plan does.
-    """
-    evaluator = Evaluator(dense.model, dense.family, held_out, 1)
-    before = float(evaluator.loss({}).mean())
-    shares = [share for share in BUDGETS if share >= choice.left + 1e-9]
-    fails, fits = -1, len(shares)
-    while fits - fails > 1:
-        middle = (fits + fails) // 2
-        served = choice.limits.but_for(choice.plan(shares[middle])).served
-        increase = float(evaluator.loss(served).mean()) - before
-        reporter.say(f"{shares[middle]:.0%} of the KV cache: loss increase {increase:.4f} nats per token")
-        fails, fits = (fails, middle) if increase <= bound else (middle, fits)
-    if fits == len(shares):
-        raise RecipeError(f"--max-loss-increase {bound} is out of reach: {shares[-1]:.0%} of the KV cache costs more")
-    return choice.plan(shares[fits])
-
-
 def _prompts(
     dense: DenseModel, recipe: Recipe, length: int, count: int, seed: int, reporter: Reporter
 ) -> list[LongPrompt]:
@@ -267,6 +143,52 @@ def _prompts(
     except CalibrationError as error:
         reporter.say(f"note: no codes are hidden in rows of {length} tokens ({error})")
         return []
+
+
+class Measured:
+    """Figures of plans of one model, each measured once: the loss on held-out rows and the hidden codes found.
+
+    Args:
+        dense: The model, left as it is.
+        recipe: Resolved.
+        held_out: Rows as long as the context, int64 [m, L].
+        journal: Losses already measured.
+        reporter: For progress.
+    """
+
+    def __init__(
+        self, dense: DenseModel, recipe: Recipe, held_out: Tensor, journal: Journal | None, reporter: Reporter
+    ) -> None:
+        self._evaluator = Evaluator(dense.model, dense.family, held_out, 1, journal=journal)
+        self._dense, self._recipe, self._reporter = dense, recipe, reporter
+        self._codes: dict[tuple[str, ...], dict[str, float] | None] = {}
+
+    def loss(self, limits_of_plan: Mapping[Sublayer, Window]) -> float:
+        """Nats/token; of the dense model where nothing is limited."""
+        return float(self._evaluator.loss(limits_of_plan).mean())
+
+    def codes(self, limits_of_plan: Mapping[Sublayer, Window]) -> dict[str, float] | None:
+        """As `found_codes`."""
+        key = tuple(describe(limits_of_plan))
+        if key not in self._codes:
+            with ExitStack() as stack:
+                for sublayer, window in limits_of_plan.items():
+                    block = self._evaluator.blocks[sublayer.block]
+                    stack.enter_context(removed(block, self._dense.family, sublayer.kind, window))
+                self._codes[key] = found_codes(self._dense, self._recipe, self._reporter)
+        return self._codes[key]
+
+    def as_good(self, limits_of_plan: Mapping[Sublayer, Window], bound: float) -> bool:
+        """Whether a plan loses at most `bound` nats/token, and finds nearly all codes that the dense model does."""
+        increase = self.loss(limits_of_plan) - self.loss({})
+        if increase > bound:
+            self._reporter.say(f"  loss increase {increase:.4f} nats per token: too much")
+            return False
+        mine, theirs = self.codes(limits_of_plan), self.codes({})
+        enough = mine is None or theirs is None or mine["found"] >= CODES_FOUND * theirs["found"]
+        found = "" if mine is None or theirs is None else f", codes found {mine['found']} (dense {theirs['found']})"
+        self._reporter.say(f"  loss increase {increase:.4f} nats per token{found}" + ("" if enough else ": too few"))
+        return enough
 
 
 @torch.inference_mode()
