@@ -137,8 +137,8 @@ class Recipe(BaseModel):
         SELECTION,
         Field(
             ge=0,
-            description="For windows: weight of codes hidden far away, beside 1 for text; each loss counts as a share of "
-            "what limiting everything loses.",
+            description="For windows: weight of codes hidden far away, beside 1 for text; each loss counts as a share "
+            "of what limiting everything loses.",
         ),
     ] = 1.5
     keep: Annotated[
