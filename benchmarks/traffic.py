@@ -37,7 +37,8 @@ SCHEMA = {
     "type": "object", "additionalProperties": False, "required": ["city", "size"],
     "properties": {"city": {"enum": ["Paris", "Rome", "Oslo"]}, "size": {"enum": [1, 2, 3]}},
 }  # fmt: skip
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+# vLLM holds arguments to their schema where the tool asks for it.
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}
 # What is wrong -> (method, path, body or bytes, status that is right)
 WRONG: dict[str, tuple[str, str, Any, int]] = {
     "no such model": ("POST", "/v1/completions", {"model": "nobody", "prompt": "x"}, 404),
