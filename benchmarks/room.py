@@ -17,17 +17,17 @@ class Room:
 
     Attributes:
         blocks: Blocks of the cache, of `group_layers` layers each; vLLM keeps one for itself.
-        group_layers: g.
+        group_layers: g; no whole number where heads of one layer are in several groups.
         concurrent: Requests at once.
         kv_bytes: Of one token; with windows the mean over a whole request.
         pool_tokens: Tokens that fit.
-        limited: Limited layers.
+        limited: Limited layers, all heads or some.
         window: Positions each looks back; 0: there are none.
         in_flight_tokens: Tokens scheduled but not yet settled, at most.
     """
 
     blocks: int
-    group_layers: int
+    group_layers: float
     concurrent: int
     kv_bytes: int
     pool_tokens: int
@@ -46,25 +46,26 @@ def room(vllm_config: Any, layer_bytes: int, pool_bytes: int, tokens: int) -> Ro
         tokens: Of a request, all read and written.
     """
     shape = shape_of(vllm_config)
-    block = shape.group_layers * shape.block_tokens * layer_bytes
+    block = shape.group_heads * shape.block_tokens * layer_bytes // shape.layer_heads
     blocks = pool_bytes // block
-    free = (blocks - 1) * shape.group_layers
-    reading = shape.layer_blocks(tokens)
+    free = (blocks - 1) * shape.group_heads
+    reading = shape.head_blocks(tokens)
     others = (free - reading) // written(shape, tokens, int(vllm_config.max_concurrent_batches))
-    limited = [one for one in shape.layers if one.window is not None]
+    limited = [one for one in shape.types if one.window is not None]
+    size = shape.group_heads / shape.layer_heads
     return Room(
         blocks=blocks,
-        group_layers=shape.group_layers,
+        group_layers=int(size) if size.is_integer() else size,
         concurrent=1 + others,
-        kv_bytes=shape.held(tokens) * layer_bytes // tokens,
+        kv_bytes=shape.held(tokens) * layer_bytes // shape.layer_heads // tokens,
         pool_tokens=free * tokens // reading if limited else (blocks - 1) * shape.block_tokens,
-        limited=sum(one.count for one in limited),
+        limited=sum(len(one.heads) for one in limited),
         window=max((one.window or 0 for one in limited), default=0),
         in_flight_tokens=shape.in_flight_tokens,
     )
 
 
 def written(shape: CacheShape, tokens: int, steps: int) -> int:
-    """Blocks of one layer, summed over the layers, of a request that writes, with so many steps in flight."""
-    size, small = shape.group_layers, replace(shape, in_flight_tokens=steps)
-    return size * sum(-(-one.count // size) * small.blocks(tokens, one.window) for one in shape.layers)
+    """Blocks of one head, summed over the heads, of a request that writes, with so many steps in flight."""
+    small = replace(shape, in_flight_tokens=steps)
+    return shape.group_heads * sum(small.blocks(tokens, window) for window in shape.groups())

@@ -141,10 +141,11 @@ def take_inventory(
     warnings: tuple[str, ...] = ()
     if facts.windows and facts.shape and facts.dense_shape:
         contexts = tuple(_context(tokens, facts, one_layer) for tokens in _lengths(facts.max_model_len))
+        shape = facts.shape
         notes, warnings = (_notes(facts), ()) if facts.hybrid else ((), (NOTHING_SAVED,))
         per_token = contexts[-1].request_bytes // contexts[-1].tokens
         capacity_dense = contexts[-1].fitting_tokens_dense
-        pool_bytes = facts.pool_blocks * facts.shape.group_layers * facts.shape.block_tokens * one_layer
+        pool_bytes = facts.pool_blocks * shape.group_heads * shape.block_tokens * one_layer // shape.layer_heads
     return Inventory(
         blocks=blocks,
         kv_bytes_per_token=per_token,
@@ -168,13 +169,13 @@ def _lengths(longest: int) -> list[int]:
 def _context(tokens: int, facts: EngineFacts, one_layer: int) -> Context:
     assert facts.shape is not None
     assert facts.dense_shape is not None
-    pool = facts.pool_blocks * facts.shape.group_layers
+    pool, layer = facts.pool_blocks * facts.shape.group_heads, facts.shape.layer_heads
     return Context(
         tokens,
-        facts.shape.held(tokens) * one_layer,
-        facts.dense_shape.held(tokens) * one_layer,
-        pool * tokens // facts.shape.layer_blocks(tokens),
-        pool * tokens // facts.dense_shape.layer_blocks(tokens),
+        facts.shape.held(tokens) * one_layer // layer,
+        facts.dense_shape.held(tokens) * one_layer // layer,
+        pool * tokens // facts.shape.head_blocks(tokens),
+        pool * tokens // facts.dense_shape.head_blocks(tokens),
     )
 
 
@@ -182,7 +183,7 @@ def _notes(facts: EngineFacts) -> tuple[str, ...]:
     """What windows cost in this engine beyond themselves."""
     shape, longest = facts.shape, facts.max_model_len
     assert shape is not None
-    here, unhurried = shape.layer_blocks(longest), replace(shape, in_flight_tokens=1).layer_blocks(longest)
+    here, unhurried = shape.head_blocks(longest), replace(shape, in_flight_tokens=1).head_blocks(longest)
     if here == unhurried:
         return ()
     note = (
@@ -191,6 +192,6 @@ def _notes(facts: EngineFacts) -> tuple[str, ...]:
     )
     small = replace(shape, in_flight_tokens=shape.in_flight_tokens * SMALL_CHUNK // facts.chunk_tokens)
     if facts.chunk_tokens > SMALL_CHUNK:
-        fitting = facts.pool_blocks * shape.group_layers * longest // small.layer_blocks(longest)
+        fitting = facts.pool_blocks * shape.group_heads * longest // small.head_blocks(longest)
         note += f"; with --max-num-batched-tokens {SMALL_CHUNK} instead of {facts.chunk_tokens} {fitting:,} would fit"
     return (note,)

@@ -26,6 +26,7 @@ __all__ = [
     "attention_over",
     "idle_attention",
     "is_first_worker",
+    "kv_heads_in_all",
     "longest_text",
     "replaced",
     "stock",
@@ -53,6 +54,11 @@ def tensor_parallel_rank() -> int:
 def longest_text() -> int:
     """Tokens of the longest sequence that the model under construction will see."""
     return int(get_current_vllm_config().model_config.max_model_len)
+
+
+def kv_heads_in_all() -> int:
+    """KV heads of a layer of the model under construction, over all tensor-parallel ranks."""
+    return int(get_current_vllm_config().model_config.get_total_num_kv_heads())
 
 
 def sum_over_ranks(partial: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ def config(removed: int = 0, limited: int = 0, steps: int = 1) -> SimpleNamespac
         entry["window"] = {"size": WINDOW, "sink": True}
     text = SimpleNamespace(block_configs=[{"attention": entry} for entry in entries])
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=text, max_model_len=LENGTH),
+        model_config=SimpleNamespace(hf_text_config=text, max_model_len=LENGTH, get_num_kv_heads=lambda parallel: 3),
+        parallel_config=None,
         cache_config=SimpleNamespace(block_size=BLOCK, sliding_window=None),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
@@ -49,11 +50,13 @@ def test_windows_hold_one_that_is_read_and_all_others_that_write(limited, steps)
     found = room.room(config(limited=limited, steps=steps), LAYER_BYTES, pool, tokens)
     full = (LAYERS - limited) * tokens
     assert found.kv_bytes == (full + limited * WINDOW) * LAYER_BYTES // tokens
-    size, shape = found.group_layers, room.shape_of(config(limited=limited, steps=steps))
-    reading = shape.layer_blocks(tokens)
+    shape = room.shape_of(config(limited=limited, steps=steps))
+    size = shape.group_heads
+    assert size == 3 * found.group_layers
+    reading = shape.head_blocks(tokens)
     writing = room.written(shape, tokens, steps)
     taken = reading + (found.concurrent - 1) * writing
-    assert found.blocks * size * BLOCK * LAYER_BYTES <= pool
+    assert found.blocks * size * BLOCK * LAYER_BYTES <= 3 * pool
     assert taken <= (found.blocks - 1) * size < taken + writing
-    assert full // BLOCK + limited * WINDOW // BLOCK <= writing < reading
+    assert 3 * (full // BLOCK + limited * WINDOW // BLOCK) <= writing < reading
     assert found.concurrent > 3 or limited == 8

@@ -36,6 +36,10 @@ WINDOW = 24  # neither a multiple of vLLM's blocks nor a length that a family sl
 LENGTHS = (150, 67)
 LONG, SHORT = 260, 50
 LONG_FAMILIES = ("llama", "olmo2")
+MIXED_FAMILIES = ("llama", "cohere", "gemma2", "olmo2")  # the usual block, a parallel one, capped logits, transformers'
+FULL_HEADS = ((1,), (0, 3), (1, 2, 3))  # of 4, layer by layer; runs in the middle, at both ends, at one end
+EVEN_HEADS = ((1, 2), (0, 3), (1, 3))  # as many of the first two as of the last two
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
 AGAIN = 8
 CHUNK = 37
 NEAR_TIE = 1e-3
@@ -51,18 +55,18 @@ def own_layers(config) -> list[int]:
 
 def planted_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **named):
     """Attention as windows define it: [B, T, H, d] of a query [B, H, T, d], key and value [B, K, T, d]."""
-    length = query.shape[2]
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
     at = torch.arange(length)
-    size = named.get("sliding_window")
+    size, full = named.get("sliding_window"), ()
     if (limit := getattr(module, "limit", None)) is not None:
-        size, sinks = limit
+        size, sinks, full = limit
         if sinks is not None:
-            here = (at % size == 0)[:, None]
-            key, value = (torch.where(here, s[:, None], x) for s, x in zip(sinks, (key, value), strict=True))
-    seen = at[:, None] >= at
+            here = torch.tensor([head not in full for head in range(key.shape[1])])[:, None] & (at % size == 0)
+            key, value = (torch.where(here[..., None], s[:, None], x) for s, x in zip(sinks, (key, value), strict=True))
+    seen = (at[:, None] >= at).repeat(query.shape[1], 1, 1)
     if size is not None:
-        seen &= at[:, None] - at < size
-    groups = query.shape[1] // key.shape[1]
+        limited_heads = [head for head in range(query.shape[1]) if head // groups not in full]
+        seen[limited_heads] &= at[:, None] - at < size
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (module.scaling if scaling is None else scaling)
     if softcap is not None:
@@ -75,7 +79,12 @@ AttentionInterface.register("planted", planted_attention)
 
 
 def limited(
-    model_type: str, directory: Path, size: int = WINDOW, sinks: bool = True, bare: int | None = 0
+    model_type: str,
+    directory: Path,
+    size: int = WINDOW,
+    sinks: bool = True,
+    bare: int | None = 0,
+    full_heads: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[Path, PreTrainedModel]:
     """A checkpoint that limits all layers but two (where as many are full), and the reference.
 
@@ -85,8 +94,9 @@ def limited(
         size: W.
         sinks: Whether windows have planted sinks.
         bare: Of the limited layers, the one that has none all the same.
+        full_heads: Of each limited layer, the KV heads of 4 that keep every token; empty: none, of 2.
     """
-    own = {"sliding_window": None} if model_type == "mistral" else {}
+    own = ({"sliding_window": None} if model_type == "mistral" else {}) | (WIDE if full_heads else {})
     model = pico_model(model_type, max_position_embeddings=448, **own)
     export_pico(model, model_type, PLAN, directory)
     config = json.loads((directory / "config.json").read_text())
@@ -96,13 +106,15 @@ def limited(
     family = FAMILIES[model_type]
     for order, layer in enumerate(layers):
         sink = sinks and (order != bare or len(layers) == 1)
-        config["block_configs"][layer]["attention"]["window"] = {"size": size, "sink": sink}
+        full = full_heads[order] if full_heads else ()
+        entry = {"size": size, "sink": sink} | ({"full_heads": list(full)} if full else {})
+        config["block_configs"][layer]["attention"]["window"] = entry
         attention = getattr(model.get_submodule(family.blocks)[layer], family.attention)
-        attention.limit = size, None
+        attention.limit = size, None, full
         if sink:
             shape = model.config.num_key_value_heads, head_dim(model.config)
             pair = [torch.randn(shape, generator=generator) * scale for scale in (0.5, 0.3)]
-            attention.limit = size, pair
+            attention.limit = size, pair, full
             names = [f"{family.blocks}.{layer}.{family.attention}.{name}" for name in ("sink_key", "sink_value")]
             tensors |= dict(zip(names, pair, strict=True))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -176,6 +188,60 @@ def test_two_requests_in_odd_chunks_and_across_windows_agree(family, made, serve
 def test_hits_in_the_prefix_cache_change_nothing(family, made, served):
     assert [one["cached"] for one in served[family]["second"]] == [128, 64]  # whole blocks of 32
     check(served[family]["second"], made[family][1])
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> dict[str, tuple[Path, PreTrainedModel]]:
+    place = tmp_path_factory.mktemp("mixed")
+    return {name: limited(name, place / name, full_heads=FULL_HEADS) for name in MIXED_FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory) -> tuple[Path, PreTrainedModel]:
+    return limited("llama", tmp_path_factory.mktemp("even") / "limited", full_heads=EVEN_HEADS)
+
+
+def test_transformers_reads_windows_by_head_as_defined(mixed):
+    ids = torch.tensor([PROMPTS[0]])
+    for directory, model in mixed.values():
+        with torch.inference_mode():
+            logits = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+            assert (logits - model(ids).logits).abs().max() < 1e-3
+
+
+@pytest.mark.engine
+def test_heads_of_one_layer_are_full_and_limited_in_odd_chunks_across_windows_and_from_the_prefix_cache(mixed):
+    options = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 4, "distributed_executor_backend": "uni"}
+    lengths = {directory: LONG if name in LONG_FAMILIES else SHORT for name, (directory, _) in mixed.items()}
+    results = run(lengths, AGAIN, **options)
+    for directory, model in mixed.values():
+        check(results[str(directory)]["first"], model)
+        assert [one["cached"] for one in results[str(directory)]["second"]] == [128, 64]
+        check(results[str(directory)]["second"], model)
+
+
+@pytest.mark.engine
+def test_tensor_parallel_workers_have_as_many_full_heads_each_or_are_refused(even, mixed):
+    directory, model = even
+    check(run({directory: SHORT}, tensor_parallel_size=2)[str(directory)]["first"], model)
+    with pytest.raises(AssertionError, match="does not cut the windows by head evenly: the ranks have 1, 0 full"):
+        run({mixed["llama"][0]: 1}, tensor_parallel_size=2)
+
+
+@pytest.mark.engine
+def test_pipeline_stages_of_layers_with_mixed_heads_agree(even):
+    directory, model = even
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": TRACED}
+    check(run({directory: AGAIN}, **options)[str(directory)]["first"], model)
+
+
+@pytest.mark.engine
+def test_a_draft_with_mixed_heads_guesses_what_its_own_model_writes(even):
+    directory, model = even
+    guessing = {"method": "draft_model", "model": str(directory), "num_speculative_tokens": 3}
+    served = run({directory: SHORT}, speculative_config=guessing, distributed_executor_backend="uni")[str(directory)]
+    check(served["first"], model)
+    assert served["accepted"] == served["guessed"] > 0
 
 
 @pytest.mark.engine

@@ -1,9 +1,11 @@
 """What the server says of a cache with windows, from numbers alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from pruning.models.checkpoint import Manifest
-from server.engine.cache_groups import CacheShape, Layers
+from server.engine.cache_groups import Attentions, CacheShape
 from server.engine.compat import EngineFacts
 from server.inventory import take_inventory
 
@@ -14,9 +16,9 @@ BLOCKS_IN_POOL = 40000
 
 def facts(chunk: int = 2048, hybrid: bool = True) -> EngineFacts:
     windows = {block: WINDOW for block in range(LIMITED)}
-    layers = (Layers(FULL), Layers(LIMITED, WINDOW)) if hybrid else (Layers(FULL + LIMITED),)
-    shape = CacheShape(layers, BLOCK, 2 * chunk, LONGEST)
-    dense = CacheShape((Layers(FULL + LIMITED),), BLOCK, 2 * chunk, LONGEST)
+    dense = CacheShape((Attentions((3,) * (FULL + LIMITED)),), 3, BLOCK, 2 * chunk, LONGEST)
+    types = (Attentions((3,) * FULL), Attentions((3,) * LIMITED, WINDOW)) if hybrid else dense.types
+    shape = replace(dense, types=types)
     return EngineFacts(
         capacity_tokens=1, layers=30, kv_heads=3, head_dim=64, kv_tensors=2, kv_dtype_bytes=4, max_running=8,
         max_model_len=LONGEST, windows=windows, shape=shape, dense_shape=dense, pool_blocks=BLOCKS_IN_POOL,

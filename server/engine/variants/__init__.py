@@ -60,6 +60,11 @@ def unchanged(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in CHANGES}
 
 
+def full_heads_of(entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """KV heads of a limited layer that keep every token all the same, by its entry of `block_configs`."""
+    return tuple((entry.get("window") or {}).get("full_heads") or ())
+
+
 def _load(target: str) -> Any:
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -6,16 +6,27 @@ such sink, so vLLM's ordinary sliding-window kernels and its cache for them serv
 
 The attention module of a block is the stock one. It hands its `positions` to a `Planter` before it runs, and the
 `Attention` it was built with reads them from there.
+
+Where a checkpoint names KV heads that keep every token (`full_heads`), the module is built with a `MixedAttention`: two
+`Attention`s, one for those heads and one for the others.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from server.engine.vllm import Attention, longest_text, tensor_parallel_rank, tensor_parallel_size
+from pruning.errors import CheckpointError
+from server.engine.vllm import (
+    Attention,
+    attention_over,
+    kv_heads_in_all,
+    longest_text,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+)
 
 SINKS = ("sink_key", "sink_value")
 
@@ -28,7 +39,7 @@ class Planter:
 
     Args:
         size: W.
-        module: The attention module, which holds the sinks [K, d] of this tensor-parallel rank.
+        module: The attention module, which holds the sinks [K, d] of the limited heads of this tensor-parallel rank.
     """
 
     def __init__(self, size: int, module: nn.Module) -> None:
@@ -73,17 +84,121 @@ class LimitedAttention(Attention):
         return output
 
 
-def load_heads(parameter: Tensor, loaded: Tensor) -> None:
-    """Fill a parameter [K of this rank, d] from a tensor of all heads [K, d]; ranks may share a head."""
+class MixedAttention(nn.Module):
+    """In the place of one `Attention`: one for the KV heads that keep every token, one for those with a window.
+
+    Query heads go with their KV head: g h to g (h + 1) - 1 with head h. Heads that stand side by side are read where
+    the fused projection has left them; only what is scattered is copied.
+
+    Args:
+        full: Of the heads that keep every token.
+        limited: Of the others.
+        heads: The KV heads of `full`, of those of this tensor-parallel rank.
+        name: As vLLM would know the one `Attention`.
+    """
+
+    def __init__(self, full: Attention, limited: Attention, heads: Sequence[int], name: str) -> None:
+        super().__init__()
+        self.full, self.limited, self.layer_name = full, limited, name
+        self.heads, self.head_size = tuple(heads), full.head_size
+        self.num_kv_heads = full.num_kv_heads + limited.num_kv_heads
+        self.num_heads = full.num_heads + limited.num_heads
+        self.others = tuple(head for head in range(self.num_kv_heads) if head not in self.heads)
+        self.order = pieces(self.heads, self.num_kv_heads)
+        self.runs = [[(start, end) for full, start, end, _ in self.order if full == own] for own in (False, True)]
+        for scale in ("q_scale", "k_scale", "v_scale", "prob_scale"):  # of a quantised cache: one a layer, in both
+            if hasattr(full, scale):
+                setattr(self, scale, getattr(full, scale))
+                setattr(limited, scale, getattr(full, scale))
+
+    def forward(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+        """Attention output [tokens, H d]."""
+        states = [each if each is None else each.view(each.shape[0], self.num_kv_heads, -1)
+                  for each in (query, key, value)]  # fmt: skip
+        outputs = []
+        for part, runs in zip((self.limited, self.full), self.runs, strict=True):
+            output = part(*(each if each is None else gather(each, runs) for each in states))
+            outputs.append(output.view(output.shape[0], part.num_kv_heads, -1))
+        ordered = [outputs[full][:, at : at + end - start] for full, start, end, at in self.order]
+        return torch.cat(ordered, 1).flatten(1)
+
+    def over(self, name: str) -> "MixedAttention":
+        """The same over these heads' caches, without caches of its own."""
+        parts = [attention_over(getattr(self, part), f"{name}.{part}") for part in ("full", "limited")]
+        return MixedAttention(*parts, self.heads, name)
+
+
+def pieces(heads: Sequence[int], count: int) -> list[tuple[bool, int, int, int]]:
+    """Runs of heads that are all full or all limited, in order.
+
+    Args:
+        heads: The full ones.
+        count: Of all heads.
+
+    Returns:
+        (whether it is full, first head, one past the last, how many of its kind came before) of each run.
+    """
+    found: list[tuple[bool, int, int, int]] = []
+    seen = [0, 0]
+    for head in range(count):
+        full = head in heads
+        if found and found[-1][0] == full:
+            found[-1] = (full, found[-1][1], head + 1, found[-1][3])
+        else:
+            found.append((full, head, head + 1, seen[full]))
+        seen[full] += 1
+    return found
+
+
+def gather(states: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Some heads of [tokens, K, n]; a view where they stand side by side."""
+    some = [states[:, start:end] for start, end in runs]
+    return some[0] if len(some) == 1 else torch.cat(some, 1)
+
+
+def mixed(size: int, full_heads: Sequence[int], num_heads: int, head_size: int, scale: float, num_kv_heads: int, *,
+          prefix: str, **named: Any) -> MixedAttention:  # fmt: skip
+    """What a block constructs in the place of `Attention(num_heads, ...)` where some heads keep every token."""
+    here = heads_here(full_heads, num_kv_heads)
+    group, named = num_heads // num_kv_heads, named | {"per_layer_sliding_window": None}
+    full = Attention(len(here) * group, head_size, scale, num_kv_heads=len(here), prefix=f"{prefix}.full", **named)
+    rest = num_kv_heads - len(here)
+    limited = LimitedAttention(
+        rest * group, head_size, scale, num_kv_heads=rest, prefix=f"{prefix}.limited", size=size, **named
+    )
+    return MixedAttention(full, limited, here, prefix)
+
+
+def heads_here(full_heads: Sequence[int], kv_heads: int) -> list[int]:
+    """Which of the KV heads of this tensor-parallel rank keep every token.
+
+    Raises:
+        CheckpointError: Another rank has more or fewer of them.
+    """
+    ranks, in_all = tensor_parallel_size(), kv_heads_in_all()
+    firsts = [rank * in_all // ranks for rank in range(ranks)]
+    each = [[head - first for head in full_heads if first <= head < first + kv_heads] for first in firsts]
+    if len(set(map(len, each))) > 1:
+        raise CheckpointError(
+            f"--tensor-parallel-size {ranks} does not cut the windows by head evenly: the ranks have "
+            f"{', '.join(str(len(one)) for one in each)} full KV heads of one layer"
+        )
+    return each[tensor_parallel_rank()]
+
+
+def load_heads(heads: Sequence[int], parameter: Tensor, loaded: Tensor) -> None:
+    """Fill a parameter [heads, d] with those heads of this rank from a tensor of all heads [K, d]; ranks may share."""
     first = tensor_parallel_rank() * loaded.shape[0] // tensor_parallel_size()
-    parameter.data.copy_(loaded[first : first + parameter.shape[0]])
+    parameter.data.copy_(loaded[[first + head for head in heads]])
 
 
 class Window:
-    """The kind `window`: `{"size": W, "sink": true|false}`."""
+    """The kind `window`: `{"size": W, "sink": true|false, "full_heads": [h, ...]}`."""
 
     def attention_class(self, spec: Mapping[str, Any]) -> Callable[..., nn.Module]:
         """What a block constructs in the place of vLLM's `Attention`."""
+        if full_heads := spec.get("full_heads"):
+            return partial(mixed, int(spec["size"]), full_heads)
         return partial(LimitedAttention, size=int(spec["size"]))
 
     def prepare(self, module: nn.Module, spec: Mapping[str, Any]) -> None:
@@ -91,12 +206,15 @@ class Window:
         if not spec["sink"]:
             return
         attention: Any = module.attn
+        limited, heads = attention, range(attention.num_kv_heads)
+        if isinstance(attention, MixedAttention):
+            limited, heads = attention.limited, attention.others
         for name in SINKS:
-            sink = nn.Parameter(torch.zeros(attention.num_kv_heads, attention.head_size), requires_grad=False)
-            sink.weight_loader = load_heads
+            sink = nn.Parameter(torch.zeros(len(heads), attention.head_size), requires_grad=False)
+            sink.weight_loader = partial(load_heads, heads)
             module.register_parameter(name, sink)
-        attention.planter = Planter(int(spec["size"]), module)
-        module.register_forward_pre_hook(attention.planter, with_kwargs=True)
+        limited.planter = Planter(int(spec["size"]), module)
+        module.register_forward_pre_hook(limited.planter, with_kwargs=True)
 
 
 VARIANT = Window()
