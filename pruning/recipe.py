@@ -202,7 +202,10 @@ class Recipe(BaseModel):
         list[Path],
         CALIBRATION,
         SEVERAL,
-        Field(description="Text or JSONL files. Default: text the model writes itself."),
+        Field(
+            description="Files of text (.txt, .jsonl, .parquet, also .gz, .zst), chats too, or data sets of the hub "
+            "(owner/name:split). Default: text of this package for windows, else text the model writes itself."
+        ),
     ] = []
     calibration_tokens: Annotated[
         int | None,
