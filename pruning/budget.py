@@ -1,9 +1,10 @@
 """How much goes: a recipe's amounts and budgets, resolved against a model, and what contradicts what."""
 
+import math
 from dataclasses import dataclass
 
 from pruning.errors import RecipeError
-from pruning.plan import layers_within, parse_amount, parse_share
+from pruning.plan import layers_within, parse_amount, parse_bytes, parse_share
 from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, limits
 from pruning.variants import REMOVED, cache_of, row
 
@@ -56,9 +57,40 @@ def check(recipe: Recipe) -> None:
     _refuse_contradictions(recipe, amounts)
     for kind, amount in amounts.items():
         parse_amount(amount, None, kind)
+    if recipe.kv_memory is not None:
+        parse_bytes(recipe.kv_memory)
     for flag, share in (("kv-budget", recipe.kv_budget), ("weight-budget", recipe.weight_budget)):
         if share is not None:
             parse_share(share, flag)
+
+
+def for_target(recipe: Recipe, layer_bytes: int, layers: int, own: float = 0.0) -> Recipe:
+    """The recipe with the budget that lets `--kv-memory` hold `--target-tokens`, in the place of these two.
+
+    Args:
+        recipe: Resolved.
+        layer_bytes: KV cache bytes of one token in one layer.
+        layers: Attention layers that the budget is shared by.
+        own: What layers with a window by design keep besides, in layers: the sum of their windows over the context.
+
+    Raises:
+        RecipeError: The dense model holds so many tokens already, or no plan does.
+    """
+    assert recipe.target_tokens is not None
+    assert recipe.kv_memory is not None
+    least = (recipe.window or 0) / (recipe.context or LONGEST_CONTEXT) if limits(recipe) else 1 / layers
+    least = math.ceil(least * 1e6) / 1e6
+    fits = parse_bytes(recipe.kv_memory) / layer_bytes  # tokens of one layer
+    share = math.floor((fits / recipe.target_tokens - own) / layers * 1e6) / 1e6
+    asked = f"--target-tokens {recipe.target_tokens} in {recipe.kv_memory}"
+    if share >= 1:
+        raise RecipeError(f"{asked}: the dense model holds {int(fits / (layers + own)):,}; nothing needs to go")
+    if share < least:
+        most = int(fits / (layers * least + own))
+        what = f"every layer limited to {recipe.window} tokens" if limits(recipe) else "one attention layer left"
+        less = "a smaller --window or " if limits(recipe) else ""
+        raise RecipeError(f"{asked} is out of reach: {most:,} fit with {what}; give {less}more --kv-memory")
+    return recipe.model_copy(update={"kv_budget": f"{share:.4%}", "target_tokens": None, "kv_memory": None})
 
 
 def _amounts(recipe: Recipe) -> dict[str, str | int]:
@@ -128,7 +160,10 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
         "--kv-budget": recipe.kv_budget,
         "--weight-budget": recipe.weight_budget,
         "--max-loss-increase": recipe.max_loss_increase,
+        "--target-tokens": recipe.target_tokens,
     }
+    if (recipe.target_tokens is None) != (recipe.kv_memory is None):
+        raise RecipeError("--target-tokens and --kv-memory go together: so many tokens in so much memory")
     named = [flag for flag, value in budgets.items() if value is not None]
     if len(named) > 1 or (named and amounts):
         both = [*named, *(f"--{kind}" for kind in amounts)][:2]
@@ -146,7 +181,7 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
         raise RecipeError(f"--format {recipe.format} holds no adapters; add --fuse, or choose --emulation none")
     if recipe.fuse and recipe.max_loss_increase is not None:
         raise RecipeError("--max-loss-increase measures adapters, which --fuse refits; leave one of them out")
-    if named and named != ["--kv-budget"] and recipe.search not in ("rank", "greedy"):
+    if {*named} & {"--weight-budget", "--max-loss-increase"} and recipe.search not in ("rank", "greedy"):
         raise RecipeError(f"{named[0]} needs an order of removal: --search rank or greedy, not {recipe.search}")
     if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")

@@ -2,20 +2,22 @@
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-import cyclopts
-from cyclopts import App, Parameter
+from cyclopts import App, ArgumentCollection, Parameter
+from cyclopts.config import Dict
 from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
 from pruning import __version__
 from pruning.console import Reporter
-from pruning.errors import Interrupted, ShoalError
+from pruning.errors import Interrupted, RecipeError, ShoalError
+from pruning.help import ABOUT, FIRST, MORE, Help, asked
 from pruning.plan import UnitKind
-from pruning.recipe import SEVERAL, Dtype, Emulation, Recipe, read_recipe
+from pruning.recipe import OUTPUT, SEVERAL, Dtype, Emulation, Recipe, limits
 from pruning.workdir import unexpected
 
 DEFAULTS = Recipe()
@@ -30,9 +32,12 @@ def _one_line(error: Exception) -> Text:
     return Text("error: " + " ".join(str(error).split()))
 
 
+HELP = Help()
 app = App(
     name="prune-export",
-    help="Score the layers of a decoder LLM, remove the least important, emulate them, export a checkpoint.",
+    help=ABOUT,
+    help_epilogue=MORE,
+    help_formatter=HELP,
     version=__version__,
     error_console=Console(stderr=True, soft_wrap=True),
     error_formatter=_one_line,
@@ -43,12 +48,12 @@ app.meta.suppress_keyboard_interrupt = False
 
 @app.default
 def export(
-    model: str,
+    model: Annotated[str, FIRST],
     *,
-    output: Path | None = None,
+    output: Annotated[Path | None, FIRST] = None,
     recipe: Annotated[Recipe, Parameter(name="*")] = DEFAULTS,
-    overwrite: bool = False,
-    dry_run: bool = False,
+    overwrite: Annotated[bool, OUTPUT] = False,
+    dry_run: Annotated[bool, FIRST] = False,
 ) -> None:
     """Prune MODEL and write a checkpoint.
 
@@ -59,7 +64,6 @@ def export(
         overwrite: Replace a directory that is not empty.
         dry_run: Print the plan and the predicted bytes; write nothing.
     """
-    from pruning.errors import RecipeError
     from pruning.request import checked_export
 
     if output is None and not dry_run:
@@ -69,6 +73,31 @@ def export(
     from pruning.pipeline import run
 
     run(request, output or Path(), dry_run=dry_run, reporter=reporter)
+
+
+@app.command(name="plan")
+def draw_curve(
+    model: str,
+    *,
+    output: Path | None = None,
+    measured: int = 3,
+    recipe: Annotated[Recipe, Parameter(name="*")] = DEFAULTS,
+) -> None:
+    """Print what every KV budget costs MODEL, from one search; prune nothing.
+
+    Args:
+        model: Hugging Face id or directory, a GGUF file, or smollm2-135m (embedded).
+        output: Directory for curve.json and report.html.
+        measured: Budgets measured beside the smallest one; the others are predicted.
+        recipe: How to choose.
+    """
+    from pruning.request import checked
+
+    reporter = Reporter()
+    request = checked(model, recipe, reporter)
+    from pruning.curve import curve
+
+    curve(request, output, measured=measured, reporter=reporter)
 
 
 @app.command(name="score")
@@ -304,7 +333,6 @@ def print_resources(directory: Path, *, kv_gib: float = 1.0, cores: int = 2) -> 
         kv_gib: Size of the KV cache on a CPU, GiB.
         cores: To request; the limit is twice that.
     """
-    from pruning.errors import RecipeError
     from pruning.resources import plan_resources
 
     if not (0 < kv_gib < float("inf")) or cores < 1:
@@ -312,23 +340,74 @@ def print_resources(directory: Path, *, kv_gib: float = 1.0, cores: int = 2) -> 
     print(plan_resources(directory, kv_gib).render(cores))
 
 
+@app.command(name="recipes")
+def list_recipes(name: str | None = None) -> None:
+    """Print the recipes of this package, a line each; or the YAML of recipe NAME.
+
+    Args:
+        name: Recipe to print.
+    """
+    from pruning.recipes import about, find, shipped
+
+    if name is not None:
+        print(find(name).read_text(encoding="utf-8"), end="")
+        return
+    for each, path in shipped().items():
+        print(f"{each:20}{about(path)}")
+
+
+@dataclass(frozen=True, slots=True)
+class FromRecipe:
+    """Fills in what the flags leave open: cyclopts calls it with the flags that it found.
+
+    Attributes:
+        recipe: `--recipe`, a name or a file.
+        effort: `--effort`; the recipe of that name.
+    """
+
+    recipe: str | None
+    effort: str | None
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """Read the recipe and give its values to the arguments that have none."""
+        from pruning.recipes import ADAPTERS, find, merged, read
+
+        flags = {argument.name.lstrip("-").replace("-", "_"): argument for argument in arguments if argument.tokens}
+        values: dict[str, Any] = {name: flags[name].convert() for name in flags if name in Recipe.model_fields}
+        name = self.recipe or self.effort or ""
+        if self.effort is not None and not limits(Recipe.model_construct(**values)):
+            name += ADAPTERS
+        path = find(name)
+        given = {*values, *(["heal=none"] if values.get("heal") == "none" else [])}
+        Dict(merged(read(path), given), source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
 @app.meta.default
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    recipe: cyclopts.types.ExistingFile | None = None,
+    effort: Annotated[Literal["quick", "balanced", "best"] | None, FIRST] = None,
+    recipe: Annotated[str | None, FIRST] = None,
 ) -> None:
-    """Read `--recipe FILE` (YAML) first; flags win over it."""
-    files = [recipe] if recipe is not None else []
-    app.config = [
-        cyclopts.config.Dict(read_recipe(path), source=str(path), use_commands_as_keys=False) for path in files
-    ]
-    app(tokens)
+    """Read the recipe first; flags win over it.
+
+    Args:
+        tokens: The rest of the command line.
+        effort: How long: a minute, some minutes, or up to an hour for the embedded model.
+        recipe: Instead of --effort: a name of `prune-export recipes` or a YAML file; flags win over it.
+    """
+    if effort is not None and recipe is not None:
+        raise RecipeError("--effort and --recipe both name a recipe; give one")
+    try:
+        app.config = [] if recipe is None and effort is None else [FromRecipe(recipe, effort)]
+        app(tokens)
+    finally:
+        app.config = []  # it would fill in the flags of this very function, the next time
 
 
 def main() -> None:
     """Entry point of the console script."""
     try:
-        app.meta(sys.argv[1:])
+        app.meta(asked(sys.argv[1:], HELP))
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

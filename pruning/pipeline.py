@@ -9,8 +9,9 @@ from torch import Tensor
 
 import pruning
 from pruning import windows
-from pruning.console import Reporter, quiet_libraries
+from pruning.console import Reporter, duration, quiet_libraries
 from pruning.errors import RecipeError, StorageError
+from pruning.estimate import announce
 from pruning.evaluation.evaluate import loss, perplexity_ratio
 from pruning.export.formats import PrunedModel, format_named
 from pruning.export.report import score_table, write_card, write_report
@@ -26,7 +27,7 @@ from pruning.importance import Sampling, metric
 from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import describe_bytes, predicted_bytes
-from pruning.plan import EmulationKind, Plan, Unit, UnitKind
+from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind
 from pruning.recipe import Recipe, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
@@ -51,6 +52,8 @@ from pruning.stages import (
     within_budget,
 )
 from pruning.variants import changes_weights
+from pruning.windows.plans import by_head
+from pruning.windows.plans import choose as choose_heads
 from pruning.workdir import atomic_directory, check_free_space
 
 MEASURED_BATCH_TOKENS = 2048
@@ -78,6 +81,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         dense = load_model(source, recipe.dtype, recipe.device)
     if recipe.heal != "none":
         healing_precision(dense, recipe)
+    announce(dense, recipe, wanted, reporter, dry_run=dry_run)
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
         needed = int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05)
@@ -86,14 +90,19 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(None if dry_run else output, dense, recipe)
+        exact = journal if recipe.fit_precision == "auto" else None  # figures are in the model's own precision
+        measured = windows.Measured(dense, recipe, held_out, exact, reporter)
         found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
         judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
-        if found is not None and windows.by_head(recipe):
-            chosen, found = windows.choose(dense, recipe, judges, found, reporter)
+        if found is not None and by_head(recipe):
+            chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
+            gone = chosen.order
         else:
             chosen = choose(judges, recipe, wanted, reporter)
+            gone = within_budget(
+                dense, recipe, chosen.order, tokens, held_out, reporter, found.served if found else None
+            )
         served = found.served if found else None
-        gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, served)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
     plan = plan_of(gone, num_blocks, recipe, found.full_heads() if found else None)
     what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
@@ -115,7 +124,11 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             journal.discard()
             return None
     with reporter.stage("export"), atomic_directory(output) as directory:
-        quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, reporter)
+        if found is not None and healing is None and not recovery.weights:
+            quality = _measured(measured, found.served, held_out)
+            apply_recovery(dense.model, dense.family, plan, recovery)
+        else:
+            quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
         if healing is not None:
             quality["healing"] = healing
         manifest = Manifest(
@@ -146,9 +159,16 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         manifest = verify(output, hashes)
     journal.discard()
     healing_state(output).unlink(missing_ok=True)
+    _say_what_was_made(dense, recipe, manifest, output, reporter)
+    return manifest
+
+
+def _say_what_was_made(
+    dense: DenseModel, recipe: Recipe, manifest: Manifest, output: Path, reporter: Reporter
+) -> None:  # fmt: skip
+    """Five lines: bytes, perplexity, hidden codes where they were asked for, time, and what to type next."""
+    quality, form = manifest.quality, format_named(recipe.format)
     reporter.say(f"wrote {output}: {describe_bytes(manifest.sizes)}")
-    if not format_named(recipe.format).weights:
-        reporter.say(f"serve it: prune-serve {dense.directory} --plan {output}")
     ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
     rows = f"rows of {quality['row_tokens']} tokens of held-out {_text_of(recipe)}"
     reporter.say(f"perplexity on {rows}: {ratio:.4f} times dense")
@@ -156,7 +176,16 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         mine, theirs = quality["codes"], quality["codes_dense"]
         how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"
         reporter.say(f"codes hidden in {mine['length']} tokens: {how_many}")
-    return manifest
+    estimated = duration(reporter.estimate or 0)
+    reporter.say(
+        f"time: {duration(reporter.seconds)} (estimated {estimated}), peak memory {reporter.peak_mebibytes} MiB"
+    )
+    if not form.weights:
+        reporter.say(f"serve it: prune-serve {dense.directory} --plan {output}")
+    elif recipe.format == "shoal":
+        reporter.say(f"serve it: prune-serve {output}")
+    else:
+        reporter.say(f"who reads it: {form.help}")
 
 
 def _text_of(recipe: Recipe) -> str:
@@ -171,19 +200,32 @@ def _label(kind: EmulationKind, recipe: Recipe) -> str:
     return "fused" if recipe.fuse and kind != "none" else kind
 
 
+TEXT = "held-out calibration windows"
+
+
+def _measured(measured: windows.Measured, limits_of_plan: Mapping[Sublayer, Any], held_out: Tensor) -> dict[str, Any]:
+    """Quality of limits, of which much is known from the choice, and of the dense model."""
+    quality: dict[str, Any] = {"text": TEXT, "row_tokens": held_out.shape[1]}
+    quality |= {"dense_loss": measured.loss({}), "pruned_loss": measured.loss(limits_of_plan)}
+    if (codes := measured.codes({})) is not None:
+        quality |= {"codes_dense": codes, "codes": measured.codes(limits_of_plan)}
+    check_numbers({name: quality[name] for name in ("dense_loss", "pruned_loss")}, "held-out text")
+    return quality
+
+
 def _cut_and_measure(
-    dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor, recipe: Recipe, reporter: Reporter
-) -> dict[str, Any]:
+    dense: DenseModel, plan: Plan, recovery: Recovery | Fusion, held_out: Tensor, recipe: Recipe,
+    measured: windows.Measured, reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
     """Make the dense model the pruned one, in place; quality before and after."""
     family: Family = dense.family
     batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
-    evaluator = Evaluator(dense.model, family, held_out, batch)
-    quality: dict[str, Any] = {"text": "held-out calibration windows", "row_tokens": held_out.shape[1]}
+    quality: dict[str, Any] = {"text": TEXT, "row_tokens": held_out.shape[1]}
     codes = None
     if limits(recipe):
-        quality["dense_loss"] = float(evaluator.loss({}).mean())
-        codes = windows.found_codes(dense, recipe, reporter)
+        quality["dense_loss"], codes = measured.loss({}), measured.codes({})
     else:
+        evaluator = Evaluator(dense.model, family, held_out, batch)
         plans = [{}, dict.fromkeys(plan.removed)]
         quality["dense_loss"], quality["removed_loss"] = evaluator.values(plans).mean(1).tolist()
     apply_recovery(dense.model, family, plan, recovery)

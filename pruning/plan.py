@@ -146,6 +146,19 @@ def parse_share(share: str, what: str) -> float:
     return float(match[1]) / 100
 
 
+def parse_bytes(text: str) -> int:
+    """Turn `16GiB` or `500MB` into bytes.
+
+    Raises:
+        RecipeError: Not a size over 0 with its unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip())
+    size = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2])))
+    if size < 1:
+        raise RecipeError(f"--kv-memory {text!r} is not a size such as 16GiB or 500MB")
+    return size
+
+
 def shortest(savings: Sequence[int], wanted: int) -> int | None:
     """How many of the first savings add up to at least `wanted`; None where all do not."""
     total = 0

@@ -1,12 +1,12 @@
 """The recipe: every flag is a key, every key a flag."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from pruning.errors import RecipeError
+from pruning.help import FIRST
 from pruning.plan import EmulationKind
 from pruning.variants import REMOVED, row, state_of
 
@@ -57,17 +57,23 @@ class Recipe(BaseModel):
     ] = None
     kv_budget: Annotated[
         Share,
-        SELECTION,
-        Field(description="KV cache of a request to keep: 30%, the default for windows, or another share."),
+        FIRST,
+        Field(description="How much: KV cache of a request to keep, 30% by default."),
     ] = None
     weight_budget: Annotated[
-        Share, SELECTION, Field(description="Weight bytes to keep, such as 90%: removes sublayers of both kinds.")
+        Share, FIRST, Field(description="Or: weight bytes to keep, such as 90%: removes sublayers of both kinds.")
     ] = None
     max_loss_increase: Annotated[
         float | None,
-        SELECTION,
-        Field(gt=0, description="Nats per token on held-out text: removes as much attention as stays inside."),
+        FIRST,
+        Field(gt=0, description="Or: nats per token on held-out text; as much attention goes as stays inside."),
     ] = None
+    target_tokens: Annotated[
+        int | None,
+        FIRST,
+        Field(ge=1, description="Or: tokens that the KV cache shall hold, in requests of --context tokens."),
+    ] = None
+    kv_memory: Annotated[str | None, FIRST, Field(description="Memory of that cache: 16GiB, 500MB.")] = None
     importance: Annotated[
         str | None,
         SELECTION,
@@ -91,7 +97,7 @@ class Recipe(BaseModel):
     ] = "kl"
     task: Annotated[
         list[str],
-        SELECTION,
+        FIRST,
         SEVERAL,
         Field(description="FILE or FILE:weight to judge on instead of calibration text: text or questions (JSONL)."),
     ] = []
@@ -113,8 +119,8 @@ class Recipe(BaseModel):
     offspring: Annotated[int, SELECTION, Field(ge=2, description="Plans in each of them.")] = 16
     context: Annotated[
         int | None,
-        SELECTION,
-        Field(ge=2, description="Tokens of a request that budgets count; the model's own, at most 8192, by default."),
+        FIRST,
+        Field(ge=2, description="For what: tokens of a request; the model's own, at most 8192, by default."),
     ] = None
     window: Annotated[
         int | None,
@@ -129,8 +135,12 @@ class Recipe(BaseModel):
     codes: Annotated[
         float,
         SELECTION,
-        Field(ge=0, description="For windows: weight of codes hidden far away, beside 1 for the loss on text."),
-    ] = 0.25
+        Field(
+            ge=0,
+            description="For windows: weight of codes hidden far away, beside 1 for text; each loss counts as a share "
+            "of what limiting everything loses.",
+        ),
+    ] = 1.5
     keep: Annotated[
         list[int],
         BeforeValidator(_numbers),
@@ -205,9 +215,9 @@ class Recipe(BaseModel):
     ] = "auto"
     calibration: Annotated[
         list[Path],
-        CALIBRATION,
+        FIRST,
         SEVERAL,
-        Field(description="Text or JSONL files. Default: text the model writes itself."),
+        Field(description="Text or JSONL files to choose and fit on; built-in text by default."),
     ] = []
     calibration_tokens: Annotated[
         int | None,
@@ -268,29 +278,6 @@ class Recipe(BaseModel):
     def fit_tokens(self) -> int:
         """Tokens of all calibration rows."""
         return self.calibration_tokens or FIT_TOKENS
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe file.
-
-    Raises:
-        RecipeError: It cannot be read, or is not a YAML mapping; with its line.
-    """
-    import yaml
-
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f":{mark.line + 1}"
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise RecipeError(f"{path}{line}: this is not YAML: {problem}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"cannot read recipe {path}: {reason}") from error
-    if keys is not None and not (isinstance(keys, dict) and all(isinstance(key, str) for key in keys)):
-        raise RecipeError(f"{path}: a recipe is lines of `key: value`, such as `attention: 10`")
-    return keys or {}
 
 
 SHORT_ROW_TOKENS, FIT_TOKENS = 256, 16384  # for adapters

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pruning.budget import Counts, check, counts, resolved
+from pruning.budget import Counts, check, counts, for_target, resolved
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task, read_questions
 from pruning.export.formats import format_named
-from pruning.families import own_window
+from pruning.families import head_dim, own_window
 from pruning.importance import metric
 from pruning.models.finding import Source, find_model
 from pruning.plan import Sublayer
@@ -18,6 +18,9 @@ from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
 from pruning.variants import REMOVED, cache_of, changes_weights, row, variant
 from pruning.workdir import check_output
+
+NUMBER_BYTES = {"bfloat16": 2, "float16": 2}
+"""Of a dtype that keys and values are cached in; others: 4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> Request:
     _check_texts(recipe)
     source = find_model(model, reporter)
     recipe = resolved(recipe, source.positions)
+    if recipe.target_tokens is not None:
+        recipe = _for_target(source, recipe, reporter)
     counts(recipe, source.num_blocks)
     if recipe.rank > source.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.hidden_size}")
@@ -114,6 +119,23 @@ def _sparing(source: Source, recipe: Recipe) -> tuple[Recipe, list[int]]:
         return recipe, []
     own = [block for block in range(source.num_blocks) if own_window(source.config, block)]
     return recipe.model_copy(update={"keep": sorted({*recipe.keep, *own})}), own
+
+
+def _for_target(source: Source, recipe: Recipe, reporter: Reporter) -> Recipe:
+    """The recipe with its memory for so many tokens as a share of the KV cache, which is printed."""
+    config, context = source.config, recipe.context or 0
+    dtype = (
+        recipe.dtype if recipe.dtype != "auto" else str(source.fields.get("dtype", source.fields.get("torch_dtype")))
+    )
+    layer_bytes = 2 * config.num_key_value_heads * head_dim(config) * NUMBER_BYTES.get(dtype, 4)
+    windows = [own_window(config, block) for block in range(source.num_blocks)] if limits(recipe) else []
+    own = [min(window, context) / context for window in windows if window]
+    found = for_target(recipe, layer_bytes, source.num_blocks - len(own), sum(own))
+    reporter.say(
+        f"{recipe.target_tokens:,} tokens in {recipe.kv_memory} (keys and values in {dtype}): "
+        f"{found.kv_budget} of the KV cache stays"
+    )
+    return found
 
 
 def _check_texts(recipe: Recipe) -> None:

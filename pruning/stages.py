@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import pruning
 from pruning import windows
 from pruning.budget import Counts, counts
 from pruning.console import Reporter
@@ -36,6 +37,7 @@ from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
 from pruning.variants import REMOVED, cache_of, row
+from pruning.windows import plans
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -282,11 +284,18 @@ def forwards(dense: DenseModel, recipe: Recipe) -> AbstractContextManager[Any]:
 
 
 def journal_of(output: Path | None, dense: DenseModel, recipe: Recipe) -> Journal:
-    """The journal of the values that one output needs, in the user's cache; a file for each process."""
+    """The journal of the values that one output needs, in the user's cache; a file for each process.
+
+    What windows are chosen by serves every budget, so it is kept for the model.
+    """
     scope = f"{dense.weight_hash} {dense.model.dtype} {recipe.fit_precision} {torch.get_num_threads()}"
+    rank, processes = parallel.process()
+    if limits(recipe) and plans.by_head(recipe):
+        scope += f" {pruning.__version__}"
+        key = hashlib.sha256(f"{scope} {rank} of {processes}".encode()).hexdigest()[:16]
+        return Journal(cache_directory() / "searches" / f"{key}.jsonl", scope, lasting=True)
     if output is None:
         return Journal(None, scope)
-    rank, processes = parallel.process()
     key = hashlib.sha256(f"{output.resolve()} {rank} of {processes}".encode()).hexdigest()[:16]
     return Journal(cache_directory() / "journals" / f"{key}.jsonl", scope)
 

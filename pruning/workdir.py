@@ -119,10 +119,11 @@ class Journal:
     Args:
         path: JSON lines, one entry each; None keeps nothing.
         scope: What every entry depends on besides its own key: the model, its dtype, the device.
+        lasting: Whether other runs want it when this one is done.
     """
 
-    def __init__(self, path: Path | None = None, scope: str = "") -> None:
-        self.path, self._scope = path, scope
+    def __init__(self, path: Path | None = None, scope: str = "", *, lasting: bool = False) -> None:
+        self.path, self.lasting, self._scope = path, lasting, scope
         self._entries: dict[str, Any] = {}
         self._file: TextIO | None = None
         if path is not None and path.exists():
@@ -168,9 +169,9 @@ class Journal:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def discard(self) -> None:
-        """Remove the file: the work it stood for is done."""
+        """Close the file, and remove it if no other run wants it: the work it stood for is done."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self.path is not None:
+        if self.path is not None and not self.lasting:
             self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Limits at the door: how large a body may be, what a request may ask for, and how many sequences may wait."""
+"""Limits at the door: how large a body may be, what a request may ask for, how many sequences and tokens may wait."""
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -6,13 +6,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import Refusal, error_response, whole_seconds
 from server.metrics import ACCEPTED, QUEUE_DEPTH, REJECTED
 from server.requests import body, costs, fields
+from server.requests.tokens import TokenQueue
 
 
 class Admission:
     """Middleware around the routes that generate: what is too much is answered at once, before the engine hears of it.
 
     The body is read whole first. A request counts as many times as it asks for sequences (`n` times its prompts). One
-    that alone fills the house still gets into an empty one.
+    that alone fills the house still gets into an empty one. How many tokens it asks for is known when its prompt has
+    been read, so `tokens` refuses later, but before anything is computed.
 
     Args:
         app: What it guards.
@@ -21,6 +23,7 @@ class Admission:
         body_bytes: Bytes of the largest body.
         retry_after_seconds: For the 503 of a full queue, and for a 429 or 503 of the application that names no time.
         limits: What one request may ask for; None: anything.
+        tokens: Counts the tokens asked for; None: they are not counted.
         stores: Whether the application keeps responses, which some fields are about.
     """
 
@@ -32,6 +35,7 @@ class Admission:
         body_bytes: int,
         retry_after_seconds: float,
         limits: costs.Limits | None = None,
+        tokens: TokenQueue | None = None,
         *,
         stores: bool = False,
     ) -> None:
@@ -39,6 +43,7 @@ class Admission:
         self.running, self.waiting = running, waiting
         self.body_bytes, self.retry_after = body_bytes, retry_after_seconds
         self.limits, self.stores = limits, stores
+        self.tokens = tokens or TokenQueue(0, None)
         self.inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,14 +60,16 @@ class Admission:
             content = await self._read(scope, receive)
             if content is None:
                 return
-            more = self._weigh(scope, content) - weight
+            sequences, bounded = self._weigh(scope, content)
+            more = sequences - weight
             if more and self._full(more, besides=weight):
                 await self._turn_away(scope, receive, send)
                 return
             weight += more
             self._enter(more)
             ACCEPTED.inc()
-            await self.app(scope, _again(content, receive), self._with_retry_after(send))
+            with self.tokens.request(bounded=bounded):
+                await self.app(scope, _again(content, receive), self._with_retry_after(send))
         except Refusal as refusal:
             await self._refuse(refusal)(scope, receive, send)
         finally:
@@ -97,15 +104,15 @@ class Admission:
             more = message.get("more_body", False)
         return b"".join(parts)
 
-    def _weigh(self, scope: Scope, content: bytes) -> int:
-        """How many sequences a body asks for; anything that is no JSON is the application's to judge."""
+    def _weigh(self, scope: Scope, content: bytes) -> tuple[int, bool]:
+        """How many sequences a body asks for, and whether it bounds them; what is no JSON the application judges."""
         if not content or not body.is_json(Headers(scope=scope).get("content-type", "")):
-            return 1
+            return 1, False
         value = body.parse(content)
         fields.check(scope["path"], value, stores=self.stores)
         if self.limits is not None:
             costs.check(value, len(content), self.limits)
-        return costs.sequences(value)
+        return costs.sequences(value), costs.bounds_answer(value)
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "body_too_large", f"the body has more than {self.body_bytes} bytes")

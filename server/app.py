@@ -29,7 +29,7 @@ from server import logs
 from server.admission import Admission
 from server.auth import Authenticate, KeyRing
 from server.engine import compat
-from server.engine.generation import guard_generation
+from server.engine.generation import TooManyTokens, guard_generation
 from server.inventory import Inventory, take_inventory
 from server.lifecycle import OPERATIONS, Gate, Lifecycle, Split, supervise
 from server.limits import RateLimit, spend_tokens
@@ -38,6 +38,7 @@ from server.opening import opening, opening_app
 from server.requests.costs import Limits
 from server.requests.heads import Heads
 from server.requests.refusals import OpenAIErrors
+from server.requests.tokens import TokenQueue, refuse_tokens, reserve
 from server.requests.validation import UNREADABLE, refuse_invalid, refuse_unreadable
 from server.routes import router
 from server.settings import Settings
@@ -57,7 +58,9 @@ def dress(app: ASGIApp, cors: dict[str, Any], root: int | None = None) -> ASGIAp
     return logs.RequestLog(Heads(Measure(OpenAIErrors(allowed), root)), quiet=OPERATIONS)
 
 
-def assemble(stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: int, processes: int = 1) -> ASGIApp:
+def assemble(
+    stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: int, held: int, processes: int = 1
+) -> ASGIApp:
     """Put our middleware around vLLM's application.
 
     Its middleware stack stays vLLM's, so ours wraps the whole: the gate, then the keys, their limits, the limits of
@@ -68,16 +71,21 @@ def assemble(stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: 
         settings: How to serve.
         lifecycle: What the gate and the health routes read.
         running: Sequences the engine runs at once.
+        held: Tokens its KV cache holds.
         processes: API processes that share the traffic; each hands out its part of the limits.
     """
-    waiting = settings.max_queued_requests
+    waiting, tokens = (
+        None if limit is None else math.ceil(limit / processes)
+        for limit in (settings.max_queued_requests, settings.max_queued_tokens)
+    )
     app: ASGIApp = Admission(
         stock,
         math.ceil(running / processes),
-        None if waiting is None else math.ceil(waiting / processes),
+        waiting,
         settings.max_body_bytes,
         settings.retry_after_seconds,
         Limits(**{field.name: getattr(settings, f"max_{field.name}") for field in fields(Limits)}),
+        TokenQueue(held // processes, tokens),
         stores=compat.stores_responses(),
     )
     if settings.api_keys_file is not None:
@@ -92,6 +100,7 @@ def adopt(stock: FastAPI, routes: Sequence[BaseRoute]) -> None:
     stock.title, stock.version = "Shoal", pruning.__version__
     stock.description = "OpenAI-compatible API of a depth-pruned model, served by vLLM."
     stock.add_exception_handler(RequestValidationError, refuse_invalid)
+    stock.add_exception_handler(TooManyTokens, refuse_tokens)
     for kind in UNREADABLE:
         stock.add_exception_handler(kind, refuse_unreadable)
     stock.user_middleware = [one for one in stock.user_middleware if one.cls is not CORSMiddleware]  # `dress` has it
@@ -148,13 +157,13 @@ async def serve(
             facts = compat.engine_facts(engine)
             inventory = take_inventory(directory, manifest, facts, draft)
             publish(inventory, pruning.__version__, compat.VERSION, args.served_model_name[0])
-            guard_generation(engine, settings.max_prompt_tokens, settings.max_output_tokens, spend_tokens)
+            guard_generation(engine, settings.max_prompt_tokens, settings.max_output_tokens, spend_tokens, reserve)
             stock = await compat.stock_app(engine, args)
             own = router(manifest, inventory, partial(compat.model_cards, stock), draft, compat.VERSION)
             adopt(stock, [*lifecycle.routes(), *own.routes])
             # vLLM's error handlers stop `state.server` at the first error of a dead engine; `supervise` stops ours.
             stock.state.server = SimpleNamespace(should_exit=False)
-            app = assemble(stock, settings, lifecycle, facts.max_running, processes)
+            app = assemble(stock, settings, lifecycle, facts.max_running, facts.capacity_tokens, processes)
         apps: list[ASGIApp] = [app] if len(sockets) == 1 else [Split(app, False), Split(app, True)]
         servers = []
         for part, sock in zip(apps, sockets, strict=True):

@@ -70,6 +70,11 @@ REJECTED = Counter("shoal_admission_rejected_total", "Requests refused at the do
 QUEUE_DEPTH = Gauge(
     "shoal_admission_queue_depth", "Sequences inside beyond those the engine runs at once.", multiprocess_mode="livesum"
 )
+QUEUED_TOKENS = Gauge(
+    "shoal_admission_queued_tokens",
+    "Tokens that the requests inside ask for beyond those the KV cache holds.",
+    multiprocess_mode="livesum",
+)
 DURATION = Histogram(
     "shoal_request_duration_seconds", "From the request's arrival to its last byte.", ["route", "status"],
     buckets=SECONDS,

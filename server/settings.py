@@ -59,6 +59,12 @@ class Settings(BaseSettings):
         ge=0,
         description="Sequences that may wait beyond those the engine runs at once; more get 503.",
     )
+    max_queued_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="Tokens of prompts and of the longest answers asked for that may wait beyond those the KV cache "
+        "holds; more get 429. By default 16 times what it holds.",
+    )
     max_body_bytes: PositiveInt = Field(4 * 2**20, description="Bytes of a request body; more get 413.")
     max_prompt_tokens: PositiveInt | None = Field(None, description="Tokens of one prompt; more get 400.")
     max_output_tokens: PositiveInt | None = Field(
@@ -88,7 +94,9 @@ class Settings(BaseSettings):
     grammar_seconds: PositiveFloat = Field(
         10.0, description="Seconds a schema or grammar may take to compile; slower ones get 400."
     )
-    retry_after_seconds: PositiveFloat = Field(1.0, description="Retry-After of a 503 for a full queue, in seconds.")
+    retry_after_seconds: PositiveFloat = Field(
+        1.0, description="Retry-After of a 503 or 429 for a full queue, in seconds."
+    )
 
     grace_seconds: NonNegativeFloat = Field(
         30.0, description="Seconds running requests may take to finish after SIGTERM."

@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -35,6 +36,8 @@ from pruning.recovery.fuse import Fusion, fuse
 from pruning.variants import window_fit
 
 VOCABULARY = 320
+CACHE = tempfile.TemporaryDirectory()
+EMBEDDED = "smollm2-135m"
 BLOCKS = 6
 
 SIZES: dict[str, Any] = {
@@ -394,9 +397,11 @@ def free_port() -> int:
 
 
 def run_prune_export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Exit code of `prune-export ARGUMENTS`, run in this process."""
+    """Exit code of `prune-export ARGUMENTS`, run in this process, with a cache of its own."""
     from pruning.cli import main
 
+    if "XDG_CACHE_HOME" not in os.environ and EMBEDDED not in arguments:
+        monkeypatch.setenv("XDG_CACHE_HOME", CACHE.name)
     monkeypatch.setattr(sys, "argv", ["prune-export", *map(str, arguments)])
     try:
         main()

@@ -32,6 +32,19 @@ def saved(family: str) -> str:
     return f"1 - {served} / {dense}"
 
 
+def by_length(family: str) -> list[Query]:
+    """A family with the length of a request as its label, as served and dense; empty without windows."""
+    return [(f"avg by (variant, context) ({family}{{{HERE}}})", "{{variant}}, {{context}} tokens")]
+
+
+def saved_by_length() -> str:
+    """Share of a dense request's bytes that a served one does without, by its length."""
+    served, dense = (
+        f'avg by (context) (shoal_kv_request_bytes{{variant="{variant}",{HERE}}})' for variant in ("served", "dense")
+    )
+    return f"1 - {served} / {dense}"
+
+
 def beyond_dense() -> str:
     """Tokens in use above what the dense model's cache would hold."""
     held, dense = (
@@ -82,6 +95,8 @@ ROWS: dict[str, list[Panel]] = {
         ("Tokens", "short", "Tokens a second, read and written.", [
             (f"sum(rate(vllm:prompt_tokens_total{{{HERE}}}[$__rate_interval]))", "prompt"),
             (f"sum(rate(vllm:generation_tokens_total{{{HERE}}}[$__rate_interval]))", "generated")]),
+        ("Tokens waiting for cache", "short", "What the requests inside ask for beyond what the KV cache holds.",
+            [(f"shoal_admission_queued_tokens{{{HERE}}}", "{{instance}}")]),
         ("Preemptions", "ops", "Requests whose cache was taken away; they are computed again.",
             [(rate("vllm:num_preemptions_total", "instance"), "{{instance}}")]),
     ],
@@ -90,6 +105,15 @@ ROWS: dict[str, list[Panel]] = {
             [(f"avg by (variant) (shoal_kv_cache_capacity_tokens{{{HERE}}})", "{{variant}}")]),
         ("Saved", "percentunit", "Share of the dense model's KV cache of a token, and of its weights, that is gone.", [
             (saved("shoal_kv_bytes_per_token"), "KV cache"), (saved("shoal_weight_bytes"), "weights")]),
+        ("Tokens that fit, by length of a request", "short",
+            "With windows: requests of 1,024, of 8,192 and of the longest length, as served and dense.",
+            by_length("shoal_kv_cache_fitting_tokens")),
+        ("KV cache of one request", "bytes", "With windows: by its length, as served and dense.",
+            by_length("shoal_kv_request_bytes")),
+        ("Saved of one request", "percentunit", "With windows: share of its dense bytes, by its length.",
+            [(saved_by_length(), "{{context}} tokens")]),
+        ("Layers with a window", "short", "Attention layers that keep their last tokens only.",
+            [(f'max by (instance) (shoal_sublayers{{kind="attention",state="limited",{HERE}}})', "{{instance}}")]),
         ("Tokens beyond a dense cache", "short",
             "Tokens in use that the dense model could not hold in these bytes; above 0 the pruning is in use.",
             [(beyond_dense(), "{{instance}}")]),
@@ -99,7 +123,7 @@ ROWS: dict[str, list[Panel]] = {
             [(hit_rate(), "{{instance}}")]),
         ("Preempted requests", "percentunit", "Preemptions per finished request: 0 while the cache is large enough.",
             [(preempted(), "{{instance}}")]),
-        ("Sublayers", "short", "Kept, emulated and removed.",
+        ("Sublayers", "short", "Kept, limited, emulated and removed.",
             [(f"max by (kind, state) (shoal_sublayers{{{HERE}}})", "{{kind}} {{state}}")]),
         ("Emulation parameters", "short", "Of the adapters that stand in for removed sublayers.",
             [(f"shoal_emulation_parameters{{{HERE}}}", "{{instance}}")]),
@@ -146,9 +170,9 @@ def dashboard() -> dict[str, Any]:
     for index, (title, described) in enumerate(ROWS.items()):
         place = {"x": 0, "y": top, "w": 24, "h": 1}
         panels.append(
-            {"id": 100 + index, "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
+            {"id": 1000 + index, "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
         )
-        panels += [panel(10 * index + i + 1, i % 4, top + 1 + 8 * (i // 4), one) for i, one in enumerate(described)]
+        panels += [panel(20 * index + i + 1, i % 4, top + 1 + 8 * (i // 4), one) for i, one in enumerate(described)]
         top += 1 + 8 * math.ceil(len(described) / 4)
     variable = {
         "name": "instance", "label": "Replica", "type": "query", "datasource": SOURCE, "refresh": 2,

@@ -165,6 +165,23 @@ def bytes_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str
     return _draw("kv-bytes", "Quality against KV cache", "Left and low is better.", (9, 4), draw)
 
 
+def kv_curve(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Line and dots: perplexity over the KV cache that stays, predicted and measured."""
+
+    def draw(axes: Any) -> None:
+        x = [100 * point["kv_share"] for point in points] + [100]
+        axes.plot(x, [point["predicted_ratio"] for point in points] + [1.0], "--", color=COLOURS[0], label="predicted")
+        known = [point for point in points if "measured_ratio" in point]
+        axes.plot([100 * point["kv_share"] for point in known], [point["measured_ratio"] for point in known], "o",
+                  color=COLOURS[1], markersize=5, label="measured")  # fmt: skip
+        axes.axhline(1.01, color=INK, linewidth=0.6, linestyle=":")
+        axes.set_xlabel("KV cache of a request, % of dense")
+        axes.set_ylabel("perplexity / dense")
+        axes.legend()
+
+    return _draw("curve", "Perplexity over the KV cache that stays", "Left and low is better.", (9, 4), draw)
+
+
 def tasks(points: Sequence[Mapping[str, Any]], dense: Mapping[str, Mapping[str, float]]) -> Figure:
     """Lines: what each task loses over number removed, for the emulation and chooser that loses least."""
     best = min(_lines(points).items(), key=lambda item: item[1][-1]["loss_increase"]["value"])

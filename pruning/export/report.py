@@ -1,5 +1,6 @@
 """The model card and the reports: what became of the sublayers, its cost, and the command that reproduces it."""
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -198,6 +199,62 @@ def write_sweep_report(directory: Path, document: Mapping[str, Any], front: Sequ
     (directory / "report.html").write_text(page, encoding="utf-8")
     for figure in drawn:
         figure.save(directory)
+
+
+def _curve_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    dense = document["codes_dense"]
+    rows = []
+    for point in document["points"]:
+        codes = point.get("codes")
+        rows.append(
+            (
+                f"{point['kv_share']:.1%}",
+                f"{point['full_heads']} of {point['heads']}",
+                f"{point['limited_layers']} ({point['mixed_layers']})",
+                f"{point['predicted_ratio']:.4f}",
+                f"{point['measured_ratio']:.4f}" if "measured_ratio" in point else "",
+                f"{codes['found']} of {codes['asked']}" if codes else "",
+            )
+        )
+    return [*rows, ("100%", "all", "0", "1", "1", f"{dense['found']} of {dense['asked']}" if dense else "")]
+
+
+CURVE_HEAD = (
+    "KV cache", "KV heads full", "layers limited (in part)", "perplexity / dense, predicted", "measured", "codes found"
+)  # fmt: skip
+
+
+def curve_table(document: Mapping[str, Any]) -> str:
+    """The curve of `pruning.curve` as text."""
+    rows = [CURVE_HEAD, *_curve_rows(document)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(CURVE_HEAD))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def write_curve(directory: Path, document: Mapping[str, Any]) -> None:
+    """Write curve.json, report.html and the figure.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    figure = figures.kv_curve(document["points"])
+    rows = _curve_rows(document)
+    tables = [{"title": "Budgets", "head": CURVE_HEAD, "rows": rows}]
+    lead = (
+        f"A request of {document['context']:,} tokens, windows of {document['window']:,}; perplexity on held-out rows "
+        f"of {document['row_tokens']:,} tokens. Any budget: prune-export MODEL --output DIR --kv-budget SHARE."
+    )
+    made_by = f"prune-export plan {shlex.quote(str(document['model']))}"
+    page = _page(
+        f"{document['model']}: what a KV budget costs", lead, tables, [figure], made_by, str(document["shoal_version"])
+    )
+    try:
+        directory.mkdir(exist_ok=True)
+        (directory / "curve.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (directory / "report.html").write_text(page, encoding="utf-8")
+        figure.save(directory)
+    except OSError as error:
+        raise StorageError(f"cannot write the report in {directory}: {error.strerror or error}") from error
 
 
 def write_evaluation(directory: Path, found: Mapping[str, Any], made_by: str) -> None:

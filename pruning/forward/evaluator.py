@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pruning.families import Family
@@ -115,6 +114,10 @@ class Evaluator(Blocks):
         first = sum(len(batch) for batch in self.batches[:number])
         return slice(first, first + len(self.batches[number]))
 
+    def window_loss(self, hidden: Tensor, number: int) -> Tensor:
+        """Mean loss of every window of a batch from what leaves the last block [b, T, D]: float64 [b], nats/token."""
+        return self._reduce(self._head.cross_entropy(hidden, self.batches[number][:, 1:]), number)
+
     def head_loss(self, hidden: Tensor, batch: Tensor) -> Tensor:
         """Next-token cross-entropy of every window, float64 [b] in nats/token; logits come in chunks."""
         return self._head.cross_entropy(hidden, batch[:, 1:]).double().mean(1).cpu()
@@ -135,7 +138,7 @@ class Evaluator(Blocks):
             float64 [len(plans), n]: means over the counted tokens of every window, nats/token (loss, kl).
         """
         table = torch.zeros(len(plans), self.windows, dtype=torch.float64)
-        plans = [self._complete(plan) for plan in plans]
+        plans = [self.complete(plan) for plan in plans]
         order = sorted(range(len(plans)), key=lambda p: (min(plans[p], default=_LAST), p))
         for numbers in self._rounds():
             tensors = 1 + self.family.parallel + len(self.sources(plans))
@@ -146,7 +149,7 @@ class Evaluator(Blocks):
                         advance()  # type: ignore[misc]
         return parallel.gather(table)
 
-    def _complete(self, plan: Gone) -> Gone:
+    def complete(self, plan: Gone) -> Gone:
         """The plan with what the view removes, every emulation in its place."""
         whole = {**self.base, **plan}
         return {s: self.emulations.get(s) if module is None else module for s, module in whole.items()}
@@ -202,7 +205,7 @@ class Evaluator(Blocks):
     @torch.inference_mode()
     def walk(self, visit: Visitor, gone: Gone | None = None) -> None:
         """Run one subnetwork and show every kept sublayer's input and output to `visit`."""
-        gone = self._complete(gone or {})
+        gone = self.complete(gone or {})
         for numbers in self._rounds():
             streams = self._embedded(numbers)
             taps: dict[int, Taps] = {number: {} for number in numbers}
@@ -220,74 +223,6 @@ class Evaluator(Blocks):
                                 visit(number, sublayer, hidden, after)
                             hidden = after
                         streams[number] = hidden, kwargs
-
-    def gate_gradients(self, gates: Tensor, number: int) -> Tensor:
-        """Gradient of the loss by a gate on every sublayer's update: x + g f(x).
-
-        Where the view has an emulation for a sublayer, the gate goes from that (0) to the sublayer itself (1).
-
-        Args:
-            gates: float32 [L, 2], attention and ffn.
-            number: Of the batch.
-
-        Returns:
-            d(mean loss of the window)/d gate, float64 [b, L, 2], nats/token; 0 for what the view removes.
-        """
-        return self._gradients(gates, number, self._gated)
-
-    def head_gradients(self, gates: Tensor, number: int) -> Tensor:
-        """Gradient of the loss by a gate on every KV head: 1 attends as it does, 0 as the view's emulation limits it.
-
-        Args:
-            gates: float32 [L, K].
-            number: Of the batch.
-
-        Returns:
-            d(mean loss of the window)/d gate, float64 [b, L, K], nats/token; 0 where no emulation has gates.
-        """
-        return self._gradients(gates, number, self._gated_heads)
-
-    def _gradients(self, gates: Tensor, number: int, run: Callable[..., Tensor]) -> Tensor:
-        """Gradients of each window's loss by its own gates [L, n], float64 [b, L, n]; `run` takes a block its part."""
-        batch = self.batches[number]
-        hidden, kwargs = self.embed(batch)
-        # One gate per window, so that one backward pass gives every window's own gradient.
-        wide = gates.to(hidden.device, hidden.dtype).repeat(len(batch), 1, 1).requires_grad_(True)
-        taps: Taps = {}
-        with torch.enable_grad():
-            for index in range(len(self.blocks)):
-                hidden = checkpoint(run, index, hidden, kwargs[index], wide[:, index], taps, use_reentrant=False)
-            loss = self._reduce(self._head.cross_entropy(hidden, batch[:, 1:]), number).sum()
-            (gradient,) = torch.autograd.grad(loss, wide)
-        taps.clear()  # the graph holds them and they hold the graph, where no collector sees it
-        return gradient.double().cpu()
-
-    def _gated_heads(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps) -> Tensor:
-        base = self._complete({})
-        for kind in KINDS:
-            sublayer = Sublayer(index, kind)
-            emulation: Any = base[sublayer] if sublayer in base else self.emulations.get(sublayer)
-            if sublayer in base and emulation is None:
-                continue
-            if sublayer not in base and emulation is not None:
-                emulation = emulation.gated(gates)
-            hidden = self.run_and_tap(sublayer, hidden, kwargs, emulation, taps)
-        return hidden
-
-    def _gated(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps) -> Tensor:
-        base = self._complete({})
-        for column, kind in enumerate(KINDS):
-            sublayer = Sublayer(index, kind)
-            if sublayer in base:
-                emulation = base[sublayer]
-                hidden = hidden if emulation is None else self.run_and_tap(sublayer, hidden, kwargs, emulation, taps)
-                continue
-            other = hidden
-            if (emulation := self.emulations.get(sublayer)) is not None:
-                other = self.run_and_tap(sublayer, hidden, kwargs, emulation, dict(taps))
-            after = self.run_and_tap(sublayer, hidden, kwargs, None, taps)
-            hidden = other + gates[:, column, None, None] * (after - other)
-        return hidden
 
     def _rounds(self) -> list[list[int]]:
         """Batches that go through the blocks together: one at a time, or all when blocks come from disk."""

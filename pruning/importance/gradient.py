@@ -8,6 +8,7 @@ from torch import Tensor
 from pruning.console import Reporter, Step
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.gates import sublayer_gradients
 from pruning.importance import Sampling, Scores
 from pruning.plan import KINDS, Unit
 
@@ -48,7 +49,7 @@ def _gradients(evaluator: Evaluator, gate: float, units: Sequence[Unit], step: S
             gates[sublayer.block, KINDS.index(sublayer.kind)] = gate
     table = torch.zeros(evaluator.windows, *gates.shape, dtype=torch.float64)
     for number in evaluator.mine():
-        table[evaluator.span(number)] = evaluator.gate_gradients(gates, number)
+        table[evaluator.span(number)] = sublayer_gradients(evaluator, gates, number)
         step.advance()
     return parallel.gather(table)
 

@@ -7,7 +7,7 @@ Source: retrieval heads, arXiv 2404.15574; gates by head, arXiv 2410.10819. Ther
     is read off.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -17,8 +17,10 @@ from torch import Tensor
 from pruning.console import Reporter
 from pruning.finite import check_numbers
 from pruning.forward import parallel
+from pruning.forward.gates import head_gradients
+from pruning.forward.streams import describe
 from pruning.plan import Sublayer
-from pruning.search.selection import Judge
+from pruning.search.selection import Judge, weights_by_share
 from pruning.variants.window import Window
 
 Head = tuple[int, int]
@@ -29,16 +31,17 @@ Full = frozenset[Head]
 
 Limits = Mapping[Sublayer, Window]
 
+REACH = 0.5  # of the way from limited to full that scores are taken on
 SHORTLIST = 12  # heads outside of a plan that exchange tries at a time, and heads inside that it tries to do without
 ROUNDS = 8  # exchanges, at most
 
 
 @dataclass(frozen=True, slots=True)
 class HeadScores:
-    """What limiting each KV head costs, first order, in nats/token.
+    """What limiting each KV head costs, first order, in nats/token of the first judge.
 
     Attributes:
-        heads: float64 [L, K], the judges' weighted sum, each counted where it is positive; 0 where nothing is limited.
+        heads: float64 [L, K], the judges' sum as `weigh` makes it; 0 where nothing is limited.
         layers: The same of whole layers [L].
         by_judge: Judge -> [L, K], as they are.
     """
@@ -48,22 +51,26 @@ class HeadScores:
     by_judge: Mapping[str, Tensor]
 
 
-def score(judges: Sequence[Judge], limits: Limits, samples: int, reporter: Reporter) -> HeadScores:
-    """Score all heads at once: minus the gradient of the loss by a gate on each, between full and limited.
+def score(
+    judges: Sequence[Judge], limits: Limits, samples: int, reporter: Reporter, reach: float = REACH
+) -> HeadScores:
+    """Score all heads at once: minus the gradient of the loss by a gate on each, between limited (0) and full (1).
 
-    All gates go together from full to limited; the integral on the way is a Gauss-Legendre sum of `samples` points,
-    so that the scores of all heads sum to what limiting all of them costs. One point is the gradient half way.
+    All gates go together from `reach` to 0; the integral on the way is a Gauss-Legendre sum of `samples` points, so
+    that the scores of all heads sum to what this way costs. Budgets are small, so the half of the way is taken that
+    is near their plans: on WikiText it chose better than the whole way (docs/decisions/windows.md).
 
     Source: Aumann and Shapley, Values of Non-Atomic Games, 1974; integrated gradients, arXiv 1703.01365.
     """
     nodes, weights = numpy.polynomial.legendre.leggauss(samples)
-    gates = [(1 - float(node)) / 2 for node in nodes]
+    gates = [reach * (1 - float(node)) / 2 for node in nodes]
     found: dict[str, Tensor] = {}
     evaluators = [judge.evaluator.view([], limits) for judge in judges]
+    described = describe(limits)
     steps = samples * sum(len(evaluator.mine()) for evaluator in evaluators)
     with reporter.progress("gates by head", steps) as step:
         for judge, evaluator in zip(judges, evaluators, strict=True):
-            key = ["heads", evaluator.text, judge.fitted_on, samples]
+            key = ["heads", evaluator.text, described, samples, reach]
             known = evaluator.journal.recall(key)
             if parallel.everywhere(known is not None):
                 found[judge.name] = torch.tensor(known, dtype=torch.float64)
@@ -73,23 +80,31 @@ def score(judges: Sequence[Judge], limits: Limits, samples: int, reporter: Repor
             table = torch.zeros(evaluator.windows, *shape, dtype=torch.float64)
             for gate, weight in zip(gates, weights, strict=True):
                 for number in evaluator.mine():
-                    part = evaluator.head_gradients(torch.full(shape, gate), number)
-                    table[evaluator.span(number)] -= part * float(weight) / 2
+                    part = head_gradients(evaluator, torch.full(shape, gate), number)
+                    table[evaluator.span(number)] -= part * float(weight) / 2 * reach
                     step.advance()
             found[judge.name] = parallel.gather(table).mean(0)
             check_numbers(_named(found[judge.name]), f"gates by head on {judge.name}")
             evaluator.journal.keep(key, found[judge.name].tolist())
-    total = sum(judge.weight for judge in judges)
-
-    def summed(of: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = [judge.weight / total * _counted(judge, of(found[judge.name])) for judge in judges]
-        return torch.stack(parts).sum(0)
-
-    return HeadScores(summed(lambda table: table), summed(lambda table: table.sum(1)), found)
+    tables = [found[judge.name] for judge in judges]
+    layers = [table.sum(1) for table in tables]
+    return HeadScores(weigh(judges, tables, _positive(tables)), weigh(judges, layers, _positive(layers)), found)
 
 
-def _counted(judge: Judge, values: Tensor) -> Tensor:
-    return values if judge.gains else values.clamp_min(0)
+def _positive(tables: Sequence[Tensor]) -> list[float]:
+    return [float(table.clamp_min(0).sum()) for table in tables]
+
+
+def weigh(judges: Sequence[Judge], costs: Sequence[Tensor], everything: Sequence[float]) -> Tensor:
+    """One cost from the judges' costs, each counted where it is positive, by its share; nats/token of the first.
+
+    Args:
+        judges: The first is the text.
+        costs: Of each judge, any shape, nats/token.
+        everything: What limiting everything costs each judge.
+    """
+    weights = weights_by_share(judges, everything)
+    return torch.stack([weight * cost.clamp_min(0) for weight, cost in zip(weights, costs, strict=True)]).sum(0)
 
 
 def _named(table: Tensor) -> dict[str, float]:
@@ -140,25 +155,26 @@ class Trial:
     reporter: Reporter
     _known: dict[Full, float] = field(default_factory=dict)
     _modules: dict[tuple[Sublayer, tuple[int, ...]], Window] = field(default_factory=dict)
-    _dense: list[float] = field(default_factory=list)
+    _ends: list[Tensor] = field(default_factory=list)
 
     def costs(self, plans: Iterable[Full], what: str) -> list[float]:
-        """Increase of the judges' losses, weighted, each counted where it is positive, nats/token."""
+        """Increase of the judges' losses, as `weigh` makes one cost of them, nats/token of the first judge."""
         plans = list(plans)
         missing = [plan for plan in dict.fromkeys(plans) if plan not in self._known]
         if missing:
             asked = [self._gone(plan) for plan in missing]
             batches = sum(len(judge.evaluator.mine()) for judge in self.judges)
-            total = sum(judge.weight for judge in self.judges)
-            sums = torch.zeros(len(missing), dtype=torch.float64)
-            with self.reporter.progress(what, len(missing) * batches) as step:
-                if not self._dense:
-                    self._dense = [float(judge.evaluator.loss({}).mean()) for judge in self.judges]
-                for judge, dense in zip(self.judges, self._dense, strict=True):
-                    rows = judge.evaluator.values(asked, advance=step.advance).mean(1) - dense
-                    sums += judge.weight / total * _counted(judge, rows)
-            check_numbers({str(number): cost for number, cost in enumerate(sums.tolist())}, what)
-            self._known |= dict(zip(missing, sums.tolist(), strict=True))
+            with self.reporter.progress(what, (len(missing) + 2 * (not self._ends)) * batches) as step:
+                if not self._ends:
+                    ends = [{}, self.limits]
+                    self._ends = [judge.evaluator.values(ends, advance=step.advance).mean(1) for judge in self.judges]
+                costs = [
+                    judge.evaluator.values(asked, advance=step.advance).mean(1) - dense
+                    for judge, (dense, _) in zip(self.judges, self._ends, strict=True)
+                ]
+            found = weigh(self.judges, costs, [float(limited - dense) for dense, limited in self._ends]).tolist()
+            check_numbers({str(number): cost for number, cost in enumerate(found)}, what)
+            self._known |= dict(zip(missing, found, strict=True))
         return [self._known[plan] for plan in plans]
 
     def _gone(self, plan: Full) -> dict[Sublayer, Window]:

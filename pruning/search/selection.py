@@ -36,7 +36,8 @@ class Judge:
         weight: Its share of the whole.
         adapters: Emulations to judge with; none by default.
         fitted_on: What the adapters depend on, for the journal's key.
-        gains: Whether a unit counts as less than nothing where the judge is better off without it.
+        gains: Whether a unit counts as less than nothing where the judge is better off without it. Where no judge's
+            does, each judge's costs count as shares of their sum.
     """
 
     name: str
@@ -101,12 +102,28 @@ def score(
         return Scores({unit: max(0.0, value) for unit, value in found.values.items()}, found.errors)
 
     each = {judge.name: clipped(judge) for judge in judges}
-    total = sum(judge.weight for judge in judges)
-    shares = [(judge.weight / total, each[judge.name]) for judge in judges]
+    if any(judge.gains for judge in judges):
+        total = sum(judge.weight for judge in judges)
+        weights = [judge.weight / total for judge in judges]
+    else:
+        weights = weights_by_share(judges, [sum(each[judge.name].values.values()) for judge in judges])
+    shares = [(weight, each[judge.name]) for weight, judge in zip(weights, judges, strict=True)]
     values = {unit: sum(share * scores.values[unit] for share, scores in shares) for unit in units}
     known = [unit for unit in units if all(unit in scores.errors for _, scores in shares)]
     errors = {unit: math.hypot(*(share * scores.errors[unit] for share, scores in shares)) for unit in known}
     return {"": Scores(values, errors), **(each if len(judges) > 1 else {})}
+
+
+def weights_by_share(judges: Sequence[Judge], everything: Sequence[float]) -> list[float]:
+    """Weights of the judges' costs, so that each counts as a share of `everything`, in units of the first judge.
+
+    Judges differ in scale: limiting every layer costs a tenth of a nat a token on text and ten on hidden codes.
+    """
+    first = everything[0]
+    return [
+        judge.weight * (first / whole if min(first, whole) > 0 else 1.0)
+        for judge, whole in zip(judges, everything, strict=True)
+    ]
 
 
 def _names(*several: Sequence[Unit]) -> list[list[str]]:

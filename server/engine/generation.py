@@ -2,9 +2,24 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+
+from server.errors import Refusal
+
+
+class TooManyTokens(GracefulHTTPError):
+    """A generation is refused because too many tokens wait.
+
+    Attributes:
+        refusal: What the client is told.
+    """
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.text, HTTPStatus(refusal.status))
+        self.refusal = refusal
 
 
 def guard_generation(
@@ -12,19 +27,21 @@ def guard_generation(
     max_prompt_tokens: int | None,
     max_output_tokens: int | None,
     spending: Callable[[], Callable[[int], None] | None],
+    reserve: Callable[[int, int, int], Callable[[], None] | None],
 ) -> None:
     """Limit the tokens of every generation on this engine client, whatever route asks for it, and count them.
 
-    vLLM's handlers call `engine.generate` before they answer, so a refusal becomes an ordinary 400. Only what is needed
-    is wrapped: without limits the engine's own method stays.
+    vLLM's handlers call `engine.generate` before they answer, so a refusal becomes an ordinary 400 or 429.
 
     Args:
         engine: vLLM's engine client.
         max_prompt_tokens: Of one prompt; None: no limit but the model's.
         max_output_tokens: Of one answer, which is cut there; None: no limit but the model's.
         spending: Called once a generation; gives what to call with each number of tokens, or None.
+        reserve: Called once a generation with the tokens of its prompt, those of its longest answer, and its choices;
+            gives what to call at its end, or None. Its `Refusal` becomes the answer.
     """
-    stock = engine.generate
+    stock, longest = engine.generate, engine.model_config.max_model_len
 
     def generate(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         length = len(prompt.get("prompt_token_ids") or prompt.get("prompt_embeds") or ()) if prompt else 0
@@ -36,7 +53,13 @@ def guard_generation(
             sampling_params = sampling_params.clone()
             sampling_params.max_tokens = max_output_tokens
             sampling_params.min_tokens = min(sampling_params.min_tokens, max_output_tokens)
+        try:
+            release = reserve(length, sampling_params.max_tokens or longest - length, sampling_params.n)
+        except Refusal as refusal:
+            raise TooManyTokens(refusal) from refusal
         answer = stock(prompt, sampling_params, request_id, **options)
+        if release is not None:
+            answer = _reserved(answer, release)
         if sampling_params.structured_outputs is not None:
             answer = _blaming_the_grammar(answer)
         spend = spending()
@@ -60,6 +83,15 @@ async def _blaming_the_grammar(answer: Any) -> AsyncIterator[Any]:
                 )
             begun = begun or any(part.token_ids for part in output.outputs)
             yield output
+
+
+async def _reserved(answer: Any, release: Callable[[], None]) -> AsyncIterator[Any]:
+    try:
+        async with aclosing(answer):
+            async for output in answer:
+                yield output
+    finally:
+        release()
 
 
 async def _counted(answer: Any, spend: Callable[[int], None]) -> AsyncIterator[Any]:

@@ -11,6 +11,7 @@ ALL = float("inf")  # -1 asks for the whole vocabulary
 # Lists whose strings and lists are sequences of their own: prompts, conversations, texts to embed or to score.
 SEQUENCES = ("prompt", "prompt_embeds", "input", "messages", "items", "texts", "queries", "data_1", "data_2", "text_1",
              "text_2")  # fmt: skip
+BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 STOPS = ("stop", "stop_sequences", "stop_token_ids", "bad_words")
 TOKEN_LISTS = ("logit_bias", "allowed_token_ids")
 GRAMMARS = ("response_format", "structured_outputs", "text", "tools", "functions")
@@ -49,6 +50,11 @@ def sequences(body: Any) -> int:
         return 1
     choices = max([1, *(int(min(amount, 2**31)) for _, amount in _choices(body))])
     return choices * max(1, sum(_entries(body.get(name)) for name in _lists(body)))
+
+
+def bounds_answer(body: Any) -> bool:
+    """Whether a request says how long its answer may be."""
+    return isinstance(body, dict) and any(_fields(body, BOUNDS))
 
 
 def check(body: Any, size: int, limits: Limits) -> None:

@@ -75,16 +75,18 @@ class OpenAIErrors:
 def _last_event(error: Exception, number: int) -> tuple[bytes, bool]:
     """What ends a stream that broke after it had begun, and whether its request was at fault.
 
-    vLLM checks some fields when it has already answered 200; its exceptions for them have a `parameter`.
+    vLLM checks some fields when it has already answered 200; its exceptions for them have a `parameter`. Those that
+    refuse for want of room have an `http_status`.
 
     Args:
         error: Starlette's, with vLLM's as its cause, or any other.
         number: Of this event in the stream.
     """
-    cause = error.__cause__ or error
-    is_clients = hasattr(cause, "parameter")
-    message = PARAMETER.sub("", str(cause)) if is_clients else FAILED
-    told = {"message": message, "type": error_type(400 if is_clients else 500),
+    cause = error if hasattr(error, "http_status") else error.__cause__ or error
+    status = 400 if hasattr(cause, "parameter") else int(getattr(cause, "http_status", 500))
+    is_clients = status < 500
+    message = PARAMETER.sub("", str(cause)) if status != 500 else FAILED
+    told = {"message": message, "type": error_type(status),
             "param": getattr(cause, "parameter", None), "code": None}  # fmt: skip
     # `error` is for chat and completions, the rest for the event of that name of responses.
     event = {"type": "error", "error": told, "sequence_number": number} | {

@@ -5,6 +5,8 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import PurePosixPath
 from typing import Any
 
 import jsonschema
@@ -19,6 +21,8 @@ PROBES = {
     "readinessProbe": "/health/ready",
     "livenessProbe": "/health/live",
 }
+MODEL_HEADER = "X-Gateway-Model-Name"  # what a body-based router sets
+MODELS = "/v1/models/"
 # Of the custom resources only the fields in use, closed: a misspelt one is an error.
 CUSTOM = yaml.safe_load((HERE / "custom_resources.yaml").read_text())
 Document = dict[str, Any]
@@ -127,6 +131,7 @@ def pod_problems(where: str, spec: Document, names: dict[str, set[str]]) -> Iter
     for container in [*spec.get("initContainers", []), *spec["containers"]]:
         yield from container_problems(f"{where} {container['name']}", container, volumes)
     yield from server_problems(where, spec)
+    yield from plan_problems(where, spec)
 
 
 def matching(selector: dict[str, str], pods: dict[str, Document]) -> list[Document]:
@@ -154,6 +159,53 @@ def selector_problems(document: Document, pods: dict[str, Document]) -> Iterator
     for port in wanted:
         if port not in open_ports(found):
             yield f"{where} points to the port {port}, which no selected pod opens"
+
+
+def overlap_problems(documents: list[Document]) -> Iterator[str]:
+    """Selectors of one server that reach the pods of another."""
+    workloads = {name: d for d in documents if d["kind"] in ("Deployment", "Job") for name, d in templates(d)}
+    for document in documents:
+        where, selector = f"{document['kind']}/{document['metadata']['name']}", document.get("spec", {}).get("selector")
+        if document["kind"] not in ("Deployment", "Service", "PodDisruptionBudget", "InferencePool"):
+            continue
+        labels = selector if document["kind"] == "Service" else selector.get("matchLabels", {})
+        if len(found := sorted(name for name, pod in workloads.items() if matching(labels, {name: pod}))) > 1:
+            yield f"{where} selects the pods of {' and '.join(found)}"
+
+
+def served_models(server: Document) -> set[str]:
+    """Names that clients may call a server's model by."""
+    arguments = server["args"]
+    names = {value for flag, value in pairwise(arguments) if flag == "--served-model-name"}
+    return {PurePosixPath(arguments[0]).name} | names
+
+
+def plan_problems(where: str, spec: Document) -> Iterator[str]:
+    """A plan that is in no file or image of the pod."""
+    sources = {volume["name"] for volume in spec.get("volumes", []) if "configMap" in volume or "image" in volume}
+    for server in (container for container in spec["containers"] if container["name"] == "server"):
+        mounts = {mount["mountPath"] for mount in server.get("volumeMounts", []) if mount["name"] in sources}
+        for flag, path in pairwise(server.get("args", [])):
+            if flag == "--plan" and not mounts & {path, *map(str, PurePosixPath(path).parents)}:
+                yield f"{where} serves the plan {path}, which no ConfigMap or image is mounted at"
+
+
+def model_problems(route: Document, documents: list[Document], pods: dict[str, Document]) -> Iterator[str]:
+    """A route that sends a model's name to a server that does not have it, or nothing where no name is said."""
+    services = {d["metadata"]["name"]: d["spec"]["selector"] for d in documents if d["kind"] == "Service"}
+    rules = [(match, rule) for rule in route["spec"]["rules"] for match in rule["matches"]]
+    for match, rule in rules:
+        names = [header["value"] for header in match.get("headers", []) if header["name"] == MODEL_HEADER]
+        names += [match["path"]["value"].removeprefix(MODELS)] if match["path"]["value"].startswith(MODELS) else []
+        where = f"HTTPRoute/{route['metadata']['name']}"
+        for backend in rule["backendRefs"]:
+            found = matching(services.get(backend["name"], {}), pods)
+            known = {n for pod in found for c in pod["spec"]["containers"] if c["name"] == "server"
+                     for n in served_models(c)}  # fmt: skip
+            for name in set(names) - known:
+                yield f"{where} sends {name} to {backend['name']}, which does not serve it"
+    if not any(set(match) == {"path"} and match["path"]["type"] == "PathPrefix" for match, _ in rules):
+        yield f"HTTPRoute/{route['metadata']['name']} sends requests that name no model nowhere"
 
 
 def adapted(documents: list[Document]) -> set[str]:
@@ -224,4 +276,7 @@ def problems(documents: list[Document]) -> list[str]:
             found += selector_problems(document, pods)
         if document["kind"] == "Deployment":
             found += rollout_problems(document)
+        if document["kind"] == "HTTPRoute":
+            found += model_problems(document, documents, pods)
+    found += overlap_problems(documents)
     return found + list(reference_problems(documents, names))

@@ -19,16 +19,44 @@ def test_overlay_is_sound(name: str) -> None:
     assert problems(overlay(name)) == []
 
 
-def test_inference_pool_is_sound(tmp_path: Path) -> None:
+def with_component(folder: Path, name: str, component: str) -> list[Document]:
+    """An overlay with a component of ours."""
     # Kustomize takes relative paths only.
-    up = os.path.relpath(DEPLOY / "kubernetes", tmp_path)
-    (tmp_path / "kustomization.yaml").write_text(
+    up = os.path.relpath(DEPLOY / "kubernetes", folder)
+    (folder / "kustomization.yaml").write_text(
         "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
-        f"resources: [{up}/overlays/gpu]\ncomponents: [{up}/components/inference-pool]\n"
+        f"resources: [{up}/overlays/{name}]\ncomponents: [{up}/components/{component}]\n"
     )
-    documents = list(yaml.safe_load_all(rendered(tmp_path)))
+    return list(yaml.safe_load_all(rendered(folder)))
+
+
+def test_inference_pool_is_sound(tmp_path: Path) -> None:
+    documents = with_component(tmp_path, "gpu", "inference-pool")
     assert any(d["kind"] == "InferencePool" for d in documents)
     assert problems(documents) == []
+
+
+def test_a_plan_in_an_image_is_sound(tmp_path: Path) -> None:
+    documents = with_component(tmp_path, "plans", "plan-image")
+    (plan,) = (v for v in window(documents)["volumes"] if v["name"] == "plan")
+    assert set(plan) == {"name", "image"}
+    assert problems(documents) == []
+    plan.pop("image")
+    assert any("no ConfigMap or image" in problem for problem in problems(documents))
+
+
+def window(documents: list[Document]) -> Document:
+    """The pod that serves the plan."""
+    return part(documents, "Deployment", "shoal-window")["spec"]["template"]["spec"]  # type: ignore[no-any-return]
+
+
+def test_plans_share_one_model_and_differ_in_the_plan() -> None:
+    documents = overlay("plans")
+    dense, plan = pod(documents), window(documents)
+    assert dense["containers"][0]["args"][0] == plan["containers"][0]["args"][0]
+    claims = [v["persistentVolumeClaim"] for p in (dense, plan) for v in p["volumes"] if "persistentVolumeClaim" in v]
+    assert claims[0] == claims[1]
+    assert {v["name"] for v in plan["volumes"]} - {v["name"] for v in dense["volumes"]} == {"plan"}
 
 
 FAULTS: dict[str, Callable[[list[Document]], object]] = {
@@ -80,6 +108,62 @@ FAULTS: dict[str, Callable[[list[Document]], object]] = {
     "autoscaler target": lambda d: part(d, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"].update(name="x"),
     "autoscaler against replicas": lambda d: part(d, "Deployment")["spec"].update(replicas=2),
 }
+
+
+def rule(documents: list[Document]) -> Document:
+    return part(documents, "HTTPRoute")["spec"]["rules"][0]  # type: ignore[no-any-return]
+
+
+PLAN_FAULTS: dict[str, tuple[Callable[[list[Document]], object], str]] = {
+    "a service of both plans": (
+        lambda d: part(d, "Service")["spec"]["selector"].pop("shoal/plan"),
+        "Service/shoal selects the pods of Deployment/shoal and Deployment/shoal-window",
+    ),
+    "a budget of both plans": (
+        lambda d: part(d, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].pop("shoal/plan"),
+        "PodDisruptionBudget/shoal selects the pods of",
+    ),
+    "a deployment that takes the other's pods": (
+        lambda d: part(d, "Deployment")["spec"]["selector"]["matchLabels"].pop("shoal/plan"),
+        "Deployment/shoal selects the pods of",
+    ),
+    "a plan that is not mounted": (
+        lambda d: window(d)["containers"][0]["args"].__setitem__(2, "/plans/1"),
+        "serves the plan /plans/1, which no ConfigMap or image is mounted at",
+    ),
+    "a plan on the volume of models": (
+        lambda d: window(d)["containers"][0]["args"].__setitem__(2, "/models/plan.safetensors"),
+        "serves the plan /models/plan.safetensors",
+    ),
+    "a model that its server does not have": (
+        lambda d: rule(d)["matches"][0]["headers"][0].update(value="smollm2-135m-windows"),
+        "sends smollm2-135m-windows to shoal-window, which does not serve it",
+    ),
+    "a card that its server does not have": (
+        lambda d: rule(d)["matches"][1]["path"].update(value="/v1/models/nobody"),
+        "sends nobody to shoal-window",
+    ),
+    "plans the wrong way round": (
+        lambda d: rule(d)["backendRefs"][0].update(name="shoal"),
+        "sends smollm2-135m-window to shoal, which does not serve it",
+    ),
+    "no way for other models": (
+        lambda d: part(d, "HTTPRoute")["spec"]["rules"].pop(),
+        "sends requests that name no model nowhere",
+    ),
+    "a misspelt field of a header": (
+        lambda d: rule(d)["matches"][0]["headers"][0].update(kind="Exact"),
+        "kind",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PLAN_FAULTS)
+def test_planted_fault_in_plans_is_found(fault: str) -> None:
+    documents = overlay("plans")
+    plant, told = PLAN_FAULTS[fault]
+    plant(documents)
+    assert any(told in problem for problem in problems(documents))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pruning import stages
 from pruning.models.checkpoint import verify
+from pruning.recipe import Recipe
 from tests.conftest import run_prune_export as run
 
 QUICK = [
@@ -41,7 +43,15 @@ def test_prunes_a_directory(monkeypatch, pico_directory, text, tmp_path, capsys)
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model(torch.arange(8)[None]).logits.isfinite().all()
     assert (output / "tokenizer.json").read_bytes() == (pico_directory() / "tokenizer.json").read_bytes()
-    assert "perplexity" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    (estimate,) = [number for number, line in enumerate(lines) if line.startswith("estimated time: ")]
+    assert lines[estimate + 1].startswith("calibrate ...")
+    made, quality, took, then = lines[-4:]
+    assert made.startswith(f"wrote {output}: ")
+    assert "KV cache of a request of 256 tokens" in made
+    assert quality.startswith("perplexity on rows of 64 tokens")
+    assert re.fullmatch(r"time: \d+ s \(estimated \d+ s\), peak memory \d+ MiB", took)
+    assert then == f"serve it: prune-serve {output}"
 
 
 def test_the_same_seed_gives_the_same_bytes(monkeypatch, pico_directory, text, tmp_path):
@@ -180,7 +190,31 @@ def test_help_is_quick_and_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--calibration" in done.stdout
+    assert "--heal" not in done.stdout
     assert time.perf_counter() - start < 10
+
+
+def options(printed: str) -> list[str]:
+    """Names of the options that a help page has a line for."""
+    return re.findall(r"^│ +(?:MODEL )?(--[a-z-]+)", printed.replace("*", " "), re.MULTILINE)
+
+
+def test_help_is_short_and_in_the_order_of_use_and_help_all_has_every_flag(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
+    model, *short = options(printed)
+    assert model == "--model"
+    assert short == [
+        "--output", "--kv-budget", "--weight-budget", "--max-loss-increase", "--target-tokens", "--kv-memory",
+        "--context", "--task", "--calibration", "--effort", "--recipe", "--dry-run",
+    ]  # fmt: skip
+    assert "Example: prune-export smollm2-135m --output" in printed
+    assert "--help-all shows every option" in printed
+    assert run(monkeypatch, "--help-all") == 0
+    every = set(options(capsys.readouterr().out))
+    assert every >= {f"--{key.replace('_', '-')}" for key in Recipe.model_fields} | {*short, "--overwrite"}
+    assert run(monkeypatch, "score", "--help-all") == 0
+    assert "--heal-lora-rank" in options(capsys.readouterr().out)
 
 
 def test_scores_are_printed_and_saved_and_nothing_else_is_written(monkeypatch, pico_directory, text, tmp_path, capsys):

@@ -10,6 +10,7 @@ from pruning.console import Reporter
 from pruning.errors import ModelError, RecipeError
 from pruning.families import FAMILIES, family_of
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.gates import with_sublayer_gates
 from pruning.importance import METRICS, Sampling, metric
 from pruning.importance.activation import angular_runs
 from pruning.plan import KINDS, Sublayer, Unit
@@ -99,7 +100,7 @@ def test_path_gradients_sum_to_the_loss_at_the_end_of_the_path(pico):
     gates = torch.full((2, 2), 1 - share, dtype=torch.float64)
     with torch.no_grad():
         for index in range(6):
-            hidden = evaluator._gated(index, hidden, kwargs[index], gates, {})
+            hidden = with_sublayer_gates(evaluator, index, hidden, kwargs[index], gates, {})
         end = float(evaluator.head_loss(hidden, evaluator.batches[0]).mean())
     increase = end - float(evaluator.loss({}).mean())
     assert share * sum(found.values()) == pytest.approx(increase, rel=1e-3, abs=1e-4)

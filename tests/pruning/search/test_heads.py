@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,9 +37,19 @@ def scores(trial):
 
 def test_scores_of_all_heads_sum_to_what_limiting_all_costs(trial):
     dense, limited = trial.judges[0].evaluator.values([{}, trial.limits]).mean(1).tolist()
-    fine = heads.score(trial.judges, trial.limits, 12, Reporter())
-    assert float(fine.heads.sum()) == pytest.approx(limited - dense, rel=1e-3)
-    assert fine.layers.tolist() == pytest.approx(fine.heads.sum(1).tolist())
+    fine = heads.score(trial.judges, trial.limits, 12, Reporter(), reach=1.0)
+    found = fine.by_judge["text"]
+    assert float(found.sum()) == pytest.approx(limited - dense, rel=1e-3)
+    assert fine.heads.tolist() == found.clamp_min(0).tolist()
+    assert fine.layers.tolist() == found.sum(1).clamp_min(0).tolist()
+
+
+def test_judges_of_any_scale_count_by_their_weight():
+    text, codes = torch.tensor([0.1, 0.3, -1.0]), torch.tensor([9.0, 1.0, 0.0])
+    judges = [SimpleNamespace(weight=1.0), SimpleNamespace(weight=2.0)]
+    found = heads.weigh(judges, [text, codes], [0.4, 10.0])
+    assert found.tolist() == pytest.approx([0.1 + 2 * 0.4 * 0.9, 0.3 + 2 * 0.4 * 0.1, 0.0])
+    assert torch.equal(found, heads.weigh(judges, [text, codes * 50], [0.4, 500.0]))
 
 
 def test_a_gate_that_is_open_or_shut_is_the_plan(trial):

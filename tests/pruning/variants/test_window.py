@@ -14,6 +14,7 @@ from pruning.errors import RecipeError
 from pruning.export.formats import FORMATS, PrunedModel, format_named
 from pruning.families import FAMILIES, head_dim, own_window
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.gates import sublayer_gradients
 from pruning.models.modeling import block_configs_of, blocks_of, replace_sublayer
 from pruning.plan import Sublayer
 from pruning.recovery.emulation import fit_plan
@@ -199,9 +200,9 @@ def test_gates_between_full_and_limited_have_the_gradient_of_finite_differences(
     view = evaluator.view([], {layer: window})
     gates, step = torch.ones(BLOCKS, 2), torch.zeros(BLOCKS, 2)
     step[2, 0] = 1
-    found = view.gate_gradients(gates, 0)[:, 2, 0]
+    found = sublayer_gradients(view, gates, 0)[:, 2, 0]
     dense, limited = evaluator.values([{}, {layer: window}])
-    half, end = (view.gate_gradients(gates - share * step, 0)[:, 2, 0] for share in (0.5, 1.0))
+    half, end = (sublayer_gradients(view, gates - share * step, 0)[:, 2, 0] for share in (0.5, 1.0))
     simpson = (found + 4 * half + end) / 6
     torch.testing.assert_close(dense - limited, simpson, rtol=0.05, atol=1e-5)
 

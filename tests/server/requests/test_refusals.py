@@ -21,10 +21,17 @@ class WrongFieldError(Exception):
     parameter = "stop"
 
 
+class NoRoomError(Exception):
+    """As ours: what a later turn of a request is refused for."""
+
+    http_status = 429
+
+
 @pytest.fixture(scope="module")
 def app():
     app = FastAPI()
 
+    @app.exception_handler(NoRoomError)
     @app.exception_handler(WrongFieldError)
     def wrong(request, error):
         return JSONResponse({}, 400)
@@ -34,7 +41,8 @@ def app():
         async def pieces():
             yield "data: one\n\n"
             if kind != "whole":
-                raise WrongFieldError("no such token (parameter=stop)") if kind == "wrong" else ZeroDivisionError("x")
+                raise {"wrong": WrongFieldError("no such token (parameter=stop)"), "full": NoRoomError("full"),
+                       "crash": ZeroDivisionError("x")}[kind]  # fmt: skip
 
         return StreamingResponse(pieces(), media_type="text/event-stream")
 
@@ -148,6 +156,7 @@ def test_a_wrong_port_has_a_request_id(app):
     ("kind", "message", "type_", "param"),
     [
         ("wrong", "no such token", "invalid_request_error", "stop"),
+        ("full", "full", "rate_limit_error", None),
         ("crash", "the server failed at this request", "server_error", None),
     ],
 )

@@ -5,6 +5,7 @@ shorter by the same factor.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from pruning.console import Reporter
 from pruning.errors import CalibrationError
 from pruning.evaluation.long_context import score
-from pruning.forward.blocks import Residency
+from pruning.forward.blocks import Residency, removed
 from pruning.forward.evaluator import Evaluator
-from pruning.importance import Scores
+from pruning.forward.streams import describe
 from pruning.models.loading import DenseModel
-from pruning.plan import Sublayer, Unit, layers_within, parse_share
-from pruning.recipe import KV_BUDGET, Recipe
+from pruning.plan import Sublayer
+from pruning.recipe import Recipe
 from pruning.search import heads
-from pruning.search.selection import Judge, Selection
+from pruning.search.selection import Judge
 from pruning.texts.calibration import from_files, last_windows, other_windows, standard_library_ids
 from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
 from pruning.texts.reading import read_text
@@ -34,6 +35,7 @@ CODE_PROMPTS = 2  # that plans are judged by
 TOKENS_FOR_A_CODE = 96  # of a prompt, at least; eight codes at most
 MEASURED_PROMPTS = 2  # dense and pruned, at the end
 HELD_OUT_TOKENS = 8192
+CODES_FOUND = 0.9  # of those that the dense model finds
 EDGE_TOKENS = 32  # of a row that tell whether it reaches into held-out text
 
 
@@ -130,47 +132,6 @@ def judges(
     return made
 
 
-def by_head(recipe: Recipe) -> bool:
-    """Whether KV heads are chosen, by their gates; else whole layers are, by any metric and search."""
-    counted = (recipe.attention, recipe.weight_budget, recipe.max_loss_increase)
-    usual = recipe.metric == "aumann-shapley" and recipe.search in ("rank", "exchange") and not recipe.task
-    return recipe.window_by != "layer" and usual and all(each is None for each in counted)
-
-
-def choose(
-    dense: DenseModel, recipe: Recipe, judges: Sequence[Judge], found: Limits, reporter: Reporter
-) -> tuple[Selection, Limits]:
-    """Which KV heads keep every token, within the budget: whole layers, or single heads where those cost less.
-
-    Returns:
-        The limited layers and the scores of all, and the limits of the plan.
-    """
-    assert recipe.window is not None
-    assert recipe.context is not None
-    kv_heads = int(dense.model.config.num_key_value_heads)
-    whole = [block for block in dense.limitable if block in recipe.keep]
-    free = [block for block in dense.limitable if block not in recipe.keep]
-    kept = frozenset((block, head) for block in whole for head in range(kv_heads))
-    total, budget = len(dense.limitable) * kv_heads, parse_share(recipe.kv_budget or KV_BUDGET, "kv-budget")
-    full = total - layers_within(budget, total, recipe.window / recipe.context) - len(kept)
-    scores = heads.score(judges, found.scored, recipe.draws, reporter)
-    trial = heads.Trial(judges, found.scored, reporter)
-    plans = {"single heads": kept | heads.best_heads(scores, free, full)}
-    if recipe.window_by == "auto":
-        plans["whole layers"] = kept | heads.best_layers(scores, free, full // kv_heads)
-    costs = dict(zip(plans, trial.costs(plans.values(), "plans"), strict=True))
-    for name, cost in costs.items():
-        reporter.say(f"{name}: {cost:.4f} nats/token more than dense ({len(plans[name])} of {total} KV heads full)")
-    plan = plans[min(costs, key=lambda name: costs[name])]
-    if recipe.search == "exchange":
-        plan = heads.exchange(trial, plan, scores, free)
-    limits = found.but_for(plan)
-    units = [Unit(block, "attention") for block in dense.limitable]
-    layers = Scores({unit: float(scores.layers[unit.block]) for unit in units})
-    chosen = [unit for unit in units if Sublayer(unit.block, "attention") in limits.served]
-    return Selection(sorted(chosen, key=lambda unit: layers.values[unit]), {"": layers}), limits
-
-
 def _prompts(
     dense: DenseModel, recipe: Recipe, length: int, count: int, seed: int, reporter: Reporter
 ) -> list[LongPrompt]:
@@ -182,6 +143,52 @@ def _prompts(
     except CalibrationError as error:
         reporter.say(f"note: no codes are hidden in rows of {length} tokens ({error})")
         return []
+
+
+class Measured:
+    """Figures of plans of one model, each measured once: the loss on held-out rows and the hidden codes found.
+
+    Args:
+        dense: The model, left as it is.
+        recipe: Resolved.
+        held_out: Rows as long as the context, int64 [m, L].
+        journal: Losses already measured.
+        reporter: For progress.
+    """
+
+    def __init__(
+        self, dense: DenseModel, recipe: Recipe, held_out: Tensor, journal: Journal | None, reporter: Reporter
+    ) -> None:
+        self._evaluator = Evaluator(dense.model, dense.family, held_out, 1, journal=journal)
+        self._dense, self._recipe, self._reporter = dense, recipe, reporter
+        self._codes: dict[tuple[str, ...], dict[str, float] | None] = {}
+
+    def loss(self, limits_of_plan: Mapping[Sublayer, Window]) -> float:
+        """Nats/token; of the dense model where nothing is limited."""
+        return float(self._evaluator.loss(limits_of_plan).mean())
+
+    def codes(self, limits_of_plan: Mapping[Sublayer, Window]) -> dict[str, float] | None:
+        """As `found_codes`."""
+        key = tuple(describe(limits_of_plan))
+        if key not in self._codes:
+            with ExitStack() as stack:
+                for sublayer, window in limits_of_plan.items():
+                    block = self._evaluator.blocks[sublayer.block]
+                    stack.enter_context(removed(block, self._dense.family, sublayer.kind, window))
+                self._codes[key] = found_codes(self._dense, self._recipe, self._reporter)
+        return self._codes[key]
+
+    def as_good(self, limits_of_plan: Mapping[Sublayer, Window], bound: float) -> bool:
+        """Whether a plan loses at most `bound` nats/token, and finds nearly all codes that the dense model does."""
+        increase = self.loss(limits_of_plan) - self.loss({})
+        if increase > bound:
+            self._reporter.say(f"  loss increase {increase:.4f} nats per token: too much")
+            return False
+        mine, theirs = self.codes(limits_of_plan), self.codes({})
+        enough = mine is None or theirs is None or mine["found"] >= CODES_FOUND * theirs["found"]
+        found = "" if mine is None or theirs is None else f", codes found {mine['found']} (dense {theirs['found']})"
+        self._reporter.say(f"  loss increase {increase:.4f} nats per token{found}" + ("" if enough else ": too few"))
+        return enough
 
 
 @torch.inference_mode()

@@ -1,0 +1,131 @@
+"""Gradients of the loss by gates between a sublayer and what takes its place, or between a KV head and its limit."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pruning.forward.blocks import Taps
+from pruning.forward.evaluator import Evaluator
+from pruning.plan import KINDS, Sublayer
+
+Run = Callable[[Evaluator, int, Tensor, Mapping[str, Any], Tensor, Taps], Tensor]
+"""(evaluator, block, stream [b, T, D], the block's arguments, its gates [b, n], taps) -> the stream after the block."""
+
+
+def sublayer_gradients(evaluator: Evaluator, gates: Tensor, number: int) -> Tensor:
+    """Gradient of the loss by a gate on every sublayer's update: x + g f(x).
+
+    Where the view has an emulation for a sublayer, the gate goes from that (0) to the sublayer itself (1).
+
+    Args:
+        evaluator: A view of a subnetwork.
+        gates: float32 [L, 2], attention and ffn.
+        number: Of the batch.
+
+    Returns:
+        d(mean loss of the window)/d gate, float64 [b, L, 2], nats/token; 0 for what the view removes.
+    """
+    return _gradients(evaluator, gates, number, with_sublayer_gates)
+
+
+def head_gradients(evaluator: Evaluator, gates: Tensor, number: int) -> Tensor:
+    """Gradient of the loss by a gate on every KV head: 1 attends as it does, 0 as the view's emulation limits it.
+
+    Args:
+        evaluator: A view whose emulations have gates for heads.
+        gates: float32 [L, K].
+        number: Of the batch.
+
+    Returns:
+        d(mean loss of the window)/d gate, float64 [b, L, K], nats/token; 0 where there is no emulation.
+    """
+    return _gradients(evaluator, gates, number, with_head_gates)
+
+
+def _gradients(evaluator: Evaluator, gates: Tensor, number: int, run: Run) -> Tensor:
+    """Gradients of each window's loss by its own gates [L, n], float64 [b, L, n].
+
+    One gate for each window, so that one backward pass gives every window's own gradient.
+    """
+    batch = evaluator.batches[number]
+    hidden, kwargs = evaluator.embed(batch)
+    wide = gates.to(hidden.device, hidden.dtype).repeat(len(batch), 1, 1)
+    whole = bool(evaluator.sources([evaluator.complete({}), evaluator.emulations]))
+    found = (_at_once if whole else _block_by_block)(evaluator, number, run, hidden, kwargs, wide)
+    return found.double().cpu()
+
+
+def _block_by_block(
+    evaluator: Evaluator, number: int, run: Run, hidden: Tensor, kwargs: list[Any], gates: Tensor
+) -> Tensor:
+    """Gradients by gates [b, L, n] with the graph of one block at a time in memory.
+
+    `checkpoint` would hold what each block saves for gradients by its weights, which nobody asks for, until the end.
+    """
+    entering: list[Tensor] = []
+    with torch.no_grad():
+        for index in range(len(evaluator.blocks)):
+            entering.append(hidden)
+            hidden = run(evaluator, index, hidden, kwargs[index], gates[:, index], {})
+    out = torch.zeros_like(gates)
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(evaluator.window_loss(hidden, number).sum(), hidden)
+        for index in reversed(range(len(evaluator.blocks))):
+            before, own = entering.pop().detach().requires_grad_(True), gates[:, index].detach().requires_grad_(True)
+            after = run(evaluator, index, before, kwargs[index], own, {})
+            found = torch.autograd.grad(after, (before, own), gradient, allow_unused=True, materialize_grads=True)
+            gradient, out[:, index] = found
+    return out
+
+
+def _at_once(evaluator: Evaluator, number: int, run: Run, hidden: Tensor, kwargs: list[Any], gates: Tensor) -> Tensor:
+    """The same where emulations read what earlier blocks put out, so that gradients skip blocks."""
+    taps: Taps = {}
+    gates.requires_grad_(True)
+    with torch.enable_grad():
+        for index in range(len(evaluator.blocks)):
+            given = evaluator, index, hidden, kwargs[index], gates[:, index], taps
+            hidden = checkpoint(run, *given, use_reentrant=False)
+        (gradient,) = torch.autograd.grad(evaluator.window_loss(hidden, number).sum(), gates)
+    taps.clear()  # the graph holds them and they hold the graph, where no collector sees it
+    return gradient
+
+
+def with_head_gates(
+    evaluator: Evaluator, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps
+) -> Tensor:
+    """One block [b, T, D] -> [b, T, D] with a gate on every KV head, [b, K]."""
+    base = evaluator.complete({})
+    for kind in KINDS:
+        sublayer = Sublayer(index, kind)
+        emulation: Any = base[sublayer] if sublayer in base else evaluator.emulations.get(sublayer)
+        if sublayer in base and emulation is None:
+            continue
+        if sublayer not in base and emulation is not None:
+            emulation = emulation.gated(gates)
+        hidden = evaluator.run_and_tap(sublayer, hidden, kwargs, emulation, taps)
+    return hidden
+
+
+def with_sublayer_gates(
+    evaluator: Evaluator, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps
+) -> Tensor:
+    """One block [b, T, D] -> [b, T, D] with a gate on each of its sublayers, [b, 2]."""
+    base = evaluator.complete({})
+    for column, kind in enumerate(KINDS):
+        sublayer = Sublayer(index, kind)
+        if sublayer in base:
+            emulation = base[sublayer]
+            if emulation is not None:
+                hidden = evaluator.run_and_tap(sublayer, hidden, kwargs, emulation, taps)
+            continue
+        other = hidden
+        if (emulation := evaluator.emulations.get(sublayer)) is not None:
+            other = evaluator.run_and_tap(sublayer, hidden, kwargs, emulation, dict(taps))
+        after = evaluator.run_and_tap(sublayer, hidden, kwargs, None, taps)
+        hidden = other + gates[:, column, None, None] * (after - other)
+    return hidden
