@@ -1,5 +1,6 @@
 """`prune-serve`: settings and vLLM arguments to a running server, errors to one line and an exit code."""
 
+import json
 import os
 import sys
 from argparse import Namespace
@@ -63,6 +64,7 @@ def serve(
     logging = ["--logging-config.formatter", settings.log_format]
     args = parse_arguments([model, *logging, *engine], _defaults(directory, settings))
     _check_combination(args, settings)
+    _check_ranks(directory, args.tensor_parallel_size)
     set_parsers(args, *_parsers(directory, args.chat_template, settings))
     return run(args, settings)
 
@@ -115,6 +117,15 @@ def _check_combination(args: Namespace, settings: Settings) -> None:
         raise SettingsError("--draft and vLLM's --speculative-config exclude each other; give one of them")
     if args.pipeline_parallel_size > 1:
         raise SettingsError("--draft does not work with --pipeline-parallel-size: the last stage would need all of it")
+
+
+def _check_ranks(directory: str, ranks: int) -> None:
+    """Refuse a checkpoint that so many tensor-parallel ranks cannot share, before the engine starts."""
+    from server.engine.loader import check_ranks
+
+    config = Path(directory) / "config.json"
+    if ranks > 1 and config.is_file():
+        check_ranks(json.loads(config.read_text(encoding="utf-8")), ranks)
 
 
 def _parsers(directory: str, chat_template: str | None, settings: Settings) -> tuple[str | None, str | None]:

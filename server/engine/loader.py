@@ -1,7 +1,7 @@
 """Refuse a damaged checkpoint before any weight is loaded."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,36 @@ def check_stage(block_configs: Sequence[Any], start: int, end: int, *, may_lack_
 def lacks_attention(block_configs: Sequence[Any], start: int, end: int) -> bool:
     """Whether blocks `start` to `end - 1` have lost all their attention layers."""
     return all(block_configs[index]["attention"]["no_op"] for index in range(start, end))
+
+
+def full_heads_of_ranks(full_heads: Sequence[int], kv_heads: int, ranks: int) -> list[list[int]]:
+    """Which heads keep every token, of those that each tensor-parallel rank holds, counted from its first one.
+
+    Args:
+        full_heads: Of a layer that is limited but for these.
+        kv_heads: K, of the layer; where there are more ranks than heads, ranks share one.
+        ranks: How many.
+
+    Raises:
+        CheckpointError: A rank has more or fewer of them than another, and vLLM gives all ranks the same cache.
+    """
+    each, firsts = max(1, kv_heads // ranks), [rank * kv_heads // ranks for rank in range(ranks)]
+    found = [[head - first for head in full_heads if first <= head < first + each] for first in firsts]
+    if len(set(map(len, found))) > 1:
+        raise CheckpointError(
+            f"--tensor-parallel-size {ranks} does not cut the windows by head evenly: the ranks have "
+            f"{', '.join(str(len(one)) for one in found)} full KV heads of one layer"
+        )
+    return found
+
+
+def check_ranks(fields: Mapping[str, Any], ranks: int) -> None:
+    """Check, by the fields of a `config.json`, that every tensor-parallel rank has as many full heads of each layer.
+
+    Raises:
+        CheckpointError: One has not.
+    """
+    kv_heads = fields.get("num_key_value_heads") or fields.get("num_attention_heads")
+    for block in fields.get("block_configs") or ():
+        if full_heads := variants.full_heads_of(block["attention"]):
+            full_heads_of_ranks(full_heads, int(kv_heads or 1), ranks)

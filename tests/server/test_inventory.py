@@ -59,6 +59,20 @@ def test_a_request_is_told_by_its_length(tmp_path, manifest):
     assert long.fitting_tokens == BLOCKS_IN_POOL * LONGEST // blocks
 
 
+def test_bytes_and_room_count_heads(tmp_path, manifest):
+    layers = facts()
+    types = Attentions((1,) * 8 + (2,) * 2), Attentions((3,) * 20 + (2,) * 8 + (1,) * 2, WINDOW)  # 12 of 90 heads full
+    inventory = take_inventory(tmp_path, manifest, replace(layers, shape=replace(layers.shape, types=types)))
+    long = inventory.contexts[-1]
+    assert 3 * long.request_bytes == (12 * LONGEST + 78 * WINDOW) * ONE_LAYER
+    assert long.request_bytes_dense == 30 * LONGEST * ONE_LAYER
+    assert 3 * inventory.capacity_bytes == BLOCKS_IN_POOL * 13 * BLOCK * ONE_LAYER  # blocks of 13 heads
+    blocks = LONGEST // BLOCK + 6 * (
+        -(-(WINDOW - 1 + 4096) // BLOCK) + 1
+    )  # one group of full heads, six of limited ones
+    assert long.fitting_tokens == BLOCKS_IN_POOL * LONGEST // blocks
+
+
 def test_chunks_in_flight_are_named_with_what_smaller_ones_would_give(tmp_path, manifest):
     (note,) = take_inventory(tmp_path, manifest, facts()).notes
     assert "4,096 tokens that may be in flight" in note

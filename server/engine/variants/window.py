@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.errors import CheckpointError
+from server.engine.drafting import part_metadata
+from server.engine.loader import full_heads_of_ranks
 from server.engine.vllm import (
     Attention,
-    attention_over,
     kv_heads_in_all,
     longest_text,
     tensor_parallel_rank,
@@ -94,12 +94,11 @@ class MixedAttention(nn.Module):
         full: Of the heads that keep every token.
         limited: Of the others.
         heads: The KV heads of `full`, of those of this tensor-parallel rank.
-        name: As vLLM would know the one `Attention`.
     """
 
-    def __init__(self, full: Attention, limited: Attention, heads: Sequence[int], name: str) -> None:
+    def __init__(self, full: Attention, limited: Attention, heads: Sequence[int]) -> None:
         super().__init__()
-        self.full, self.limited, self.layer_name = full, limited, name
+        self.full, self.limited = full, limited
         self.heads, self.head_size = tuple(heads), full.head_size
         self.num_kv_heads = full.num_kv_heads + limited.num_kv_heads
         self.num_heads = full.num_heads + limited.num_heads
@@ -121,11 +120,6 @@ class MixedAttention(nn.Module):
             outputs.append(output.view(output.shape[0], part.num_kv_heads, -1))
         ordered = [outputs[full][:, at : at + end - start] for full, start, end, at in self.order]
         return torch.cat(ordered, 1).flatten(1)
-
-    def over(self, name: str) -> "MixedAttention":
-        """The same over these heads' caches, without caches of its own."""
-        parts = [attention_over(getattr(self, part), f"{name}.{part}") for part in ("full", "limited")]
-        return MixedAttention(*parts, self.heads, name)
 
 
 def pieces(heads: Sequence[int], count: int) -> list[tuple[bool, int, int, int]]:
@@ -159,31 +153,15 @@ def gather(states: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
 def mixed(size: int, full_heads: Sequence[int], num_heads: int, head_size: int, scale: float, num_kv_heads: int, *,
           prefix: str, **named: Any) -> MixedAttention:  # fmt: skip
     """What a block constructs in the place of `Attention(num_heads, ...)` where some heads keep every token."""
-    here = heads_here(full_heads, num_kv_heads)
+    part_metadata()
+    here = full_heads_of_ranks(full_heads, kv_heads_in_all(), tensor_parallel_size())[tensor_parallel_rank()]
     group, named = num_heads // num_kv_heads, named | {"per_layer_sliding_window": None}
     full = Attention(len(here) * group, head_size, scale, num_kv_heads=len(here), prefix=f"{prefix}.full", **named)
     rest = num_kv_heads - len(here)
     limited = LimitedAttention(
         rest * group, head_size, scale, num_kv_heads=rest, prefix=f"{prefix}.limited", size=size, **named
     )
-    return MixedAttention(full, limited, here, prefix)
-
-
-def heads_here(full_heads: Sequence[int], kv_heads: int) -> list[int]:
-    """Which of the KV heads of this tensor-parallel rank keep every token.
-
-    Raises:
-        CheckpointError: Another rank has more or fewer of them.
-    """
-    ranks, in_all = tensor_parallel_size(), kv_heads_in_all()
-    firsts = [rank * in_all // ranks for rank in range(ranks)]
-    each = [[head - first for head in full_heads if first <= head < first + kv_heads] for first in firsts]
-    if len(set(map(len, each))) > 1:
-        raise CheckpointError(
-            f"--tensor-parallel-size {ranks} does not cut the windows by head evenly: the ranks have "
-            f"{', '.join(str(len(one)) for one in each)} full KV heads of one layer"
-        )
-    return each[tensor_parallel_rank()]
+    return MixedAttention(full, limited, here)
 
 
 def load_heads(heads: Sequence[int], parameter: Tensor, loaded: Tensor) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pruning.errors import CheckpointError
-from server.engine.loader import check_stage
+from server.engine.loader import check_ranks, check_stage, full_heads_of_ranks
 from server.engine.stand_ins import build_emulation
 from server.engine.variants.interface import Source
 from server.engine.variants.low_rank import LowRank
@@ -53,6 +53,25 @@ def test_a_cache_in_another_pipeline_stage_is_refused():
     check_stage(configs, 1, 4, may_lack_attention=True)
     with pytest.raises(CheckpointError, match="KV cache of block 1, which another stage holds"):
         check_stage(configs, 2, 4, may_lack_attention=True)
+
+
+def test_full_heads_are_found_on_the_rank_that_holds_them():
+    assert full_heads_of_ranks([0, 5], 8, 1) == [[0, 5]]
+    assert full_heads_of_ranks([0, 5], 8, 2) == [[0], [1]]
+    assert full_heads_of_ranks([1, 2, 5, 7], 8, 4) == [[1], [0], [1], [1]]
+    assert full_heads_of_ranks([0, 1], 2, 4) == [[0], [0], [0], [0]]  # two ranks share a head
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "ranks"), [([0, 1], 8, 2), ([3], 4, 4), ([0], 2, 4), ([0, 2, 3], 4, 2)])
+def test_ranks_with_unequal_numbers_of_full_heads_are_refused(heads, kv_heads, ranks):
+    window = {"window": {"size": 8, "sink": True, "full_heads": heads}}
+    blocks = [block(GONE), block(KEPT | {"window": {"size": 8, "sink": False}}), block(KEPT | window)]
+    fields = {"num_key_value_heads": kv_heads, "block_configs": blocks}
+    check_ranks(fields, 1)
+    with pytest.raises(CheckpointError, match="does not cut the windows by head evenly") as refused:
+        check_ranks(fields, ranks)
+    assert "\n" not in str(refused.value)
+    check_ranks(fields | {"block_configs": blocks[:2]}, ranks)
 
 
 def test_an_emulation_of_an_unknown_kind_is_refused():
