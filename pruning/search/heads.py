@@ -32,8 +32,8 @@ Full = frozenset[Head]
 Limits = Mapping[Sublayer, Window]
 
 REACH = 0.5  # of the way from limited to full that scores are taken on
-SHORTLIST = 12  # heads outside of a plan that exchange tries at a time, and heads inside that it tries to do without
-ROUNDS = 8  # exchanges, at most
+SHORTLIST = 6  # heads outside of a plan that exchange tries at a time, and heads inside that it tries to do without
+ROUNDS = 4  # exchanges, at most
 
 
 @dataclass(frozen=True, slots=True)
