@@ -1,8 +1,8 @@
 """Windows at several budgets of KV cache: perplexity over dense, and codes found at several distances.
 
-    python benchmarks/windows.py smollm2-135m --text FILE --context 8192 --budgets 50% 30% 20% 15% --output FILE
+    python benchmarks/windows.py smollm2-135m --text FILE --context 8192 --budgets 50% 30% 25% 20% 15% --output FILE
 
-Every plan is found by the product's own choice with its defaults, which never sees the text that judges. Intervals
+Every plan is found by a chooser of the product with its defaults, which never sees the text that judges. Intervals
 are 95%, paired by pieces of 512 tokens. Rows are added to FILE as they come; the same line again goes on where it
 stopped. `--removal 67% 50%` adds removal with adapters at these budgets; `--figure FILE` draws both.
 """
@@ -10,8 +10,10 @@ stopped. `--removal 67% 50%` adds removal with adapters at these budgets; `--fig
 import argparse
 import json
 import math
+import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,25 @@ from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.long_context import score
 from pruning.evaluation.paired import bootstrap
 from pruning.evaluation.text import text_windows, token_losses
+from pruning.forward.evaluator import Evaluator
 from pruning.models.finding import find_model
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import predicted_bytes
-from pruning.plan import Plan
+from pruning.plan import Plan, Sublayer, layers_within, parse_share
 from pruning.recipe import Recipe
 from pruning.recovery.distillation import cut_copy
+from pruning.search import heads
 from pruning.stages import calibrate, choose, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text
 from pruning.texts.long_context import code_prompts
+from pruning.variants.window_fit import limits
+from pruning.windows.plans import Choice
 from pruning.workdir import Journal
 
+CHOOSERS = ("auto", "head", "layer", "exchange", "spaced", "random", "one-forward")
+"""The product's; by single heads; by whole layers; heads exchanged on trial; layers evenly spaced; drawn; by what one
+forward says that each layer's limit changes."""
+LABELS = {"head": "windows by KV head", "layer": "windows by layer"}
 PIECE = 512  # tokens that one paired difference is the mean of
 
 
@@ -60,25 +70,59 @@ def ratio(mine: list[float], theirs: list[float]) -> dict[str, float]:
     return bootstrap(gaps).mapped(math.exp).as_dict()
 
 
-def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> list[tuple[str, Plan, Any, float]]:
-    """Budget, plan, limits and CPU seconds of every choice; what budgets share is computed once."""
-    journal, made, base = Journal(None, ""), [], None
+@dataclass(frozen=True)
+class Found:
+    """A plan and what found it."""
+
+    budget: str
+    how: str
+    plan: Plan
+    limits: windows.Limits
+    seconds: float
+
+
+def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> Iterator[Found]:
+    """A plan for every budget and chooser, with the CPU seconds of its choice; what they share is computed once."""
+    asked = Recipe(context=options.context, window=options.window, calibration=options.calibration)
+    recipe = resolved(asked, dense.model.config.max_position_embeddings)
+    start = time.process_time()
+    rows, _ = calibrate(dense, recipe, reporter)
+    found = windows.limited(dense, recipe, rows, reporter)
+    judges = windows.judges(dense, recipe, rows, found, Journal(None, ""), reporter)
+    choice = Choice.of(dense, recipe, judges, found, reporter)
+    scored = time.process_time() - start
+    trial = heads.Trial(judges, found.scored, reporter)
     for budget in options.budgets:
-        asked = Recipe(
-            emulation="window", kv_budget=budget, context=options.context, window=options.window,
-            calibration=options.calibration, importance=options.importance, search=options.search,
-        )  # fmt: skip
-        recipe = resolved(asked, dense.model.config.max_position_embeddings)
-        start = time.process_time()
-        if base is None or base[0] != recipe.window:
-            rows, _ = calibrate(dense, recipe, reporter)
-            base = recipe.window, rows, windows.limited(dense, recipe, rows, reporter)
-        _, rows, found = base
-        wanted = counts(recipe, dense.model.config.num_hidden_layers)
-        chosen = choose(windows.judges(dense, recipe, rows, found, journal, reporter), recipe, wanted, reporter)
-        plan = plan_of(chosen.order, dense.model.config.num_hidden_layers, recipe)
-        made.append((budget, plan, found, time.process_time() - start))
-    return made
+        for how in options.choosers:
+            start = time.process_time()
+            full = _full(how, choice, parse_share(budget, "budgets"), trial, dense, rows)
+            chosen, limits = choice.selection(full)
+            plan = plan_of(chosen.order, len(choice.scores.layers), recipe, limits.full_heads())
+            yield Found(budget, how, plan, limits, scored + time.process_time() - start)
+
+
+def _full(
+    how: str, choice: Choice, budget: float, trial: heads.Trial, dense: DenseModel, rows: torch.Tensor
+) -> heads.Full:
+    """The KV heads that stay full by one chooser."""
+    if how in ("auto", "head"):
+        return replace(choice, by=how).plan(budget)
+    if how == "exchange":
+        return heads.exchange(trial, replace(choice, by="head").plan(budget), choice.scores, choice.free)
+    each = choice.scores.heads.shape[1]
+    count = (choice.total - layers_within(budget, choice.total, choice.left)) // each
+    if how == "layer":
+        return heads.best_layers(choice.scores, choice.free, count)
+    if how == "spaced":
+        order = sorted(choice.free, key=lambda block: abs((block + 0.5) * count / len(choice.free) % 1 - 0.5))
+    elif how == "random":
+        order = random.Random(0).sample(list(choice.free), len(choice.free))
+    else:
+        evaluator = Evaluator(dense.model, dense.family, rows, 1)
+        size = next(iter(choice.limits.scored.values())).size
+        errors = limits(evaluator, [Sublayer(block, "attention") for block in choice.free], size, trial.reporter)
+        order = sorted(choice.free, key=lambda block: -errors[Sublayer(block, "attention")].error)
+    return frozenset((block, head) for block in order[:count] for head in range(each))
 
 
 def removals(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> Iterator[tuple[str, Plan, Any]]:
@@ -101,10 +145,12 @@ def figure(document: dict[str, Any], path: Path) -> None:
     with rc_context({"svg.hashsalt": "kv-quality", "axes.spines.top": False, "axes.spines.right": False}):
         canvas = Figure(figsize=(7, 3.6), layout="constrained")
         axes = canvas.subplots()
-        for kind, colour in (("windows", "#3a9d5d"), ("removal", "#d14b4b")):
+        for kind, colour in (("head", "#3a9d5d"), ("layer", "#3b7dd8"), ("removal", "#d14b4b")):
             rows = [row for row in document["rows"].values() if row.get("kind") == kind]
+            if not rows:
+                continue
             points = sorted((100 * row["kv_ratio"], row["perplexity"]["value"]) for row in rows)
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=LABELS.get(kind, kind))
         axes.axhline(1, color="#888888", linewidth=0.8)
         axes.set_yscale("log")
         top = max(row["perplexity"]["value"] for row in document["rows"].values() if "kind" in row)
@@ -132,8 +178,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="of the context's length")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 4096])
     parser.add_argument("--prompts", type=int, default=2, help="of eight codes, for each length")
-    parser.add_argument("--importance")
-    parser.add_argument("--search", default="rank")
+    parser.add_argument("--choosers", nargs="+", default=["head", "layer"], choices=CHOOSERS)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     quiet_libraries()
@@ -151,25 +196,25 @@ def main() -> None:
     if (known := f"dense, {options.context}") not in document["rows"]:
         keep(known, measured(dense.model, dense, rows, options))
     theirs = document["rows"][known]
-    for budget, plan, found, seconds in plans(dense, options, reporter):
-        name = f"{budget}, windows of {plan.window}"
-        if options.importance or options.search != "rank":
-            name += f", {options.importance or 'default'}, {options.search}"
+    for found in plans(dense, options, reporter):
+        plan = found.plan
+        name = f"{found.budget}, {found.how}, windows of {plan.window}"
         if name in document["rows"]:
             continue
-        emulations = {sublayer: found.served[sublayer] for sublayer in plan.removed}
-        model = cut_copy(dense.model, dense.family, plan, emulations, {})
+        model = cut_copy(dense.model, dense.family, plan, found.limits.served, {})
         mine = measured(model, dense, rows, options)
         sizes = predicted_bytes(dense, plan, options.context)
         row = mine | {
-            "kind": "windows", "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"], "window": plan.window,
-            "limited": sorted(sublayer.block for sublayer in plan.removed), "choice_cpu_seconds": round(seconds, 1),
+            "kind": found.how, "budget": found.budget, "window": plan.window,
+            "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
+            "limited": sorted(sublayer.block for sublayer in plan.removed),
+            "full_heads": {str(block): list(some) for block, some in sorted(plan.full_heads.items())},
+            "choice_cpu_seconds": round(found.seconds, 1),
             "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
         }  # fmt: skip
         keep(name, row)
-        full = plan.num_blocks - len(plan.removed)
         reporter.say(
-            f"{name}: {full} full, KV {row['kv_ratio']:.3f}, perplexity {row['perplexity']['value']:.4f} "
+            f"{name}: KV {row['kv_ratio']:.3f}, perplexity {row['perplexity']['value']:.4f} "
             f"[{row['perplexity']['low']:.4f}, {row['perplexity']['high']:.4f}], late {row['late']['value']:.4f}, "
             f"codes {row['codes']} (dense {theirs['codes']})"
         )

@@ -192,7 +192,7 @@ def _text_of(recipe: Recipe) -> str:
     """What the text is, for people."""
     if recipe.calibration or not limits(recipe):
         return "text"
-    return "text (Python's documentation, which repeats itself far apart; give --calibration FILE for yours)"
+    return "text (of the package; give --calibration FILE for yours)"
 
 
 def _label(kind: EmulationKind, recipe: Recipe) -> str:

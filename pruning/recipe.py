@@ -217,7 +217,10 @@ class Recipe(BaseModel):
         list[Path],
         FIRST,
         SEVERAL,
-        Field(description="Text or JSONL files to choose and fit on; built-in text by default."),
+        Field(
+            description="Files of text (.txt, .jsonl, .parquet, also .gz, .zst), chats too, or data sets of the hub "
+            "(owner/name:split). Default: text of this package for windows, else text the model writes itself."
+        ),
     ] = []
     calibration_tokens: Annotated[
         int | None,

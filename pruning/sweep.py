@@ -55,7 +55,9 @@ def sweep(request: SweepRequest, output: Path, *, command: str, reporter: Report
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
         if curves.judge is not None:
-            held_out = text_windows(read_text(curves.judge), dense.tokenizer, JUDGE_WINDOW, curves.judge_tokens)
+            held_out = text_windows(
+                read_text(curves.judge, dense.tokenizer), dense.tokenizer, JUDGE_WINDOW, curves.judge_tokens
+            )
     judging = Evaluator(dense.model, dense.family, held_out, journal=journal)
     with reporter.stage("dense"):
         base = judging.loss({})

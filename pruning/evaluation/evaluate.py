@@ -201,7 +201,7 @@ def measure(subject: Loaded, dense: Loaded | None, wanted: Wanted, reporter: Rep
             f"a prompt of {longest} tokens is over the model's {subject.positions} positions; lower --lengths"
         )
     sets = questions_of(wanted)
-    texts = {path: read_text(path) for path in wanted.text}
+    texts = {path: read_text(path, subject.tokenizer) for path in wanted.text}
     cut = {
         path: text_windows(text, subject.tokenizer, wanted.window, wanted.text_tokens) for path, text in texts.items()
     }

@@ -139,7 +139,7 @@ def on_long_context(
     Raises:
         CalibrationError: A length is too short for its lines, or the text around too short for a length.
     """
-    text = None if tasks.filler is None else read_text(tasks.filler)
+    text = None if tasks.filler is None else read_text(tasks.filler, tokenizer)
     other = filler(tokenizer, text, max(tasks.lengths))
     # All prompts are made before any is scored: what does not fit is refused before it costs time.
     made = [

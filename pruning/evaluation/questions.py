@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruning.errors import EvaluationError, RecipeError
+from pruning.errors import CalibrationError, EvaluationError, RecipeError
 from pruning.texts.reading import lone_surrogate
+from pruning.texts.rows import format_of, located, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +30,18 @@ class Question:
     label: int
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a JSONL or Parquet file, with their places for messages."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON texts may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise EvaluationError(f"cannot read {path}: {reason}") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise EvaluationError(f"{path}:{number}: {lone_surrogate(error)}") from error
-            except (ValueError, RecursionError) as error:
-                raise EvaluationError(f"{path}:{number}: not JSON") from error
+        for place, row in read_rows(located(path)):
             if not isinstance(row, dict):
-                raise EvaluationError(f"{path}:{number}: expected a JSON object")
-            yield number, row
+                raise EvaluationError(f"{place}: expected a JSON object")
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+            yield place, row
+    except UnicodeEncodeError as error:
+        raise EvaluationError(f"{place}: {lone_surrogate(error)}") from error
+    except CalibrationError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
@@ -60,11 +55,11 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         EvaluationError: Unreadable, a field is missing or wrong, or no question.
     """
     questions = []
-    for number, row in _rows(path):
+    for number, (place, row) in enumerate(_rows(path), 1):
         choices, label = row.get("choices"), row.get("label")
         good = isinstance(row.get("context"), str) and isinstance(choices, list) and isinstance(label, int)
         if not good or not all(isinstance(c, str) and c for c in choices or []) or not 0 <= (label or 0) < len(choices):  # type: ignore[arg-type]
-            raise EvaluationError(f"{path}:{number}: expected a context, choices that are texts, and the label of one")
+            raise EvaluationError(f"{place}: expected a context, choices that are texts, and the label of one")
         name = str(row.get("task", path.stem))
         questions.append(Question(name, str(row.get("id", number)), row["context"], tuple(choices), label))  # type: ignore[arg-type]
     if not questions:
@@ -133,7 +128,10 @@ def parse_task(text: str) -> tuple[Path, float]:
 
 def holds_questions(path: Path) -> bool:
     """Whether a file is JSON lines with choices, not text."""
-    if path.suffix != ".jsonl" or not path.is_file():
+    if format_of(path) not in (".jsonl", ".parquet") or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return '"choices"' in file.readline()
+    try:
+        first = next(read_rows(path), ("", None))[1]
+    except CalibrationError:
+        return False  # whoever reads it as text says why
+    return isinstance(first, dict) and "choices" in first

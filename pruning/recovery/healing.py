@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.console import LOG_INTERVAL_SECONDS, Reporter
+from pruning.console import LOG_INTERVAL_SECONDS, Reporter, duration
 from pruning.errors import RecipeError
 from pruning.families import Family
 from pruning.forward import parallel
@@ -301,7 +301,8 @@ def _train(
         mine = torch.tensor(batch_of(progress.step, batch, len(rows), settings.seed))
         loss = _update(accelerator, student, optimizer, teacher, rows[mine], training.parameters, settings)
         progress.step, progress.seconds = progress.step + 1, clock()
-        now = _share(settings, progress.step, progress.seconds)
+        now = min(1.0, _share(settings, progress.step, progress.seconds))
+        left = f"({now:.0%}, {duration(progress.seconds / max(now, 1e-9) * (1 - now))} left)" if now < 1 else "(100%)"
         if int(now * VALIDATIONS) > int(share * VALIDATIONS):
             # Not the wrapped one: processes judge different numbers of batches, and its forward is a collective.
             quality = judge(training.student)
@@ -315,13 +316,13 @@ def _train(
             if parallel.process()[0] == 0:
                 save_state(state, scope, progress, training.parameters, raw)
             reporter.say(
-                f"  healing: step {progress.step} ({min(1.0, now):.0%}), training loss {loss:.4f}, "
+                f"  healing: step {progress.step} {left}, training loss {loss:.4f}, "
                 f"held-out KL {quality.kl:.4f}, loss {quality.loss:.4f}"
             )
             spoken = time.monotonic()
         elif time.monotonic() - spoken > LOG_INTERVAL_SECONDS:
             spoken = time.monotonic()
-            reporter.say(f"  healing: step {progress.step} ({min(1.0, now):.0%}), training loss {loss:.4f}")
+            reporter.say(f"  healing: step {progress.step} {left}, training loss {loss:.4f}")
     return progress
 
 

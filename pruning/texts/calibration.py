@@ -45,7 +45,7 @@ def from_files(
     for path, share in zip(files, shares, strict=True):
         if not share:
             continue
-        text = read_text(path)[: share * length * 40]
+        text = read_text(path, tokenizer)[: share * length * 40]
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) < share * length:
             raise CalibrationError(
@@ -62,7 +62,7 @@ def other_windows(
     """Windows of files that are not among those in use.
 
     Args:
-        files: Text or JSONL.
+        files: Those of `read_text`.
         tokenizer: Of the model.
         tokens: To read at most, in equal shares of the files as far as they go.
         length: T.
@@ -71,7 +71,7 @@ def other_windows(
     Returns:
         int64 [n, T], the files' windows interleaved; n may be 0.
     """
-    texts = [read_text(path) for path in files]
+    texts = [read_text(path, tokenizer) for path in files]
     known = {row.numpy().tobytes() for row in used}
     share = tokens // len(texts)
     parts = []
@@ -95,7 +95,7 @@ def last_windows(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, coun
     rows: list[Tensor] = []
     for number in range(count):
         path, nth = files[number % len(files)], number // len(files)
-        text = read_text(path)[-(nth + 1) * length * 12 :]
+        text = read_text(path, tokenizer)[-(nth + 1) * length * 12 :]
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) < (nth + 1) * length:
             raise CalibrationError(

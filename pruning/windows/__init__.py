@@ -23,9 +23,10 @@ from pruning.plan import Sublayer
 from pruning.recipe import Recipe
 from pruning.search import heads
 from pruning.search.selection import Judge
-from pruning.texts.calibration import from_files, last_windows, other_windows, standard_library_ids
+from pruning.texts.calibration import from_files, last_windows, other_windows
 from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
 from pruning.texts.reading import read_text
+from pruning.texts.shipped import rows_held_out, rows_to_choose_on
 from pruning.variants.window import Window
 from pruning.variants.window_fit import limits, resized
 from pruning.workdir import Journal
@@ -68,11 +69,12 @@ def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
     if recipe.calibration:
         found = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
         return found, last_windows(recipe.calibration, dense.tokenizer, held, context)
-    ids = standard_library_ids(dense.tokenizer)
-    needed = rows * length + held * context
-    if len(ids) < needed:
-        raise CalibrationError(f"the built-in text holds {len(ids)} tokens, not {needed}; give --calibration files")
-    return ids[: rows * length].view(rows, length), ids[-held * context :].view(held, context)
+    found = rows_to_choose_on(dense.tokenizer, length)
+    if len(found) < rows:
+        raise CalibrationError(
+            f"the built-in text holds {found.numel()} tokens, not {tokens}; give --calibration files"
+        )
+    return found[:rows], rows_held_out(dense.tokenizer, context, held)
 
 
 def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter) -> Limits:
@@ -97,9 +99,7 @@ def others(dense: DenseModel, recipe: Recipe, tokens: int, rows: Tensor, held_ou
     if recipe.calibration:
         found = other_windows(recipe.calibration, dense.tokenizer, tokens, rows.shape[1], rows)
     else:
-        ids = standard_library_ids(dense.tokenizer)[rows.numel() :]
-        count = min(tokens, len(ids)) // rows.shape[1]
-        found = ids[: count * rows.shape[1]].view(count, -1)
+        found = rows_to_choose_on(dense.tokenizer, rows.shape[1])[len(rows) :][: tokens // rows.shape[1]]
     known = held_out.numpy().tobytes()
     ends = (EDGE_TOKENS, -EDGE_TOKENS)
     apart = [not any((row[:end] if end > 0 else row[end:]).numpy().tobytes() in known for end in ends) for row in found]
@@ -136,7 +136,7 @@ def _prompts(
     dense: DenseModel, recipe: Recipe, length: int, count: int, seed: int, reporter: Reporter
 ) -> list[LongPrompt]:
     """Prompts with hidden codes; none, and a note, where they are too short to hide any."""
-    around = read_text(recipe.calibration[0]) if recipe.calibration else None
+    around = read_text(recipe.calibration[0], dense.tokenizer) if recipe.calibration else None
     keys = min(KEYS, max(1, length // TOKENS_FOR_A_CODE))
     try:
         return code_prompts(dense.tokenizer, around, length, count, seed, keys)

@@ -237,7 +237,7 @@ def test_scores_are_printed_and_saved_and_nothing_else_is_written(monkeypatch, p
 @pytest.mark.parametrize(
     ("flags", "attention", "sublayers"),
     [
-        (["--kv-budget", "66%"], 3, 3),
+        (["--kv-budget", "66%", "--window-by", "layer"], 3, 3),
         (["--attention", "2", "--ffn", "1", "--search", "greedy", "--importance", "kl"], 2, 3),
         (["--sublayers", "3", "--search", "evolutionary", "--generations", "1", "--offspring", "4"], None, 3),
         (["--attention", "2", "--search", "policy-gradient", "--generations", "1", "--offspring", "4"], 2, 2),
