@@ -266,9 +266,10 @@ def install() -> None:
     project: Any = kv_cache_utils._project_kv_cache_groups_to_worker
     kv_cache_utils._project_kv_cache_groups_to_worker = lambda *given: _without_strangers(project(*given))
     resolve = _resolving(utils.resolve_kv_cache_layout)
-    for module in (utils, sys.modules.get("vllm.v1.engine.core")):  # which imports it by name
+    importer: Any = sys.modules.get("vllm.v1.engine.core")  # by name
+    for module in (utils, importer):
         if module is not None:
-            module.resolve_kv_cache_layout = resolve  # type: ignore[attr-defined]
+            module.resolve_kv_cache_layout = resolve
 
 
 def _resolving(usual: Callable[..., Any]) -> Callable[..., Any]:

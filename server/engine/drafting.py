@@ -41,4 +41,4 @@ def part_metadata() -> None:
         self.draft_attn_groups = made
 
     initialize_attn_backend.shoal = True  # type: ignore[attr-defined]
-    SpecDecodeBaseProposer.initialize_attn_backend = initialize_attn_backend  # type: ignore[method-assign]
+    SpecDecodeBaseProposer.initialize_attn_backend = initialize_attn_backend

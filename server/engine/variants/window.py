@@ -184,7 +184,7 @@ class Window:
         if not spec["sink"]:
             return
         attention: Any = module.attn
-        limited, heads = attention, range(attention.num_kv_heads)
+        limited, heads = attention, tuple(range(attention.num_kv_heads))
         if isinstance(attention, MixedAttention):
             limited, heads = attention.limited, attention.others
         for name in SINKS:
