@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pruning.errors import RecipeError
 from pruning.plan import layers_within, parse_amount, parse_bytes, parse_share
-from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, limits
+from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, by_head, limits
 from pruning.variants import REMOVED, cache_of, row
 
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 3072  # for windows: as large a share of a row as of the context
@@ -185,6 +185,9 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
         raise RecipeError(f"{named[0]} needs an order of removal: --search rank or greedy, not {recipe.search}")
     if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
+    if recipe.window_by == "head" and not by_head(recipe):
+        how = "--importance aumann-shapley, --search rank or exchange, and a KV budget or a loss"
+        raise RecipeError(f"--window-by head needs windows that are chosen with {how}; leave it out, or what differs")
     if recipe.recovery_aware and recipe.kind == REMOVED:
         raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
     whole = recipe.kind != REMOVED and row(recipe.kind).unit == "block"

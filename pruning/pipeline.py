@@ -28,7 +28,7 @@ from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import describe_bytes, predicted_bytes
 from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind
-from pruning.recipe import Recipe, limits
+from pruning.recipe import Recipe, by_head, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
 from pruning.recovery.fuse import Fusion
@@ -52,7 +52,6 @@ from pruning.stages import (
     within_budget,
 )
 from pruning.variants import changes_weights
-from pruning.windows.plans import by_head
 from pruning.windows.plans import choose as choose_heads
 from pruning.workdir import atomic_directory, check_free_space
 
@@ -107,6 +106,9 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     plan = plan_of(gone, num_blocks, recipe, found.full_heads() if found else None)
     what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
     reporter.say(what + ", ".join(map(str, gone)))
+    if plan.full_heads:
+        full = [f"{block}.{head}" for block, heads in sorted(plan.full_heads.items()) for head in heads]
+        reporter.say("but for the KV heads " + ", ".join(full))
     sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
@@ -131,6 +133,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
         if healing is not None:
             quality["healing"] = healing
+        if plan.full_heads:
+            quality["full_heads"] = {str(block): list(heads) for block, heads in sorted(plan.full_heads.items())}
         manifest = Manifest(
             shoal_version=pruning.__version__,
             base={"model": dense.name, "weight_hash": dense.weight_hash, "dtype": str(dense.model.dtype)[6:]},

@@ -292,6 +292,13 @@ def limits(recipe: Recipe) -> bool:
     return state_of(recipe.kind) == "limited"
 
 
+def by_head(recipe: Recipe) -> bool:
+    """Whether windows are chosen by KV head, by gates; else by whole layers, by any metric and search."""
+    counted = recipe.attention is not None or recipe.weight_budget is not None
+    usual = recipe.metric == "aumann-shapley" and recipe.search in ("rank", "exchange") and not recipe.task
+    return limits(recipe) and recipe.window_by != "layer" and usual and not counted
+
+
 def emulation_kind(recipe: Recipe) -> EmulationKind:
     """The recipe's emulation as the plan names it."""
     return recipe.kind.replace("-", "_")

@@ -28,7 +28,7 @@ from pruning.importance import Sampling, Scores
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Recipe, emulation_kind, limits
+from pruning.recipe import Recipe, by_head, emulation_kind, limits
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import Precision, Settings, heal
@@ -37,7 +37,6 @@ from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
 from pruning.variants import REMOVED, cache_of, row
-from pruning.windows import plans
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -290,7 +289,7 @@ def journal_of(output: Path | None, dense: DenseModel, recipe: Recipe) -> Journa
     """
     scope = f"{dense.weight_hash} {dense.model.dtype} {recipe.fit_precision} {torch.get_num_threads()}"
     rank, processes = parallel.process()
-    if limits(recipe) and plans.by_head(recipe):
+    if by_head(recipe):
         scope += f" {pruning.__version__}"
         key = hashlib.sha256(f"{scope} {rank} of {processes}".encode()).hexdigest()[:16]
         return Journal(cache_directory() / "searches" / f"{key}.jsonl", scope, lasting=True)

@@ -19,13 +19,6 @@ LIKELY_BUDGET = 0.3  # tried first
 LOSS_INCREASE = 0.01  # nats per token, allowed where nothing else is asked for
 
 
-def by_head(recipe: Recipe) -> bool:
-    """Whether KV heads are chosen, by their gates; else whole layers are, by any metric and search."""
-    counted = recipe.attention is not None or recipe.weight_budget is not None
-    usual = recipe.metric == "aumann-shapley" and recipe.search in ("rank", "exchange") and not recipe.task
-    return recipe.window_by != "layer" and usual and not counted
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Scores of all KV heads, from which a plan for any budget follows.

@@ -96,6 +96,10 @@ def test_full_heads_reach_the_checkpoint_and_its_figures(monkeypatch, pico_direc
     kept = [entry["window"].get("full_heads", []) if "window" in entry else [0, 1] for entry in entries]
     assert sum(map(len, kept)) == 3  # of 12: 3 + 9 / 8 is 34%, and 4 + 8 / 8 would be 42%
     assert manifest.sizes["kv_request"] * 12 * 8 == manifest.sizes["kv_request_dense"] * (3 * 8 + 9)
+    mixed = {str(block): some for block, some in enumerate(kept) if len(some) == 1}
+    assert manifest.quality.get("full_heads", {}) == mixed
+    card = (output / "README.md").read_text()
+    assert all(f"{block}.{some[0]}" in card for block, some in mixed.items())
     model = AutoModelForCausalLM.from_pretrained(output)
     for block, heads_kept in enumerate(kept):
         if len(heads_kept) < 2:
