@@ -83,7 +83,10 @@ class Found:
 
 def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> Iterator[Found]:
     """A plan for every budget and chooser, with the CPU seconds of its choice; what they share is computed once."""
-    asked = Recipe(context=options.context, window=options.window, calibration=options.calibration)
+    asked = Recipe(
+        context=options.context, window=options.window, calibration=options.calibration,
+        calibration_tokens=options.calibration_tokens,
+    )  # fmt: skip
     recipe = resolved(asked, dense.model.config.max_position_embeddings)
     start = time.process_time()
     rows, _ = calibrate(dense, recipe, reporter)
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--calibration", type=Path, nargs="*", default=[], help="chosen on; the built-in text by default"
     )
+    parser.add_argument("--calibration-tokens", type=int, help="chosen on; the default of the product's where absent")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--window", type=int)
     parser.add_argument("--budgets", nargs="+", default=["50%", "30%", "20%"])
@@ -199,6 +203,7 @@ def main() -> None:
     for found in plans(dense, options, reporter):
         plan = found.plan
         name = f"{found.budget}, {found.how}, windows of {plan.window}"
+        name += f", {options.calibration_tokens} tokens" if options.calibration_tokens else ""
         if name in document["rows"]:
             continue
         model = cut_copy(dense.model, dense.family, plan, found.limits.served, {})
