@@ -1,5 +1,6 @@
 """How much goes: a recipe's amounts and budgets, resolved against a model, and what contradicts what."""
 
+import math
 from dataclasses import dataclass
 
 from pruning.errors import RecipeError
@@ -69,13 +70,29 @@ def _amounts(recipe: Recipe) -> dict[str, str | int]:
     return {kind: amount for kind, amount in given.items() if amount is not None}
 
 
-def counts(recipe: Recipe, num_blocks: int, sliding: int = 0) -> Counts:
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """What attention layers keep in the KV cache of a model that was pruned before.
+
+    Attributes:
+        full: Layers that keep every token.
+        limited: Layers that keep a window.
+        dense: Layers of the dense model, which shares are of.
+    """
+
+    full: int
+    limited: int
+    dense: int
+
+
+def counts(recipe: Recipe, num_blocks: int, sliding: int = 0, cached: Cached | None = None) -> Counts:
     """Resolve the recipe's amounts against a model; a budget in loss or weights is an upper bound here.
 
     Args:
         recipe: Resolved.
         num_blocks: L.
         sliding: Attention layers that have a window by design; a share of the KV cache is one of the others'.
+        cached: Of a model that was pruned before; healing it takes nothing more.
 
     Raises:
         RecipeError: An amount is malformed, out of range, contradicts another, or leaves no attention layer.
@@ -86,14 +103,17 @@ def counts(recipe: Recipe, num_blocks: int, sliding: int = 0) -> Counts:
     if outside := [block for block in recipe.keep if not 0 <= block < num_blocks]:
         raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
     if recipe.kv_budget is not None:
-        amounts["attention"] = _limited_within(recipe, num_blocks - sliding)
+        amounts["attention"] = _limited_within(recipe, num_blocks - sliding, cached)
     elif recipe.max_loss_increase is not None:
         amounts["attention"] = min(free, num_blocks - 1)
     elif recipe.weight_budget is not None:
         parse_share(recipe.weight_budget, "weight-budget")
         amounts["sublayers"] = min(2 * free, 2 * num_blocks - 2)
+    elif not amounts and cached is not None and recipe.heal != "none":
+        return Counts()
     elif not amounts and limits(recipe):
-        amounts["attention"] = _limited_within(recipe.model_copy(update={"kv_budget": KV_BUDGET}), num_blocks - sliding)
+        default = recipe.model_copy(update={"kv_budget": KV_BUDGET})
+        amounts["attention"] = _limited_within(default, num_blocks - sliding, cached)
     elif not amounts:
         amounts["attention"] = "33%"
     totals = {"sublayers": 2 * num_blocks}
@@ -111,11 +131,20 @@ def counts(recipe: Recipe, num_blocks: int, sliding: int = 0) -> Counts:
     return result
 
 
-def _limited_within(recipe: Recipe, num_blocks: int) -> int:
+def _limited_within(recipe: Recipe, num_blocks: int, cached: Cached | None) -> int:
     """Attention layers that have to be limited or removed for the recipe's share of the KV cache."""
     assert recipe.kv_budget is not None
     left = (recipe.window or 0) / (recipe.context or LONGEST_CONTEXT)
-    count = layers_within(parse_share(recipe.kv_budget, "kv-budget"), num_blocks, left)
+    share = parse_share(recipe.kv_budget, "kv-budget")
+    count = layers_within(share, num_blocks, left)
+    if cached is not None:
+        used = cached.full + cached.limited * left
+        if used <= share * cached.dense:
+            raise RecipeError(
+                f"--kv-budget {recipe.kv_budget}: the checkpoint keeps {used / cached.dense:.1%} of the dense model's "
+                "KV cache already; ask for less, or --heal it"
+            )
+        count, num_blocks = math.ceil((used - share * cached.dense) / (1 - left) - 1e-9), cached.full
     if count > num_blocks:
         raise RecipeError(
             f"--kv-budget {recipe.kv_budget}: with every layer limited to {recipe.window} of {recipe.context} tokens, "

@@ -23,11 +23,12 @@ from pruning.forward.blocks import Residency
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, metric
+from pruning.models.chain import continued
 from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import describe_bytes, predicted_bytes
 from pruning.plan import EmulationKind, Plan, Unit, UnitKind
-from pruning.recipe import Recipe, limits
+from pruning.recipe import Recipe, emulation_kind, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
 from pruning.recovery.fuse import Fusion
@@ -86,13 +87,14 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(None if dry_run else output, dense, recipe)
-        found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
-        judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
-        chosen = choose(judges, recipe, wanted, reporter)
+        with windows.as_before(dense, recipe, tokens):
+            found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
+            judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
+            chosen = choose(judges, recipe, wanted, reporter)
         served = found.served if found else None
         gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, served)
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
-    plan = plan_of(gone, num_blocks, recipe)
+    plan = plan_of(gone, num_blocks, recipe, dict.fromkeys(dense.limits, emulation_kind(recipe)))
     what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
     reporter.say(what + ", ".join(map(str, gone)))
     sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
@@ -127,6 +129,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             stages=dict(reporter.stages),
             files={},
         )
+        if dense.earlier is not None:
+            manifest = continued(manifest, dense.earlier)
         whole = not recovery.weights and not changes_weights(manifest.removed.values())
         shared = untouched(dense, manifest, recipe.dtype) if whole else None
         pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared)
@@ -148,7 +152,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         reporter.say(f"serve it: prune-serve {dense.directory} --plan {output}")
     ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
     rows = f"rows of {quality['row_tokens']} tokens of held-out {_text_of(recipe)}"
-    reporter.say(f"perplexity on {rows}: {ratio:.4f} times dense")
+    than = "dense" if dense.earlier is None or dense.earlier.whole else f"{dense.name}, which it was made of"
+    reporter.say(f"perplexity on {rows}: {ratio:.4f} times {than}")
     if "codes" in quality:
         mine, theirs = quality["codes"], quality["codes_dense"]
         how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"
