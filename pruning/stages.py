@@ -176,6 +176,8 @@ def free_units(wanted: Counts, num_blocks: int, keep: Sequence[int]) -> list[Uni
 
 def choose(judges: Sequence[Judge], recipe: Recipe, wanted: Counts, reporter: Reporter) -> Selection:
     """Score the units and choose those to remove."""
+    if wanted == Counts():
+        return Selection([], {})
     num_blocks = len(judges[0].evaluator.blocks)
     depth = wanted.attention + wanted.ffn + wanted.blocks + wanted.sublayers
     if recipe.max_loss_increase is not None or recipe.weight_budget is not None:
@@ -238,7 +240,7 @@ def _within_loss(
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
-        removed = dict.fromkeys(sublayers_of(order[:middle]), emulation_kind(recipe))
+        removed = dict.fromkeys([*dense.limits, *sublayers_of(order[:middle])], emulation_kind(recipe))
         emulations: Mapping[Sublayer, Any] = prepared or {}
         if prepared is None:
             emulations = fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)
@@ -251,10 +253,14 @@ def _within_loss(
 
 
 def plan_of(
-    gone: Sequence[Unit], num_blocks: int, recipe: Recipe, full_heads: Mapping[int, tuple[int, ...]] | None = None
-) -> Plan:
-    """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are."""
-    removed: dict[Sublayer, EmulationKind] = {}
+    gone: Sequence[Unit], num_blocks: int, recipe: Recipe, before: Mapping[Sublayer, EmulationKind] | None = None,
+    full_heads: Mapping[int, tuple[int, ...]] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are.
+
+    What earlier runs limited (`before`) is a part of it.
+    """
+    removed: dict[Sublayer, EmulationKind] = dict(before or {})
     for unit in gone:
         kind = emulation_kind(recipe)
         if unit.kind == "block" and kind != REMOVED and row(kind).unit != "block":

@@ -115,13 +115,13 @@ def _named(table: Tensor) -> dict[str, float]:
     }
 
 
-def best_heads(scores: HeadScores, free: Collection[int], count: int) -> Full:
-    """The `count` heads of the blocks `free` that cost most to limit; ties by position."""
-    ranked = sorted(
-        ((block, head) for block in free for head in range(scores.heads.shape[1])),
-        key=lambda each: (-float(scores.heads[each]), each),
-    )
-    return frozenset(ranked[:count])
+def best_heads(scores: HeadScores, free: Collection[Head], count: int) -> Full:
+    """The `count` heads of `free` that cost most to limit; ties by position."""
+    return frozenset(_ranked(scores, free)[:count])
+
+
+def _ranked(scores: HeadScores, free: Collection[Head]) -> list[Head]:
+    return sorted(free, key=lambda each: (-float(scores.heads[each]), each))
 
 
 def best_layers(scores: HeadScores, free: Collection[int], count: int) -> Full:
@@ -136,7 +136,7 @@ def limited(limits: Limits, full: Full) -> dict[Sublayer, Window]:
     for sublayer, window in limits.items():
         kept = sorted(head for block, head in full if block == sublayer.block)
         if len(kept) < window.kv_heads:
-            out[sublayer] = window.with_heads(kept) if kept else window
+            out[sublayer] = window if tuple(kept) == window.full else window.with_heads(kept)
     return out
 
 
@@ -166,7 +166,7 @@ class Trial:
             batches = sum(len(judge.evaluator.mine()) for judge in self.judges)
             with self.reporter.progress(what, (len(missing) + 2 * (not self._ends)) * batches) as step:
                 if not self._ends:
-                    ends = [{}, self.limits]
+                    ends = [{}, limited(self.limits, frozenset())]
                     self._ends = [judge.evaluator.values(ends, advance=step.advance).mean(1) for judge in self.judges]
                 costs = [
                     judge.evaluator.values(asked, advance=step.advance).mean(1) - dense
@@ -183,7 +183,7 @@ class Trial:
         return {each: self._modules.setdefault((each, window.full), window) for each, window in made.items()}
 
 
-def exchange(trial: Trial, start: Full, scores: HeadScores, free: Collection[int]) -> Full:
+def exchange(trial: Trial, start: Full, scores: HeadScores, free: Collection[Head]) -> Full:
     """Swap single heads while that makes the plan cheaper.
 
     Each round adds each of the best heads outside and leaves out each of the least heads inside, measures these plans,
@@ -193,10 +193,7 @@ def exchange(trial: Trial, start: Full, scores: HeadScores, free: Collection[int
     """
     plan = start
     for number in range(1, ROUNDS + 1):
-        ranked = sorted(
-            ((block, head) for block in free for head in range(scores.heads.shape[1])),
-            key=lambda each: (-float(scores.heads[each]), each),
-        )
+        ranked = _ranked(scores, free)
         outside = [head for head in ranked if head not in plan][:SHORTLIST]
         inside = [head for head in reversed(ranked) if head in plan][:SHORTLIST]
         added = [plan | {head} for head in outside]
