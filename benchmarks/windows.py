@@ -115,16 +115,16 @@ def _full(
     each = choice.scores.heads.shape[1]
     count = (choice.total - layers_within(budget, choice.total, choice.left)) // each
     if how == "layer":
-        return heads.best_layers(choice.scores, choice.free, count)
+        return heads.best_layers(choice.scores, choice.blocks, count)
     if how == "spaced":
-        order = sorted(choice.free, key=lambda block: abs((block + 0.5) * count / len(choice.free) % 1 - 0.5))
+        order = sorted(choice.blocks, key=lambda block: abs((block + 0.5) * count / len(choice.blocks) % 1 - 0.5))
     elif how == "random":
-        order = random.Random(0).sample(list(choice.free), len(choice.free))
+        order = random.Random(0).sample(choice.blocks, len(choice.blocks))
     else:
         evaluator = Evaluator(dense.model, dense.family, rows, 1)
         size = next(iter(choice.limits.scored.values())).size
-        errors = limits(evaluator, [Sublayer(block, "attention") for block in choice.free], size, trial.reporter)
-        order = sorted(choice.free, key=lambda block: -errors[Sublayer(block, "attention")].error)
+        errors = limits(evaluator, [Sublayer(block, "attention") for block in choice.blocks], size, trial.reporter)
+        order = sorted(choice.blocks, key=lambda block: -errors[Sublayer(block, "attention")].error)
     return frozenset((block, head) for block in order[:count] for head in range(each))
 
 

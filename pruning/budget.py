@@ -219,6 +219,10 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
     if recipe.window_by == "head" and not by_head(recipe):
         how = "--importance aumann-shapley, --search rank or exchange, and a KV budget or a loss"
         raise RecipeError(f"--window-by head needs windows that are chosen with {how}; leave it out, or what differs")
+    if recipe.tensor_parallel > 1 and recipe.search == "exchange":
+        raise RecipeError(
+            "--search exchange swaps single heads, which --tensor-parallel forbids; leave one of them out"
+        )
     if recipe.recovery_aware and recipe.kind == REMOVED:
         raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
     whole = recipe.kind != REMOVED and row(recipe.kind).unit == "block"

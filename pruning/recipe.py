@@ -132,6 +132,11 @@ class Recipe(BaseModel):
         SELECTION,
         Field(description="Limit whole layers, single KV heads, or what costs less of the two."),
     ] = "auto"
+    tensor_parallel: Annotated[
+        int,
+        SELECTION,
+        Field(ge=1, description="For windows by KV head: ranks that shall serve it; each gets as many full heads."),
+    ] = 1
     codes: Annotated[
         float,
         SELECTION,

@@ -115,9 +115,24 @@ def _named(table: Tensor) -> dict[str, float]:
     }
 
 
-def best_heads(scores: HeadScores, free: Collection[Head], count: int) -> Full:
-    """The `count` heads of `free` that cost most to limit; ties by position."""
-    return frozenset(_ranked(scores, free)[:count])
+def best_heads(scores: HeadScores, free: Collection[Head], count: int, ranks: int = 1) -> Full:
+    """At most `count` heads of `free` that cost most to limit; ties by position.
+
+    Args:
+        scores: Of all heads.
+        free: Those to choose from.
+        count: How many.
+        ranks: Tensor-parallel ranks, each of which is to have as many full heads of a layer as the others. Heads are
+            then taken together, one of each rank.
+    """
+    each = scores.heads.shape[1]
+    bundles: list[list[Head]] = []
+    for block in sorted({block for block, _ in free}):
+        own = _ranked(scores, [head for head in free if head[0] == block])
+        of_ranks = [[head for head in own if head[1] * ranks // each == rank] for rank in range(ranks)]
+        bundles += [list(bundle) for bundle in zip(*of_ranks, strict=False)]
+    bundles.sort(key=lambda bundle: (-sum(float(scores.heads[head]) for head in bundle), bundle))
+    return frozenset(head for bundle in bundles[: count // ranks] for head in bundle)
 
 
 def _ranked(scores: HeadScores, free: Collection[Head]) -> list[Head]:

@@ -30,6 +30,7 @@ class Choice:
         kept: Heads of layers that stay as they are.
         left: Share of its cache that a limited head keeps.
         by: "head", or "auto": whole layers where they cost little more.
+        ranks: Tensor-parallel ranks that have as many full heads of a layer each.
     """
 
     scores: heads.HeadScores
@@ -38,6 +39,7 @@ class Choice:
     kept: heads.Full
     left: float
     by: str
+    ranks: int = 1
 
     @classmethod
     def of(
@@ -54,7 +56,7 @@ class Choice:
         return cls(
             scores, found, frozenset((block, head) for block, some in free.items() for head in some),
             frozenset((block, head) for block in whole for head in each), recipe.window / recipe.context,
-            "head" if dense.limits else recipe.window_by,
+            "head" if dense.limits else recipe.window_by, min(recipe.tensor_parallel, len(each)),
         )  # fmt: skip
 
     @property
@@ -73,7 +75,7 @@ class Choice:
         Every head more that is split off costs time, so whole layers are taken where by first order they lose little.
         """
         full = max(0, self.total - layers_within(budget, self.total, self.left) - len(self.kept))
-        single = self.kept | heads.best_heads(self.scores, self.free, full)
+        single = self.kept | heads.best_heads(self.scores, self.free, full, self.ranks)
         if self.by == "head":
             return single
         layers = self.kept | heads.best_layers(self.scores, self.blocks, full // self.scores.heads.shape[1])
