@@ -34,7 +34,7 @@ from pruning.plan import Plan, Sublayer, layers_within, parse_share
 from pruning.recipe import Recipe
 from pruning.recovery.distillation import cut_copy
 from pruning.search import heads
-from pruning.stages import calibrate, choose, judges_of, plan_of, recovered
+from pruning.stages import calibrate, choose, journal_of, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text
 from pruning.texts.long_context import code_prompts
 from pruning.variants.window_fit import limits
@@ -91,7 +91,7 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
     start = time.process_time()
     rows, _ = calibrate(dense, recipe, reporter)
     found = windows.limited(dense, recipe, rows, reporter)
-    judges = windows.judges(dense, recipe, rows, found, Journal(None, ""), reporter)
+    judges = windows.judges(dense, recipe, rows, found, journal_of(None, dense, recipe), reporter)
     choice = Choice.of(dense, recipe, judges, found, reporter)
     scored = time.process_time() - start
     trial = heads.Trial(judges, found.scored, reporter)
@@ -100,7 +100,7 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
             start = time.process_time()
             full = _full(how, choice, parse_share(budget, "budgets"), trial, dense, rows)
             chosen, limits = choice.selection(full)
-            plan = plan_of(chosen.order, len(choice.scores.layers), recipe, limits.full_heads())
+            plan = plan_of(chosen.order, len(choice.scores.layers), recipe, full_heads=limits.full_heads())
             yield Found(budget, how, plan, limits, scored + time.process_time() - start)
 
 
