@@ -30,8 +30,9 @@ $(DIR)/pruning.json:
 quick: lint ## Lint, types, and the tests that need neither the engine nor the embedded model (under 90 s on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not engine and not embedded and not slow"
 
-test: setup ## Run the tests, on real models and the real engine
-	$(BIN)/python -m pytest
+test: setup ## Run the tests, on real models and the real engine: those without an engine side by side, then the others
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not engine and not embedded"
+	$(BIN)/python -m pytest -q -m "engine or embedded"
 
 check: lint ## The same
 

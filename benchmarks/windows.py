@@ -34,7 +34,7 @@ from pruning.plan import Plan, Sublayer, layers_within, parse_share
 from pruning.recipe import Recipe
 from pruning.recovery.distillation import cut_copy
 from pruning.search import heads
-from pruning.stages import calibrate, choose, judges_of, plan_of, recovered
+from pruning.stages import calibrate, choose, journal_of, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text
 from pruning.texts.long_context import code_prompts
 from pruning.variants.window_fit import limits
@@ -83,12 +83,15 @@ class Found:
 
 def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> Iterator[Found]:
     """A plan for every budget and chooser, with the CPU seconds of its choice; what they share is computed once."""
-    asked = Recipe(context=options.context, window=options.window, calibration=options.calibration)
+    asked = Recipe(
+        context=options.context, window=options.window, calibration=options.calibration,
+        calibration_tokens=options.calibration_tokens,
+    )  # fmt: skip
     recipe = resolved(asked, dense.model.config.max_position_embeddings)
     start = time.process_time()
     rows, _ = calibrate(dense, recipe, reporter)
     found = windows.limited(dense, recipe, rows, reporter)
-    judges = windows.judges(dense, recipe, rows, found, Journal(None, ""), reporter)
+    judges = windows.judges(dense, recipe, rows, found, journal_of(None, dense, recipe), reporter)
     choice = Choice.of(dense, recipe, judges, found, reporter)
     scored = time.process_time() - start
     trial = heads.Trial(judges, found.scored, reporter)
@@ -97,7 +100,7 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
             start = time.process_time()
             full = _full(how, choice, parse_share(budget, "budgets"), trial, dense, rows)
             chosen, limits = choice.selection(full)
-            plan = plan_of(chosen.order, len(choice.scores.layers), recipe, limits.full_heads())
+            plan = plan_of(chosen.order, len(choice.scores.layers), recipe, full_heads=limits.full_heads())
             yield Found(budget, how, plan, limits, scored + time.process_time() - start)
 
 
@@ -112,16 +115,16 @@ def _full(
     each = choice.scores.heads.shape[1]
     count = (choice.total - layers_within(budget, choice.total, choice.left)) // each
     if how == "layer":
-        return heads.best_layers(choice.scores, choice.free, count)
+        return heads.best_layers(choice.scores, choice.blocks, count)
     if how == "spaced":
-        order = sorted(choice.free, key=lambda block: abs((block + 0.5) * count / len(choice.free) % 1 - 0.5))
+        order = sorted(choice.blocks, key=lambda block: abs((block + 0.5) * count / len(choice.blocks) % 1 - 0.5))
     elif how == "random":
-        order = random.Random(0).sample(list(choice.free), len(choice.free))
+        order = random.Random(0).sample(choice.blocks, len(choice.blocks))
     else:
         evaluator = Evaluator(dense.model, dense.family, rows, 1)
         size = next(iter(choice.limits.scored.values())).size
-        errors = limits(evaluator, [Sublayer(block, "attention") for block in choice.free], size, trial.reporter)
-        order = sorted(choice.free, key=lambda block: -errors[Sublayer(block, "attention")].error)
+        errors = limits(evaluator, [Sublayer(block, "attention") for block in choice.blocks], size, trial.reporter)
+        order = sorted(choice.blocks, key=lambda block: -errors[Sublayer(block, "attention")].error)
     return frozenset((block, head) for block in order[:count] for head in range(each))
 
 
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--calibration", type=Path, nargs="*", default=[], help="chosen on; the built-in text by default"
     )
+    parser.add_argument("--calibration-tokens", type=int, help="chosen on; the default of the product's where absent")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--window", type=int)
     parser.add_argument("--budgets", nargs="+", default=["50%", "30%", "20%"])
@@ -199,6 +203,7 @@ def main() -> None:
     for found in plans(dense, options, reporter):
         plan = found.plan
         name = f"{found.budget}, {found.how}, windows of {plan.window}"
+        name += f", {options.calibration_tokens} tokens" if options.calibration_tokens else ""
         if name in document["rows"]:
             continue
         model = cut_copy(dense.model, dense.family, plan, found.limits.served, {})

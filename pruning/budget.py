@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from pruning.errors import RecipeError
 from pruning.plan import layers_within, parse_amount, parse_bytes, parse_share
-from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, limits
+from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, by_head, limits
 from pruning.variants import REMOVED, cache_of, row
 
-LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 3072  # for windows: as large a share of a row as of the context
+LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 
@@ -100,13 +100,29 @@ def _amounts(recipe: Recipe) -> dict[str, str | int]:
     return {kind: amount for kind, amount in given.items() if amount is not None}
 
 
-def counts(recipe: Recipe, num_blocks: int, sliding: int = 0) -> Counts:
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """What attention layers keep in the KV cache of a model that was pruned before.
+
+    Attributes:
+        full: Layers that keep every token; a layer of which some KV heads do counts in part.
+        limited: Layers that keep a window.
+        dense: Layers of the dense model, which shares are of.
+    """
+
+    full: float
+    limited: float
+    dense: int
+
+
+def counts(recipe: Recipe, num_blocks: int, sliding: int = 0, cached: Cached | None = None) -> Counts:
     """Resolve the recipe's amounts against a model; a budget in loss or weights is an upper bound here.
 
     Args:
         recipe: Resolved.
         num_blocks: L.
         sliding: Attention layers that have a window by design; a share of the KV cache is one of the others'.
+        cached: Of a model that was pruned before; healing it takes nothing more.
 
     Raises:
         RecipeError: An amount is malformed, out of range, contradicts another, or leaves no attention layer.
@@ -117,16 +133,21 @@ def counts(recipe: Recipe, num_blocks: int, sliding: int = 0) -> Counts:
     if outside := [block for block in recipe.keep if not 0 <= block < num_blocks]:
         raise RecipeError(f"--keep {outside[0]}: blocks are 0 to {num_blocks - 1}")
     if recipe.kv_budget is not None:
-        amounts["attention"] = _limited_within(recipe, num_blocks - sliding)
+        amounts["attention"] = _limited_within(recipe, num_blocks - sliding, cached)
     elif recipe.max_loss_increase is not None:
         amounts["attention"] = min(free, num_blocks - 1)
     elif recipe.weight_budget is not None:
         parse_share(recipe.weight_budget, "weight-budget")
         amounts["sublayers"] = min(2 * free, 2 * num_blocks - 2)
+    elif not amounts and cached is not None and recipe.heal != "none":
+        return Counts()
     elif not amounts and limits(recipe):
-        amounts["attention"] = _limited_within(recipe.model_copy(update={"kv_budget": KV_BUDGET}), num_blocks - sliding)
+        default = recipe.model_copy(update={"kv_budget": KV_BUDGET})
+        amounts["attention"] = _limited_within(default, num_blocks - sliding, cached)
     elif not amounts:
         amounts["attention"] = "33%"
+    if cached is not None and by_head(recipe):
+        return Counts(attention=int(amounts["attention"]))  # heads of layers that were limited in part may go too
     totals = {"sublayers": 2 * num_blocks}
     result = Counts(**{k: parse_amount(v, totals.get(k, num_blocks), k) for k, v in amounts.items()})
     no_cache = cache_of(recipe.kind) == "none"
@@ -142,11 +163,21 @@ def counts(recipe: Recipe, num_blocks: int, sliding: int = 0) -> Counts:
     return result
 
 
-def _limited_within(recipe: Recipe, num_blocks: int) -> int:
+def _limited_within(recipe: Recipe, num_blocks: int, cached: Cached | None) -> int:
     """Attention layers that have to be limited or removed for the recipe's share of the KV cache."""
     assert recipe.kv_budget is not None
     left = (recipe.window or 0) / (recipe.context or LONGEST_CONTEXT)
-    count = layers_within(parse_share(recipe.kv_budget, "kv-budget"), num_blocks, left)
+    share = parse_share(recipe.kv_budget, "kv-budget")
+    count = layers_within(share, num_blocks, left)
+    if cached is not None:
+        used = cached.full + cached.limited * left
+        if used <= share * cached.dense:
+            raise RecipeError(
+                f"--kv-budget {recipe.kv_budget}: the checkpoint keeps {used / cached.dense:.1%} of the dense model's "
+                "KV cache already; ask for less, or --heal it"
+            )
+        count = math.ceil((used - share * cached.dense) / (1 - left) - 1e-9)
+        num_blocks = math.ceil(cached.full)
     if count > num_blocks:
         raise RecipeError(
             f"--kv-budget {recipe.kv_budget}: with every layer limited to {recipe.window} of {recipe.context} tokens, "
@@ -185,6 +216,13 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
         raise RecipeError(f"{named[0]} needs an order of removal: --search rank or greedy, not {recipe.search}")
     if recipe.search == "consecutive" and (set(amounts) != {"blocks"} or recipe.keep):
         raise RecipeError("--search consecutive removes a run of whole blocks: ask for --blocks N, without --keep")
+    if recipe.window_by == "head" and not by_head(recipe):
+        how = "--importance aumann-shapley, --search rank or exchange, and a KV budget or a loss"
+        raise RecipeError(f"--window-by head needs windows that are chosen with {how}; leave it out, or what differs")
+    if recipe.tensor_parallel > 1 and recipe.search == "exchange":
+        raise RecipeError(
+            "--search exchange swaps single heads, which --tensor-parallel forbids; leave one of them out"
+        )
     if recipe.recovery_aware and recipe.kind == REMOVED:
         raise RecipeError("--recovery-aware judges plans with their emulation; choose an --emulation")
     whole = recipe.kind != REMOVED and row(recipe.kind).unit == "block"

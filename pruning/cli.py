@@ -282,7 +282,7 @@ def sweep_model(
         importance: Metric that greedy re-scores with.
         rank: Adapter rank.
         keep: Blocks to leave alone.
-        calibration: Text or JSONL files; see the default command.
+        calibration: Text, rows or chats; see the default command.
         calibration_tokens: Tokens the adapters are fitted on.
         score_tokens: Tokens that importance is measured on.
         sequence_length: Tokens in one calibration window.

@@ -12,11 +12,11 @@ from pruning.errors import RecipeError
 from pruning.export.report import curve_table, write_curve
 from pruning.forward import parallel
 from pruning.models.loading import DenseModel, load_model
-from pruning.recipe import Recipe, limits
+from pruning.recipe import Recipe, by_head
 from pruning.request import Request
 from pruning.search import heads
 from pruning.stages import calibrate, forwards, journal_of, judges_of
-from pruning.windows.plans import BUDGETS, Choice, by_head
+from pruning.windows.plans import BUDGETS, Choice
 from pruning.workdir import Journal
 
 
@@ -41,7 +41,7 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
     quiet_libraries()
     parallel.start()
     recipe = request.recipe
-    if not (limits(recipe) and by_head(recipe)):
+    if not by_head(recipe):
         raise RecipeError("plan draws the curve of windows; leave out what chooses by another way (sweep removes)")
     with reporter.stage("load"):
         dense = load_model(request.source, recipe.dtype, recipe.device)

@@ -20,7 +20,7 @@ from pruning.families import head_dim
 from pruning.importance import metric
 from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
-from pruning.recipe import Recipe, limits
+from pruning.recipe import Recipe, by_head, limits
 from pruning.search.selection import SHORTLIST
 from pruning.variants import REMOVED
 
@@ -31,11 +31,12 @@ CAUSAL = 0.9  # time of a multiply-add of causal attention, in that of one of a 
 LOSS = 1.4  # time of the logits and their cross-entropy, in that of the logits
 GATES = 3.4  # a forward that is made again for its gradient, and the gradient, in forwards
 GATES_LOSS = 3.0
-GENERATION = 2.0  # of a token that the model writes, in that of one that it reads
+GENERATION = 5.0  # of a token that the model writes, in that of one that it reads
 FIT = 2.0  # of fitting adapters, in forwards
 COMPENSATION = 6.0
 TRAINING = 6.0  # of a token that is trained on, the teacher's forward included
 RESCORED = 2  # shortlists that a step of greedy search scores
+TRIED_PLANS = 3  # until the smallest cache is found that loses little, and the dense model
 DISK_BYTES_PER_SECOND = 2**28
 
 
@@ -105,10 +106,11 @@ def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
     held = max(1, windows.HELD_OUT_TOKENS // context)
     asked = size.blocks(windows.MEASURED_PROMPTS, context // 2)
     score = limit + _scoring(recipe, size, judged, length, size.layers)
-    return {
-        "score": score + _bisection(recipe, size, held, context),
-        "export": 2 * (size.forward(held, context) + asked),
-    }
+    measured = size.forward(held, context) + asked  # of one plan
+    if not by_head(recipe):
+        return {"score": score + _bisection(recipe, size, held, context), "export": 2 * measured}
+    searched = TRIED_PLANS if recipe.kv_budget is None else 0  # with the dense model; the one chosen is known then
+    return {"score": score + searched * measured, "export": (recipe.heal != "none" if searched else 2) * measured}
 
 
 def _others(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:

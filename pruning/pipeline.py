@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import pruning
 from pruning import windows
+from pruning.budget import Counts
 from pruning.console import Reporter, duration, quiet_libraries
 from pruning.errors import RecipeError, StorageError
 from pruning.estimate import announce
@@ -24,11 +26,12 @@ from pruning.forward.blocks import Residency
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, metric
+from pruning.models.chain import continued
 from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import describe_bytes, predicted_bytes
 from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind
-from pruning.recipe import Recipe, limits
+from pruning.recipe import Recipe, by_head, emulation_kind, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
 from pruning.recovery.fuse import Fusion
@@ -52,7 +55,6 @@ from pruning.stages import (
     within_budget,
 )
 from pruning.variants import changes_weights
-from pruning.windows.plans import by_head
 from pruning.windows.plans import choose as choose_heads
 from pruning.workdir import atomic_directory, check_free_space
 
@@ -92,21 +94,27 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         journal = journal_of(None if dry_run else output, dense, recipe)
         exact = journal if recipe.fit_precision == "auto" else None  # figures are in the model's own precision
         measured = windows.Measured(dense, recipe, held_out, exact, reporter)
-        found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
-        judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
-        if found is not None and by_head(recipe):
-            chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
-            gone = chosen.order
-        else:
-            chosen = choose(judges, recipe, wanted, reporter)
-            gone = within_budget(
-                dense, recipe, chosen.order, tokens, held_out, reporter, found.served if found else None
-            )
+        single = by_head(recipe) and wanted != Counts()
+        with nullcontext() if single else windows.as_before(dense, recipe, tokens):
+            found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
+            judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
+            if found is not None and single:
+                chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
+            else:
+                chosen = choose(judges, recipe, wanted, reporter)
+        gone = list(chosen.order)
+        if not single:
+            prepared = found.served if found else None
+            gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, prepared)
         served = found.served if found else None
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
-    plan = plan_of(gone, num_blocks, recipe, found.full_heads() if found else None)
+    before = dict.fromkeys(dense.limits, emulation_kind(recipe))
+    plan = plan_of(gone, num_blocks, recipe, before, found.full_heads() if found else None)
     what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
     reporter.say(what + ", ".join(map(str, gone)))
+    if plan.full_heads:
+        full = [f"{block}.{head}" for block, heads in sorted(plan.full_heads.items()) for head in heads]
+        reporter.say("but for the KV heads " + ", ".join(full))
     sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
@@ -125,12 +133,14 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             return None
     with reporter.stage("export"), atomic_directory(output) as directory:
         if found is not None and healing is None and not recovery.weights:
-            quality = _measured(measured, found.served, held_out)
+            quality = _measured(measured, {each: found.served[each] for each in plan.removed}, held_out)
             apply_recovery(dense.model, dense.family, plan, recovery)
         else:
             quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
         if healing is not None:
             quality["healing"] = healing
+        if plan.full_heads:
+            quality["full_heads"] = {str(block): list(heads) for block, heads in sorted(plan.full_heads.items())}
         manifest = Manifest(
             shoal_version=pruning.__version__,
             base={"model": dense.name, "weight_hash": dense.weight_hash, "dtype": str(dense.model.dtype)[6:]},
@@ -143,6 +153,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             stages=dict(reporter.stages),
             files={},
         )
+        if dense.earlier is not None:
+            manifest = continued(manifest, dense.earlier)
         whole = not recovery.weights and not changes_weights(manifest.removed.values())
         shared = untouched(dense, manifest, recipe.dtype) if whole else None
         pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared)
@@ -171,7 +183,8 @@ def _say_what_was_made(
     reporter.say(f"wrote {output}: {describe_bytes(manifest.sizes)}")
     ratio = perplexity_ratio(quality["dense_loss"], quality["pruned_loss"])
     rows = f"rows of {quality['row_tokens']} tokens of held-out {_text_of(recipe)}"
-    reporter.say(f"perplexity on {rows}: {ratio:.4f} times dense")
+    than = "dense" if dense.earlier is None or dense.earlier.whole else f"{dense.name}, which it was made of"
+    reporter.say(f"perplexity on {rows}: {ratio:.4f} times {than}")
     if "codes" in quality:
         mine, theirs = quality["codes"], quality["codes_dense"]
         how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"

@@ -132,6 +132,11 @@ class Recipe(BaseModel):
         SELECTION,
         Field(description="Limit whole layers, single KV heads, or what costs less of the two."),
     ] = "auto"
+    tensor_parallel: Annotated[
+        int,
+        SELECTION,
+        Field(ge=1, description="For windows by KV head: ranks that shall serve it; each gets as many full heads."),
+    ] = 1
     codes: Annotated[
         float,
         SELECTION,
@@ -225,7 +230,7 @@ class Recipe(BaseModel):
     calibration_tokens: Annotated[
         int | None,
         CALIBRATION,
-        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 3072."),
+        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 6144."),
     ] = None
     score_tokens: Annotated[
         int, CALIBRATION, Field(ge=1, description="Tokens (of the same) that importance is measured on.")
@@ -290,6 +295,13 @@ KV_BUDGET = "30%"  # kept where nothing says how much
 def limits(recipe: Recipe) -> bool:
     """Whether attention is limited to windows, not removed."""
     return state_of(recipe.kind) == "limited"
+
+
+def by_head(recipe: Recipe) -> bool:
+    """Whether windows are chosen by KV head, by gates; else by whole layers, by any metric and search."""
+    counted = recipe.attention is not None or recipe.weight_budget is not None
+    usual = recipe.metric == "aumann-shapley" and recipe.search in ("rank", "exchange") and not recipe.task
+    return limits(recipe) and recipe.window_by != "layer" and usual and not counted
 
 
 def emulation_kind(recipe: Recipe) -> EmulationKind:

@@ -4,16 +4,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pruning.budget import Counts, check, counts, for_target, resolved
+from pruning.budget import Cached, Counts, check, counts, for_target, resolved
 from pruning.console import Reporter
-from pruning.errors import RecipeError
+from pruning.errors import ModelError, RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task, read_questions
 from pruning.export.formats import format_named
 from pruning.families import head_dim, own_window
 from pruning.importance import metric
+from pruning.models.chain import Earlier
 from pruning.models.finding import Source, find_model
-from pruning.plan import Sublayer
+from pruning.plan import Kind, Sublayer
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
 from pruning.variants import REMOVED, cache_of, changes_weights, row, variant
@@ -52,11 +54,17 @@ def checked_export(
         check_output(output, overwrite)
     if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep:
         recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # these formats need block 0's attention
-    return checked(model, recipe, reporter)
+    return checked(model, recipe, reporter, again=True)
 
 
-def checked(model: str, recipe: Recipe, reporter: Reporter) -> Request:
+def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = False) -> Request:
     """Find the model, resolve the recipe, and refuse what cannot be done before anything costs time.
+
+    Args:
+        model: As typed.
+        recipe: As asked for.
+        reporter: For progress.
+        again: Whether it may be a checkpoint.
 
     Raises:
         UserError: What is wrong with the request.
@@ -75,14 +83,19 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> Request:
     check(recipe)
     _check_texts(recipe)
     source = find_model(model, reporter)
+    if source.earlier is not None:
+        recipe = _on_top(source.earlier, recipe, model, again=again)
     recipe = resolved(recipe, source.positions)
     if recipe.target_tokens is not None:
         recipe = _for_target(source, recipe, reporter)
-    counts(recipe, source.num_blocks)
+    cached = _cached(source)
+    counts(recipe, source.num_blocks, 0, cached)
     if recipe.rank > source.hidden_size:
         raise RecipeError(f"--rank {recipe.rank} is over the hidden size {source.hidden_size}")
     recipe, own = _sparing(source, recipe)
-    wanted = counts(recipe, source.num_blocks, len(own))
+    wanted = counts(recipe, source.num_blocks, len(own), cached)
+    if cached is not None and cache_of(recipe.kind) == "none" and wanted.attention + wanted.blocks >= cached.full:
+        raise RecipeError(f"{model} has {cached.full:g} attention layers left, and one must stay; ask for less")
     kind = emulation_kind(recipe)
     if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
         raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
@@ -96,6 +109,45 @@ def checked(model: str, recipe: Recipe, reporter: Reporter) -> Request:
 
         check_fusable(source.family, {Sublayer(0, "ffn"): kind})
     return Request(source, recipe, wanted)
+
+
+def _on_top(earlier: Earlier, recipe: Recipe, model: str, *, again: bool) -> Recipe:
+    """The recipe for a checkpoint: what was changed is left alone, and what is limited has one window.
+
+    Raises:
+        ModelError: A dense model is needed.
+        RecipeError: It cannot be done to this checkpoint.
+    """
+    if not again:
+        raise ModelError(f"{model} is pruned already; this needs the dense model that it was made from")
+    if earlier.whole and not limits(recipe):
+        raise RecipeError(f"{model} has windows, and only more of them go beside these; give the dense model instead, "
+                          f"or leave out what asks for {recipe.kind}")  # fmt: skip
+    if earlier.whole and recipe.window not in (None, earlier.window):
+        raise RecipeError(f"--window {recipe.window}: the layers of {model} have windows of {earlier.window} tokens; "
+                          "leave it out")  # fmt: skip
+    amounts = (recipe.attention, recipe.ffn, recipe.blocks, recipe.sublayers, recipe.kv_budget, recipe.weight_budget)
+    if recipe.heal != "none" and not earlier.whole and set(amounts) == {None} and recipe.max_loss_increase is None:
+        raise RecipeError(f"{model} does not hold the dense model that healing learns from; ask for more to go, or "
+                          "prune and heal the dense model")  # fmt: skip
+    others = {recipe.blocks, recipe.sublayers, recipe.weight_budget} != {None}
+    kinds: list[Kind] = ["attention", "ffn"] if others or (recipe.ffn and recipe.attention) else ["attention"]
+    if recipe.ffn and not others and not recipe.attention:
+        kinds = ["ffn"]
+    update: dict[str, Any] = {"keep": sorted({*recipe.keep, *earlier.changed(kinds)})}
+    return recipe.model_copy(update=update | ({"window": earlier.window} if earlier.whole else {}))
+
+
+def _cached(source: Source) -> Cached | None:
+    """What the attention layers of a checkpoint keep; None for a dense model."""
+    if source.earlier is None:
+        return None
+    changed = len(source.earlier.changed(["attention"]))
+    own = sum(own_window(source.config, block) is not None for block in range(source.num_blocks))
+    limits_of = [entry.get("window") or {} for entry in source.earlier.entries.values()]
+    full = sum(len(limit.get("full_heads", ())) for limit in limits_of) / source.config.num_key_value_heads
+    limited = changed - full if source.earlier.whole else 0
+    return Cached(source.num_blocks - changed - own + full, limited, source.earlier.manifest.num_blocks - own)
 
 
 def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
@@ -207,6 +259,8 @@ def checked_sweep(
         if cache_of(name) == "window":
             raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with --kv-budget for windows")
     source = find_model(model, reporter)
+    if source.earlier is not None:
+        raise ModelError(f"{model} is pruned already; a sweep needs the dense model that it was made from")
     budgets = parse_budgets(attention, source.num_blocks - len(set(recipe.keep)))
     return SweepRequest(source, resolved(recipe, source.positions), curves, budgets)
 

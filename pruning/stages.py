@@ -28,7 +28,7 @@ from pruning.importance import Sampling, Scores
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Recipe, emulation_kind, limits
+from pruning.recipe import Recipe, by_head, emulation_kind, limits
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import Precision, Settings, heal
@@ -37,7 +37,6 @@ from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
 from pruning.variants import REMOVED, cache_of, row
-from pruning.windows import plans
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -177,6 +176,8 @@ def free_units(wanted: Counts, num_blocks: int, keep: Sequence[int]) -> list[Uni
 
 def choose(judges: Sequence[Judge], recipe: Recipe, wanted: Counts, reporter: Reporter) -> Selection:
     """Score the units and choose those to remove."""
+    if wanted == Counts():
+        return Selection([], {})
     num_blocks = len(judges[0].evaluator.blocks)
     depth = wanted.attention + wanted.ffn + wanted.blocks + wanted.sublayers
     if recipe.max_loss_increase is not None or recipe.weight_budget is not None:
@@ -239,7 +240,7 @@ def _within_loss(
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
-        removed = dict.fromkeys(sublayers_of(order[:middle]), emulation_kind(recipe))
+        removed = dict.fromkeys([*dense.limits, *sublayers_of(order[:middle])], emulation_kind(recipe))
         emulations: Mapping[Sublayer, Any] = prepared or {}
         if prepared is None:
             emulations = fit_plan(fitting, removed, recipe.rank, reporter, recipe.sources)
@@ -252,10 +253,14 @@ def _within_loss(
 
 
 def plan_of(
-    gone: Sequence[Unit], num_blocks: int, recipe: Recipe, full_heads: Mapping[int, tuple[int, ...]] | None = None
-) -> Plan:
-    """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are."""
-    removed: dict[Sublayer, EmulationKind] = {}
+    gone: Sequence[Unit], num_blocks: int, recipe: Recipe, before: Mapping[Sublayer, EmulationKind] | None = None,
+    full_heads: Mapping[int, tuple[int, ...]] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are.
+
+    What earlier runs limited (`before`) is a part of it.
+    """
+    removed: dict[Sublayer, EmulationKind] = dict(before or {})
     for unit in gone:
         kind = emulation_kind(recipe)
         if unit.kind == "block" and kind != REMOVED and row(kind).unit != "block":
@@ -290,7 +295,7 @@ def journal_of(output: Path | None, dense: DenseModel, recipe: Recipe) -> Journa
     """
     scope = f"{dense.weight_hash} {dense.model.dtype} {recipe.fit_precision} {torch.get_num_threads()}"
     rank, processes = parallel.process()
-    if limits(recipe) and plans.by_head(recipe):
+    if by_head(recipe):
         scope += f" {pruning.__version__}"
         key = hashlib.sha256(f"{scope} {rank} of {processes}".encode()).hexdigest()[:16]
         return Journal(cache_directory() / "searches" / f"{key}.jsonl", scope, lasting=True)

@@ -94,10 +94,18 @@ def _what_went(manifest: Manifest) -> str:
     """What became of the sublayers, in a few words."""
     states = [state_of(kind) for kind in manifest.removed.values()]
     window = manifest.recipe.get("window")
-    parts = [f"{states.count('limited')} limited to the last {window} tokens"] if "limited" in states else []
+    full = sum(len(heads) for heads in manifest.quality.get("full_heads", {}).values())
+    but_for = f" (but for {full} of their KV heads)" if full else ""
+    parts = [f"{states.count('limited')} limited to the last {window} tokens{but_for}"] if "limited" in states else []
     gone = len(states) - states.count("limited")
     parts += [f"{gone} removed"] if gone else []
     return f"{' and '.join(parts)}, of {2 * manifest.num_blocks} sublayers,"
+
+
+def _full_heads(manifest: Manifest) -> str:
+    """The KV heads of limited layers that keep every token."""
+    heads = [f"{block}.{head}" for block, some in manifest.quality.get("full_heads", {}).items() for head in some]
+    return f"KV heads of limited layers that keep every token (block.head): {', '.join(heads)}.\n\n" if heads else ""
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
@@ -114,6 +122,7 @@ def write_card(directory: Path, manifest: Manifest) -> None:
         f"{_what_went(manifest)} by Shoal {manifest.shoal_version}.\n\n"
         "One letter a block: K kept, L limited to a window, E emulated, - removed.\n\n"
         f"    attention  {strip(manifest, 'attention')}\n    ffn        {strip(manifest, 'ffn')}\n\n"
+        f"{_full_heads(manifest)}"
         f"| | dense | pruned | ratio |\n|---|---|---|---|\n{table}\n\n"
         f"Serve it: `{serving}`. Made by:\n\n    {command(manifest)}\n",
         encoding="utf-8",

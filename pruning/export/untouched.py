@@ -24,7 +24,7 @@ def untouched(dense: DenseModel, manifest: Manifest, dtype: str) -> Untouched | 
         dtype: To store in, as asked for; "auto": the files' own.
     """
     try:
-        base = weight_files(dense.directory)
+        base = _without_added(weight_files(dense.directory))
         config = json.loads((dense.directory / "config.json").read_text(encoding="utf-8"))
     except (CheckpointError, OSError, ValueError):
         return None
@@ -56,9 +56,13 @@ def untouched_in(directory: Path, manifest: Manifest) -> Untouched | None:
     hashes = {SINGLE if name == BASE else name: manifest.files[name] for name in kept}
     if combined(dict(sorted(hashes.items()))) != manifest.base["weight_hash"]:
         return None
+    return Untouched(_without_added(found), {}, manifest.base["dtype"], True, manifest)
+
+
+def _without_added(found: WeightFiles) -> WeightFiles:
+    """The files of the dense model in a checkpoint that adds to them."""
     files = {name: file for name, file in found.files.items() if file != ADDED}
-    base = WeightFiles(directory, files, {name: found.headers[name] for name in files})
-    return Untouched(base, {}, manifest.base["dtype"], True, manifest)
+    return WeightFiles(found.directory, files, {name: found.headers[name] for name in files})
 
 
 def links_to(directory: Path, output: Path) -> bool:

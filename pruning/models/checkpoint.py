@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from pruning import __version__
 from pruning.errors import CheckpointError
 
 MANIFEST = "pruning.json"
 FORMAT_VERSION = 5  # windows and planted sinks
-READABLE_VERSIONS = (1, 2, 3, 4, 5)
+CHAIN_VERSION = 6  # made of a checkpoint, in several steps
+READABLE_VERSIONS = (1, 2, 3, 4, 5, 6)
 
 
 class Manifest(BaseModel):
@@ -29,6 +30,8 @@ class Manifest(BaseModel):
         sizes: Bytes of weights and KV cache per token, dense and pruned.
         stages: Seconds and peak memory of each stage.
         files: SHA-256 of every other file.
+        chain: The steps before this one, oldest first, where it was made of a checkpoint: recipe, version, sublayers,
+            figures and digest of each. `removed`, `num_blocks` and `base` are of all steps.
         digest: SHA-256 of this document without this field.
     """
 
@@ -45,7 +48,14 @@ class Manifest(BaseModel):
     sizes: dict[str, int]
     stages: dict[str, dict[str, float]]
     files: dict[str, str]
+    chain: list[dict[str, Any]] = []
     digest: str = ""
+
+    @model_serializer(mode="wrap")
+    def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a chain that is empty, so that manifests of before there were any keep their bytes."""
+        fields: dict[str, Any] = written(self)
+        return fields if self.chain else {name: value for name, value in fields.items() if name != "chain"}
 
     def render(self) -> bytes:
         """The exact bytes of the file, digest included."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pruning.console import Reporter
 from pruning.errors import ModelError
 from pruning.families import Family, family_of
+from pruning.models.chain import Earlier, dense_fields, earlier_of, family_in
 from pruning.models.hub import MODEL_FILES, snapshot
 from pruning.workdir import cache_directory
 
@@ -33,13 +34,15 @@ class Source:
         name: What the user typed.
         directory: Where the weights and tokenizer are.
         family: Where its parts are.
-        fields: What `config.json` says.
+        fields: What `config.json` says; of the dense model, where it is in a checkpoint as a whole.
+        earlier: What earlier runs made of it; None: it is a dense model.
     """
 
     name: str
     directory: Path
     family: Family
     fields: Mapping[str, Any] = field(repr=False)
+    earlier: Earlier | None = field(default=None, repr=False)
 
     @property
     def weights(self) -> list[Path]:
@@ -56,6 +59,14 @@ class Source:
         from transformers import AutoConfig
 
         try:
+            if self.earlier is not None and self.earlier.whole:
+                from pruning.models.configuration import base_config_class
+
+                return base_config_class(self.family).from_dict(dict(self.fields))
+            if self.earlier is not None:
+                from pruning.models.configuration import register_configs
+
+                register_configs()
             return AutoConfig.from_pretrained(self.directory, local_files_only=True)
         except Exception as error:
             raise ModelError(f"cannot read the configuration of {self.name}: {_short(error)}") from error
@@ -103,7 +114,11 @@ def find_model(name: str, reporter: Reporter) -> Source:
     else:
         directory = _from_hub(name)
     fields = _read_fields(directory, name)
-    source = Source(name, directory, family_of(SimpleNamespace(**fields)), fields)
+    family, earlier = family_in(fields), None
+    if family is not None:
+        earlier = earlier_of(directory, fields)
+        fields = dense_fields(fields, family) if earlier.whole else fields
+    source = Source(name, directory, family or family_of(SimpleNamespace(**fields)), fields, earlier)
     _check(source)
     return source
 

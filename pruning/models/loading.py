@@ -13,8 +13,12 @@ from pruning.console import Reporter
 from pruning.errors import ModelError
 from pruning.families import Family, own_window
 from pruning.finite import check_tensors
+from pruning.models.chain import Earlier, emulations_of
 from pruning.models.checkpoint import combined, hash_each
 from pruning.models.finding import Source, find_model
+from pruning.models.modeling import register_models
+from pruning.plan import Sublayer
+from pruning.variants.base import Emulation
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class DenseModel:
         directory: Where the weights and tokenizer are.
         weight_hash: SHA-256 over the weight files.
         hashes: SHA-256 of each of them, by name, where it was kept.
+        earlier: What earlier runs made of it, where it is a checkpoint.
+        limits: The modules by which earlier runs limited layers of the dense model, which is loaded without them.
     """
 
     name: str
@@ -35,12 +41,16 @@ class DenseModel:
     family: Family
     weight_hash: str
     hashes: Mapping[str, str] = field(default_factory=dict)
+    earlier: Earlier | None = None
+    limits: Mapping[Sublayer, Emulation] = field(default_factory=dict)
 
     @property
     def limitable(self) -> list[int]:
         """Blocks whose attention sees all tokens."""
         config = self.model.config
-        return [block for block in range(config.num_hidden_layers) if own_window(config, block) is None]
+        changed = [] if self.earlier is None else self.earlier.changed(["attention"])
+        free = [block for block in range(config.num_hidden_layers) if block not in changed]
+        return [block for block in free if own_window(config, block) is None]
 
 
 def load_model(source: Source, dtype: str, device: str) -> DenseModel:
@@ -60,6 +70,8 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
     tokenizer = load_tokenizer(source)
+    if source.earlier is not None:
+        register_models()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.directory, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -72,7 +84,12 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
         raise ModelError(f"the weights of {source.name} lack {absent[0]}{more}; copy them again")
     check_tensors(model.state_dict().items(), f"the weights of {source.name}")
     hashes = hash_each(source.weights)
-    return DenseModel(source.name, source.directory, model, tokenizer, source.family, combined(hashes), hashes)
+    earlier, family, limits = source.earlier, source.family, dict[Sublayer, Emulation]()
+    if earlier is not None and earlier.whole:
+        limits = emulations_of(earlier, source.directory, model, family)
+    return DenseModel(
+        source.name, source.directory, model, tokenizer, family, combined(hashes), hashes, earlier, limits
+    )  # fmt: skip
 
 
 def load_tokenizer(source: Source) -> Tokenizer:

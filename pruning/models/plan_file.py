@@ -26,6 +26,8 @@ from pruning.models.weight_files import WeightFiles
 PLAN = "plan.safetensors"
 KEY = "shoal_plan"
 VERSION = 1
+CHAIN_VERSION = 2  # the manifest holds the steps before
+READABLE_VERSIONS = (VERSION, CHAIN_VERSION)
 LARGEST = 2**28  # bytes of a file that may be a plan
 SHAPES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size")
 """Fields of the base's configuration that a plan's tensors and layers depend on."""
@@ -162,9 +164,10 @@ def read_plan(path: Path) -> LoadedPlan:
         writer = fields["manifest"]["shoal_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged from error
-    if version != VERSION:
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{path} needs a reader of plan version {version!r}; this is shoal {__version__}, which reads {VERSION}: "
+            f"{path} needs a reader of plan version {version!r}; this is shoal {__version__}, which reads "
+            f"{', '.join(map(str, READABLE_VERSIONS))}: "
             f"install shoal {writer} or newer (that one wrote it), or export again"
         )
     try:

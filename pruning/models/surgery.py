@@ -6,7 +6,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pruning.families import Family, keep_blocks
+from pruning.models.configuration import as_fields
 from pruning.models.modeling import (
+    block_configs_of,
     blocks_of,
     connect_sources,
     number_cache_layers,
@@ -37,3 +39,5 @@ def apply_plan(
     number_cache_layers(kept, family)
     connect_sources(kept, family)
     keep_blocks(model.config, indices)
+    if getattr(model.config, "block_configs", None) is not None:  # a checkpoint that was cut before
+        model.config.block_configs = as_fields(block_configs_of(model, family))

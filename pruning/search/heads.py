@@ -32,8 +32,8 @@ Full = frozenset[Head]
 Limits = Mapping[Sublayer, Window]
 
 REACH = 0.5  # of the way from limited to full that scores are taken on
-SHORTLIST = 12  # heads outside of a plan that exchange tries at a time, and heads inside that it tries to do without
-ROUNDS = 8  # exchanges, at most
+SHORTLIST = 6  # heads outside of a plan that exchange tries at a time, and heads inside that it tries to do without
+ROUNDS = 4  # exchanges, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +115,28 @@ def _named(table: Tensor) -> dict[str, float]:
     }
 
 
-def best_heads(scores: HeadScores, free: Collection[int], count: int) -> Full:
-    """The `count` heads of the blocks `free` that cost most to limit; ties by position."""
-    ranked = sorted(
-        ((block, head) for block in free for head in range(scores.heads.shape[1])),
-        key=lambda each: (-float(scores.heads[each]), each),
-    )
-    return frozenset(ranked[:count])
+def best_heads(scores: HeadScores, free: Collection[Head], count: int, ranks: int = 1) -> Full:
+    """At most `count` heads of `free` that cost most to limit; ties by position.
+
+    Args:
+        scores: Of all heads.
+        free: Those to choose from.
+        count: How many.
+        ranks: Tensor-parallel ranks, each of which is to have as many full heads of a layer as the others. Heads are
+            then taken together, one of each rank.
+    """
+    each = scores.heads.shape[1]
+    bundles: list[list[Head]] = []
+    for block in sorted({block for block, _ in free}):
+        own = _ranked(scores, [head for head in free if head[0] == block])
+        of_ranks = [[head for head in own if head[1] * ranks // each == rank] for rank in range(ranks)]
+        bundles += [list(bundle) for bundle in zip(*of_ranks, strict=False)]
+    bundles.sort(key=lambda bundle: (-sum(float(scores.heads[head]) for head in bundle), bundle))
+    return frozenset(head for bundle in bundles[: count // ranks] for head in bundle)
+
+
+def _ranked(scores: HeadScores, free: Collection[Head]) -> list[Head]:
+    return sorted(free, key=lambda each: (-float(scores.heads[each]), each))
 
 
 def best_layers(scores: HeadScores, free: Collection[int], count: int) -> Full:
@@ -136,7 +151,7 @@ def limited(limits: Limits, full: Full) -> dict[Sublayer, Window]:
     for sublayer, window in limits.items():
         kept = sorted(head for block, head in full if block == sublayer.block)
         if len(kept) < window.kv_heads:
-            out[sublayer] = window.with_heads(kept) if kept else window
+            out[sublayer] = window if tuple(kept) == window.full else window.with_heads(kept)
     return out
 
 
@@ -166,7 +181,7 @@ class Trial:
             batches = sum(len(judge.evaluator.mine()) for judge in self.judges)
             with self.reporter.progress(what, (len(missing) + 2 * (not self._ends)) * batches) as step:
                 if not self._ends:
-                    ends = [{}, self.limits]
+                    ends = [{}, limited(self.limits, frozenset())]
                     self._ends = [judge.evaluator.values(ends, advance=step.advance).mean(1) for judge in self.judges]
                 costs = [
                     judge.evaluator.values(asked, advance=step.advance).mean(1) - dense
@@ -183,7 +198,7 @@ class Trial:
         return {each: self._modules.setdefault((each, window.full), window) for each, window in made.items()}
 
 
-def exchange(trial: Trial, start: Full, scores: HeadScores, free: Collection[int]) -> Full:
+def exchange(trial: Trial, start: Full, scores: HeadScores, free: Collection[Head]) -> Full:
     """Swap single heads while that makes the plan cheaper.
 
     Each round adds each of the best heads outside and leaves out each of the least heads inside, measures these plans,
@@ -193,10 +208,7 @@ def exchange(trial: Trial, start: Full, scores: HeadScores, free: Collection[int
     """
     plan = start
     for number in range(1, ROUNDS + 1):
-        ranked = sorted(
-            ((block, head) for block in free for head in range(scores.heads.shape[1])),
-            key=lambda each: (-float(scores.heads[each]), each),
-        )
+        ranked = _ranked(scores, free)
         outside = [head for head in ranked if head not in plan][:SHORTLIST]
         inside = [head for head in reversed(ranked) if head in plan][:SHORTLIST]
         added = [plan | {head} for head in outside]

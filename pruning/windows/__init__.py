@@ -4,8 +4,8 @@ A window is a share of the context, so plans are chosen on rows that are shorter
 shorter by the same factor.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from pruning.forward.blocks import Residency, removed
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.streams import describe
 from pruning.models.loading import DenseModel
+from pruning.models.modeling import blocks_of
 from pruning.plan import Sublayer
 from pruning.recipe import Recipe
 from pruning.search import heads
@@ -78,14 +79,30 @@ def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 
 def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter) -> Limits:
-    """Limit every attention layer that sees all tokens, with the sink, or none, that suits it."""
-    assert recipe.window is not None
-    assert recipe.context is not None
+    """Limit every attention layer that sees all tokens, with the sink, or none, that suits it, as those before."""
     evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], batch_size=1)
     wanted = [Sublayer(block, "attention") for block in dense.limitable]
-    size = max(2, recipe.window * rows.shape[1] // recipe.context)
-    found = {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
+    size = _scored_size(recipe, rows)
+    found: dict[Sublayer, Window] = {sublayer: resized(window, size) for sublayer, window in dense.limits.items()}
+    found |= {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
     return Limits(found, as_served(found, recipe))
+
+
+def _scored_size(recipe: Recipe, rows: Tensor) -> int:
+    assert recipe.window is not None
+    assert recipe.context is not None
+    return max(2, recipe.window * rows.shape[1] // recipe.context)
+
+
+@contextmanager
+def as_before(dense: DenseModel, recipe: Recipe, rows: Tensor) -> Iterator[None]:
+    """Give the dense model of a checkpoint the limits of earlier runs inside the `with`, for rows of this length."""
+    blocks = blocks_of(dense.model, dense.family)
+    with ExitStack() as stack:
+        for sublayer, window in dense.limits.items():
+            limited = resized(window, _scored_size(recipe, rows))
+            stack.enter_context(removed(blocks[sublayer.block], dense.family, sublayer.kind, limited))
+        yield
 
 
 def as_served(scored: Mapping[Sublayer, Any], recipe: Recipe) -> dict[Sublayer, Any]:

@@ -19,13 +19,6 @@ LIKELY_BUDGET = 0.3  # tried first
 LOSS_INCREASE = 0.01  # nats per token, allowed where nothing else is asked for
 
 
-def by_head(recipe: Recipe) -> bool:
-    """Whether KV heads are chosen, by their gates; else whole layers are, by any metric and search."""
-    counted = recipe.attention is not None or recipe.weight_budget is not None
-    usual = recipe.metric == "aumann-shapley" and recipe.search in ("rank", "exchange") and not recipe.task
-    return recipe.window_by != "layer" and usual and not counted
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Scores of all KV heads, from which a plan for any budget follows.
@@ -33,18 +26,20 @@ class Choice:
     Attributes:
         scores: What limiting each head costs.
         limits: Every layer that may be limited, limited.
-        free: Blocks whose heads may be limited.
+        free: Heads that may be limited; the others were before.
         kept: Heads of layers that stay as they are.
         left: Share of its cache that a limited head keeps.
         by: "head", or "auto": whole layers where they cost little more.
+        ranks: Tensor-parallel ranks that have as many full heads of a layer each.
     """
 
     scores: heads.HeadScores
     limits: Limits
-    free: Sequence[int]
+    free: heads.Full
     kept: heads.Full
     left: float
     by: str
+    ranks: int = 1
 
     @classmethod
     def of(
@@ -54,38 +49,46 @@ class Choice:
         assert recipe.window is not None
         assert recipe.context is not None
         scores = heads.score(judges, found.scored, recipe.draws, reporter)
-        free = [block for block in dense.limitable if block not in recipe.keep]
+        each = range(scores.heads.shape[1])
         whole = [block for block in dense.limitable if block in recipe.keep]
-        kept = frozenset((block, head) for block in whole for head in range(scores.heads.shape[1]))
-        return cls(scores, found, free, kept, recipe.window / recipe.context, recipe.window_by)
+        free = {block: tuple(each) for block in dense.limitable if block not in whole}
+        free |= {sublayer.block: found.served[sublayer].full for sublayer in dense.limits}
+        return cls(
+            scores, found, frozenset((block, head) for block, some in free.items() for head in some),
+            frozenset((block, head) for block in whole for head in each), recipe.window / recipe.context,
+            "head" if dense.limits else recipe.window_by, min(recipe.tensor_parallel, len(each)),
+        )  # fmt: skip
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks of the free heads."""
+        return sorted({block for block, _ in self.free})
 
     @property
     def total(self) -> int:
         """KV heads of all layers that may be limited or stay."""
-        return len(self.kept) + len(self.free) * self.scores.heads.shape[1]
+        return len(self.limits.served) * self.scores.heads.shape[1]
 
     def plan(self, budget: float) -> heads.Full:
         """The heads that keep every token within a share of the KV cache: single ones, or those of whole layers.
 
         Every head more that is split off costs time, so whole layers are taken where by first order they lose little.
         """
-        full = self.total - layers_within(budget, self.total, self.left) - len(self.kept)
-        single = self.kept | heads.best_heads(self.scores, self.free, full)
+        full = max(0, self.total - layers_within(budget, self.total, self.left) - len(self.kept))
+        single = self.kept | heads.best_heads(self.scores, self.free, full, self.ranks)
         if self.by == "head":
             return single
-        layers = self.kept | heads.best_layers(self.scores, self.free, full // self.scores.heads.shape[1])
+        layers = self.kept | heads.best_layers(self.scores, self.blocks, full // self.scores.heads.shape[1])
         return layers if self.predicted(layers) <= WHOLE_LAYERS_MAY_LOSE * self.predicted(single) else single
 
     def predicted(self, plan: heads.Full) -> float:
         """What a plan costs by first order, nats/token."""
-        rest = [(block, head) for block in self.free for head in range(self.scores.heads.shape[1])]
-        return sum(float(self.scores.heads[each]) for each in rest if each not in plan)
+        return sum(float(self.scores.heads[each]) for each in sorted(self.free - plan))
 
     def first_order(self, plan: heads.Full) -> float:
         """What a plan costs on the text alone by first order, nats/token."""
         text = next(iter(self.scores.by_judge.values())).clamp_min(0)
-        rest = [(block, head) for block in self.free for head in range(text.shape[1])]
-        return sum(float(text[each]) for each in rest if each not in plan)
+        return sum(float(text[each]) for each in sorted(self.free - plan))
 
     def share(self, plan: heads.Full) -> float:
         """Share of the KV cache that a plan keeps."""
@@ -94,7 +97,7 @@ class Choice:
     def selection(self, plan: heads.Full) -> tuple[Selection, Limits]:
         """The limited layers, least first, with the scores of all; and their limits."""
         limits = self.limits.but_for(plan)
-        layers = {Unit(block, "attention"): float(self.scores.layers[block]) for block in self.free}
+        layers = {Unit(block, "attention"): float(self.scores.layers[block]) for block in self.blocks}
         chosen = [unit for unit in layers if unit.sublayers[0] in limits.served]
         return Selection(sorted(chosen, key=lambda unit: layers[unit]), {"": Scores(layers)}), limits
 

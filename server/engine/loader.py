@@ -75,7 +75,8 @@ def full_heads_of_ranks(full_heads: Sequence[int], kv_heads: int, ranks: int) ->
     if len(set(map(len, found))) > 1:
         raise CheckpointError(
             f"--tensor-parallel-size {ranks} does not cut the windows by head evenly: the ranks have "
-            f"{', '.join(str(len(one)) for one in found)} full KV heads of one layer"
+            f"{', '.join(str(len(one)) for one in found)} full KV heads of one layer; prune with "
+            f"--tensor-parallel {ranks}"
         )
     return found
 

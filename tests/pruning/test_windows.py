@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pruning.budget import counts, resolved
+from pruning.budget import check, counts, resolved
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.families import FAMILIES
@@ -52,6 +52,13 @@ def test_a_context_the_model_cannot_take_and_a_window_as_long_are_refused():
         resolved(Recipe(context=1024, window=1024), 2048)
     with pytest.raises(RecipeError, match="smaller --window"):
         counts(resolved(Recipe(kv_budget="10%"), 8192), 30)
+
+
+def test_heads_are_chosen_by_gates_or_refused():
+    for other in ({"importance": "leave-one-out"}, {"search": "greedy"}, {"attention": 3}, {"emulation": "low-rank"}):
+        with pytest.raises(RecipeError, match="--window-by head needs"):
+            check(Recipe(window_by="head", **other))
+    check(Recipe(window_by="head", kv_budget="40%"))
 
 
 def test_prunes_to_windows_and_measures_at_the_context(monkeypatch, pico_directory, long_text, tmp_path, capsys):

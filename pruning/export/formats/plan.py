@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pruning.export.formats import PrunedModel
-from pruning.models.plan_file import PLAN, SHAPES, PlanFile, Raw
+from pruning.models.plan_file import CHAIN_VERSION, PLAN, SHAPES, VERSION, PlanFile, Raw
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -24,6 +24,7 @@ def write(pruned: PrunedModel, directory: Path) -> int:
     assert pruned.untouched is not None
     added = pruned.added()
     document = PlanFile(
+        version=CHAIN_VERSION if pruned.untouched.manifest.chain else VERSION,
         model_type=pruned.family.model_type,
         shapes={name: int(pruned.fields[name]) for name in SHAPES if pruned.fields.get(name) is not None}
         | {"head_dim": _head_dim(pruned.fields)},

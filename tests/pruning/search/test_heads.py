@@ -69,20 +69,30 @@ def test_a_plan_leaves_out_layers_that_keep_all_heads(trial):
 
 
 def test_the_best_are_the_dearest(scores):
-    chosen = heads.best_heads(scores, FREE, 5)
+    chosen = heads.best_heads(scores, list(itertools.product(FREE, range(2))), 5)
     assert len(chosen) == 5
     rest = set(itertools.product(FREE, range(2))) - chosen
     assert min(scores.heads[head] for head in chosen) >= max(scores.heads[head] for head in rest)
     assert {block for block, _ in heads.best_layers(scores, [1, 4], 1)} <= {1, 4}
 
 
+def test_tensor_parallel_ranks_have_as_many_full_heads_of_a_layer(scores):
+    both = list(itertools.product(FREE, range(2)))
+    chosen = heads.best_heads(scores, both, 5, ranks=2)
+    assert len(chosen) == 4
+    assert {block for block, head in chosen if head == 0} == {block for block, head in chosen if head == 1}
+    totals = {block: float(scores.heads[block].sum()) for block in FREE}
+    assert {block for block, _ in chosen} == set(sorted(FREE, key=totals.get)[-2:])
+    assert heads.best_heads(scores, both, 5) != chosen
+
+
 def test_exchange_swaps_one_head_at_a_time_for_a_cheaper_plan(trial, scores):
     worst = frozenset(sorted(itertools.product(FREE, range(2)), key=lambda head: float(scores.heads[head]))[:3])
-    found = heads.exchange(trial, worst, scores, FREE)
+    found = heads.exchange(trial, worst, scores, list(itertools.product(FREE, range(2))))
     before, after = trial.costs([worst, found], "plans")
     assert len(found) == len(worst)
     assert after < before
-    again = heads.exchange(trial, found, scores, FREE)
+    again = heads.exchange(trial, found, scores, list(itertools.product(FREE, range(2))))
     assert trial.costs([again], "plans")[0] <= after
 
 
@@ -96,6 +106,10 @@ def test_full_heads_reach_the_checkpoint_and_its_figures(monkeypatch, pico_direc
     kept = [entry["window"].get("full_heads", []) if "window" in entry else [0, 1] for entry in entries]
     assert sum(map(len, kept)) == 3  # of 12: 3 + 9 / 8 is 34%, and 4 + 8 / 8 would be 42%
     assert manifest.sizes["kv_request"] * 12 * 8 == manifest.sizes["kv_request_dense"] * (3 * 8 + 9)
+    mixed = {str(block): some for block, some in enumerate(kept) if len(some) == 1}
+    assert manifest.quality.get("full_heads", {}) == mixed
+    card = (output / "README.md").read_text()
+    assert all(f"{block}.{some[0]}" in card for block, some in mixed.items())
     model = AutoModelForCausalLM.from_pretrained(output)
     for block, heads_kept in enumerate(kept):
         if len(heads_kept) < 2:
