@@ -221,11 +221,9 @@ def test_heads_of_one_layer_are_full_and_limited_in_odd_chunks_across_windows_an
 
 
 @pytest.mark.engine
-def test_tensor_parallel_workers_have_as_many_full_heads_each_or_are_refused(even, mixed):
+def test_tensor_parallel_workers_with_as_many_full_heads_each_agree(even):
     directory, model = even
     check(run({directory: SHORT}, tensor_parallel_size=2)[str(directory)]["first"], model)
-    with pytest.raises(AssertionError, match="does not cut the windows by head evenly: the ranks have 1, 0 full"):
-        run({mixed["llama"][0]: 1}, tensor_parallel_size=2)
 
 
 @pytest.mark.engine

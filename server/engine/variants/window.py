@@ -110,13 +110,12 @@ class MixedAttention(nn.Module):
                 setattr(self, scale, getattr(full, scale))
                 setattr(limited, scale, getattr(full, scale))
 
-    def forward(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention output [tokens, H d]."""
-        states = [each if each is None else each.view(each.shape[0], self.num_kv_heads, -1)
-                  for each in (query, key, value)]  # fmt: skip
+        states = [each.view(each.shape[0], self.num_kv_heads, -1) for each in (query, key, value)]
         outputs = []
         for part, runs in zip((self.limited, self.full), self.runs, strict=True):
-            output = part(*(each if each is None else gather(each, runs) for each in states))
+            output = part(*(gather(each, runs) for each in states))
             outputs.append(output.view(output.shape[0], part.num_kv_heads, -1))
         ordered = [outputs[full][:, at : at + end - start] for full, start, end, at in self.order]
         return torch.cat(ordered, 1).flatten(1)

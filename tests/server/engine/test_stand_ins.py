@@ -1,10 +1,13 @@
 """What stands in for removed sublayers in vLLM: no engine needed."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from pruning.errors import CheckpointError
+from server.cli import _check_ranks
 from server.engine.loader import check_ranks, check_stage, full_heads_of_ranks
 from server.engine.stand_ins import build_emulation
 from server.engine.variants.interface import Source
@@ -63,7 +66,9 @@ def test_full_heads_are_found_on_the_rank_that_holds_them():
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "ranks"), [([0, 1], 8, 2), ([3], 4, 4), ([0], 2, 4), ([0, 2, 3], 4, 2)])
-def test_ranks_with_unequal_numbers_of_full_heads_are_refused(heads, kv_heads, ranks):
+def test_ranks_with_unequal_numbers_of_full_heads_are_refused_before_the_engine_starts(
+    tmp_path, heads, kv_heads, ranks
+):
     window = {"window": {"size": 8, "sink": True, "full_heads": heads}}
     blocks = [block(GONE), block(KEPT | {"window": {"size": 8, "sink": False}}), block(KEPT | window)]
     fields = {"num_key_value_heads": kv_heads, "block_configs": blocks}
@@ -72,6 +77,10 @@ def test_ranks_with_unequal_numbers_of_full_heads_are_refused(heads, kv_heads, r
         check_ranks(fields, ranks)
     assert "\n" not in str(refused.value)
     check_ranks(fields | {"block_configs": blocks[:2]}, ranks)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError) as at_start:
+        _check_ranks(str(tmp_path), ranks)
+    assert (at_start.value.exit_code, str(at_start.value)) == (2, str(refused.value))
 
 
 def test_an_emulation_of_an_unknown_kind_is_refused():
