@@ -187,12 +187,16 @@ class Measured:
     def codes(self, limits_of_plan: Mapping[Sublayer, Window]) -> dict[str, float] | None:
         """As `found_codes`."""
         key = tuple(describe(limits_of_plan))
+        asked = ["codes", key, self._recipe.seed, self._evaluator.text]  # the text tells which files hide the codes
+        if (known := self._evaluator.journal.recall(asked)) is not None:
+            self._codes[key] = known
         if key not in self._codes:
             with ExitStack() as stack:
                 for sublayer, window in limits_of_plan.items():
                     block = self._evaluator.blocks[sublayer.block]
                     stack.enter_context(removed(block, self._dense.family, sublayer.kind, window))
                 self._codes[key] = found_codes(self._dense, self._recipe, self._reporter)
+            self._evaluator.journal.keep(asked, self._codes[key])
         return self._codes[key]
 
     def as_good(self, limits_of_plan: Mapping[Sublayer, Window], bound: float) -> bool:
