@@ -11,6 +11,8 @@ from pruning.variants import REMOVED, cache_of, row
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
+SMALL_BUDGET, SMALL_WINDOW = 0.2, 0.6  # under this share of the cache, windows take so much of it
+WINDOW_MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     if recipe.context is not None and recipe.context > model_context:
         raise RecipeError(f"--context {recipe.context}: the model takes at most {model_context} tokens")
     context = recipe.context or min(model_context, LONGEST_CONTEXT)
-    window = recipe.window or max(2, context // WINDOW_SHARE) if limits(recipe) else None
+    window = recipe.window or _window(recipe, context) if limits(recipe) else None
     if window is not None and window >= context:
         raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
     length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
@@ -45,6 +47,21 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     return recipe.model_copy(
         update={**named, "emulation": recipe.kind, "importance": recipe.metric, "samples": recipe.draws}
     )
+
+
+def _window(recipe: Recipe, context: int) -> int:
+    """Positions of a window where none is asked for: an eighth of the context, less where that leaves no full heads.
+
+    Under a fifth of the cache a few more full heads are worth more than the rest of the window (decisions/windows.md).
+    """
+    usual = max(2, context // WINDOW_SHARE)
+    if recipe.kv_budget is None or not by_head(recipe):
+        return usual
+    share = parse_share(recipe.kv_budget, "kv-budget")
+    if share >= SMALL_BUDGET:
+        return usual
+    size = int(SMALL_WINDOW * share * context)
+    return max(2, min(usual, size - size % WINDOW_MULTIPLE if size >= 4 * WINDOW_MULTIPLE else size))
 
 
 def check(recipe: Recipe) -> None:

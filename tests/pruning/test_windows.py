@@ -45,13 +45,22 @@ def test_the_defaults_keep_a_third_of_the_cache_at_most():
     assert resolved(Recipe(ffn=3), 8192).emulation == "low-rank"
 
 
+def test_a_small_budget_gets_a_smaller_window_so_that_some_heads_stay_full():
+    sizes = {budget: resolved(Recipe(kv_budget=budget), 8192).window for budget in ("50%", "20%", "15%", "10%")}
+    assert sizes == {"50%": 1024, "20%": 1024, "15%": 704, "10%": 448}
+    assert resolved(Recipe(kv_budget="10%", window=512), 8192).window == 512
+    assert resolved(Recipe(kv_budget="10%"), 256).window == 15
+    for budget, size in (("15%", 704), ("10%", 448)):
+        assert 90 - layers_within(float(budget[:-1]) / 100, 90, size / 8192) >= 4
+
+
 def test_a_context_the_model_cannot_take_and_a_window_as_long_are_refused():
     with pytest.raises(RecipeError, match="at most 2048"):
         resolved(Recipe(context=4096), 2048)
     with pytest.raises(RecipeError, match="nothing is saved"):
         resolved(Recipe(context=1024, window=1024), 2048)
     with pytest.raises(RecipeError, match="smaller --window"):
-        counts(resolved(Recipe(kv_budget="10%"), 8192), 30)
+        counts(resolved(Recipe(kv_budget="10%", window=1024), 8192), 30)
 
 
 def test_heads_are_chosen_by_gates_or_refused():
