@@ -218,9 +218,9 @@ def _refuse_with_narrower_ffns(recipe: Recipe, amounts: list[str]) -> None:
         raise RecipeError(f"{flag} needs {budget}, such as 90%: it says how narrow FFNs get")
     for other, given in {"--fuse": recipe.fuse, "--recovery-aware": recipe.recovery_aware}.items():
         if given:
-            raise RecipeError(f"{flag} is ordinary weights that are judged as they are; leave {other} out")
+            raise RecipeError(f"{flag} makes ordinary weights, judged as they are; leave {other} out (--effort quick)")
     if recipe.search != "rank":
-        raise RecipeError(f"{flag} chooses widths by what each costs for its bytes; leave --search {recipe.search} out")
+        raise RecipeError(f"{flag} has a search of its own; leave --search {recipe.search} out (--effort quick)")
 
 
 def _refuse_with_whole_blocks(recipe: Recipe, kinds: set[str]) -> None:
