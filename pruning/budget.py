@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pruning.errors import RecipeError
 from pruning.plan import layers_within, parse_amount, parse_bytes, parse_share
 from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, by_head, limits
-from pruning.variants import REMOVED, cache_of, row
+from pruning.variants import REMOVED, cache_of, narrows, row
 
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
@@ -155,7 +155,10 @@ def counts(recipe: Recipe, num_blocks: int, sliding: int = 0, cached: Cached | N
         amounts["attention"] = min(free, num_blocks - 1)
     elif recipe.weight_budget is not None:
         parse_share(recipe.weight_budget, "weight-budget")
-        amounts["sublayers"] = min(2 * free, 2 * num_blocks - 2)
+        if narrows(recipe.kind):
+            amounts["ffn"] = free  # of each a part
+        else:
+            amounts["sublayers"] = min(2 * free, 2 * num_blocks - 2)
     elif not amounts and cached is not None and recipe.heal != "none":
         return Counts()
     elif not amounts and limits(recipe):
@@ -213,6 +216,8 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
     if (recipe.target_tokens is None) != (recipe.kv_memory is None):
         raise RecipeError("--target-tokens and --kv-memory go together: so many tokens in so much memory")
     named = [flag for flag, value in budgets.items() if value is not None]
+    if narrows(recipe.kind):
+        _refuse_with_narrower_ffns(recipe, [*named, *(f"--{kind}" for kind in amounts)])
     if len(named) > 1 or (named and amounts):
         both = [*named, *(f"--{kind}" for kind in amounts)][:2]
         raise RecipeError(f"{both[0]} and {both[1]} both say how much goes; give one")
@@ -224,6 +229,7 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
         recipe.format in ("nemotron-nas", "gguf")
         and not recipe.fuse
         and recipe.kind != REMOVED
+        and not narrows(recipe.kind)
         and set(amounts) != {"blocks"}
     ):
         raise RecipeError(f"--format {recipe.format} holds no adapters; add --fuse, or choose --emulation none")
@@ -253,6 +259,20 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
         raise RecipeError("--heal trains adapters and --fuse leaves none; give one of them")
     if recipe.heal == "none" and (recipe.heal_minutes or recipe.heal_steps):
         raise RecipeError("--heal-minutes and --heal-steps need --heal adapters or --heal lora")
+
+
+def _refuse_with_narrower_ffns(recipe: Recipe, amounts: list[str]) -> None:
+    """Refuse what contradicts FFNs whose widths a weight budget says."""
+    flag, budget = f"--emulation {recipe.kind}", "--weight-budget"
+    if others := [each for each in amounts if each != budget]:
+        raise RecipeError(f"{flag}: {budget} alone says how narrow FFNs get; leave {others[0]} out")
+    if not amounts:
+        raise RecipeError(f"{flag} needs {budget}, such as 90%: it says how narrow FFNs get")
+    for other, given in {"--fuse": recipe.fuse, "--recovery-aware": recipe.recovery_aware}.items():
+        if given:
+            raise RecipeError(f"{flag} makes ordinary weights, judged as they are; leave {other} out (--effort quick)")
+    if recipe.search != "rank":
+        raise RecipeError(f"{flag} has a search of its own; leave --search {recipe.search} out (--effort quick)")
 
 
 def _refuse_with_whole_blocks(recipe: Recipe, kinds: set[str]) -> None:

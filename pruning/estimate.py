@@ -22,7 +22,7 @@ from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
 from pruning.recipe import Recipe, by_head, limits
 from pruning.search.selection import SHORTLIST
-from pruning.variants import REMOVED
+from pruning.variants import REMOVED, narrows
 
 TIMED_TOKENS = 256
 CANDIDATES = 3  # sinks that are tried for every layer
@@ -134,6 +134,8 @@ def _others(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:
         fitted = min(rows // 2, stages.SEARCH_FIT_TOKENS // length)
         score += 2 * bases * FIT * size.blocks(fitted, length)
     fit = (COMPENSATION if recipe.compensate else FIT) if emulated else 0.0
+    if narrows(recipe.kind):
+        score += FIT * size.blocks(rows, length)  # the order of the units
     written = 0.0 if recipe.calibration else GENERATION * size.forward(rows + held, length)
     return {
         "calibrate": written,

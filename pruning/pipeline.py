@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 import pruning
-from pruning import windows
+from pruning import narrowing, windows
 from pruning.budget import Counts
 from pruning.console import Reporter, duration, quiet_libraries
 from pruning.errors import RecipeError, StorageError
@@ -54,7 +54,7 @@ from pruning.stages import (
     tasks_of,
     within_budget,
 )
-from pruning.variants import changes_weights
+from pruning.variants import changes_weights, narrows
 from pruning.windows.plans import choose as choose_heads
 from pruning.workdir import atomic_directory, check_free_space
 
@@ -95,23 +95,29 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         exact = journal if recipe.fit_precision == "auto" else None  # figures are in the model's own precision
         measured = windows.Measured(dense, recipe, held_out, exact, reporter)
         single = by_head(recipe) and wanted != Counts()
+        narrower = narrowing.candidates(dense, recipe, tokens, reporter) if narrows(recipe.kind) else {}
+        trials = {sublayer: each.trial for sublayer, each in narrower.items()} or None
+        prepared: Mapping[Sublayer, Any] | None = None
         with nullcontext() if single else windows.as_before(dense, recipe, tokens):
             found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
-            judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
-            if found is not None and single:
+            judges = judges_of(dense, recipe, tokens, journal, reporter, found=found, trials=trials)
+            if narrower:
+                chosen, prepared = narrowing.choose(dense, recipe, narrower, judges, reporter)
+            elif found is not None and single:
                 chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
             else:
                 chosen = choose(judges, recipe, wanted, reporter)
+        prepared = found.served if found else prepared
         gone = list(chosen.order)
-        if not single:
-            prepared = found.served if found else None
+        if not single and not narrower:
             gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, prepared)
-        served = found.served if found else None
-        tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if recipe.task else {}
+        judged = recipe.task and not narrower
+        tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
-    plan = plan_of(gone, num_blocks, recipe, before, found.full_heads() if found else None)
+    units = {sublayer.block: len(kept) for sublayer, kept in (prepared or {}).items()} if narrower else None
+    plan = plan_of(gone, num_blocks, recipe, before, found.full_heads() if found else None, units)
     what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
-    reporter.say(what + ", ".join(map(str, gone)))
+    reporter.say(narrowing.described(plan) if narrower else what + ", ".join(map(str, gone)))
     if plan.full_heads:
         full = [f"{block}.{head}" for block, heads in sorted(plan.full_heads.items()) for head in heads]
         reporter.say("but for the KV heads " + ", ".join(full))
@@ -123,7 +129,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
-        recovery = recovered(dense, plan, recipe, tokens, reporter, served)
+        recovery = recovered(dense, plan, recipe, tokens, reporter, prepared)
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
@@ -139,6 +145,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
         if healing is not None:
             quality["healing"] = healing
+        if plan.units:
+            quality["ffn_units"] = {str(block): units for block, units in sorted(plan.units.items())}
         if plan.full_heads:
             quality["full_heads"] = {str(block): list(heads) for block, heads in sorted(plan.full_heads.items())}
         manifest = Manifest(
@@ -239,8 +247,8 @@ def _cut_and_measure(
         quality["dense_loss"], codes = measured.loss({}), measured.codes({})
     else:
         evaluator = Evaluator(dense.model, family, held_out, batch)
-        plans = [{}, dict.fromkeys(plan.removed)]
-        quality["dense_loss"], quality["removed_loss"] = evaluator.values(plans).mean(1).tolist()
+        plans = [{}, *([] if plan.units else [dict.fromkeys(plan.removed)])]
+        quality |= zip(("dense_loss", "removed_loss"), evaluator.values(plans).mean(1).tolist(), strict=False)
     apply_recovery(dense.model, family, plan, recovery)
     quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
     if codes is not None:

@@ -59,6 +59,7 @@ class Plan:
         sources: k, kept attention layers that a `context` adapter reads.
         window: Positions that a limited layer keeps.
         full_heads: Block of a limited layer -> KV heads of it that keep every token; absent: none.
+        units: Block of a narrower FFN -> units that it keeps.
     """
 
     num_blocks: int
@@ -67,6 +68,7 @@ class Plan:
     sources: int = 1
     window: int = 0
     full_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    units: Mapping[int, int] = field(default_factory=dict)
 
     def blocks_kept(self) -> list[int]:
         """Blocks of which at least one sublayer does something, in order."""

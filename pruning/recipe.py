@@ -61,7 +61,9 @@ class Recipe(BaseModel):
         Field(description="How much: KV cache of a request to keep, 30% by default."),
     ] = None
     weight_budget: Annotated[
-        Share, FIRST, Field(description="Or: weight bytes to keep, such as 90%: removes sublayers of both kinds.")
+        Share,
+        FIRST,
+        Field(description="Or: weight bytes to keep, such as 90%: removes sublayers of both kinds, or narrows FFNs."),
     ] = None
     max_loss_increase: Annotated[
         float | None,

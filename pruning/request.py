@@ -18,7 +18,7 @@ from pruning.models.finding import Source, find_model
 from pruning.plan import Kind, Sublayer
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
-from pruning.variants import REMOVED, cache_of, changes_weights, row, variant
+from pruning.variants import REMOVED, cache_of, changes_weights, narrows, row, variant
 from pruning.workdir import check_output
 
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2}
@@ -52,7 +52,7 @@ def checked_export(
         raise RecipeError("--stream scores only: run `prune-export score`, or leave it out")
     if output is not None:
         check_output(output, overwrite)
-    if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep:
+    if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep and not narrows(recipe.kind):
         recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # these formats need block 0's attention
     return checked(model, recipe, reporter, again=True)
 
@@ -256,6 +256,8 @@ def checked_sweep(
     for name in curves.emulations:
         if name != REMOVED and row(name).unit == "block":
             raise RecipeError(f"--emulations {name}: a sweep removes attention, and {name} replaces whole blocks")
+        if narrows(name):
+            raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with --weight-budget for FFNs")
         if cache_of(name) == "window":
             raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with --kv-budget for windows")
     source = find_model(model, reporter)

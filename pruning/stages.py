@@ -67,12 +67,13 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
 def judges_of(
     dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
     residency: Residency | None = None, found: windows.Limits | None = None,
+    trials: Mapping[Sublayer, nn.Module] | None = None,
 ) -> list[Judge]:  # fmt: skip
     """What plans are judged on: tasks, calibration text, or two halves of it of different domains, crosswise.
 
     In the last case each half is judged with emulations that were fitted on the other. With `--copying`, repeated
     windows of the same text judge as well: layers that copy from the context cost little on text, and their work is
-    what no map of a single token brings back.
+    what no map of a single token brings back. `trials` are what takes the place of each sublayer, where that is known.
     """
     if limits(recipe) and not recipe.task:
         found = found or windows.limited(dense, recipe, tokens, reporter)
@@ -83,6 +84,8 @@ def judges_of(
 
     def judge(name: str, rows: Tensor, fit: Tensor | None) -> Judge:
         evaluator = Evaluator(dense.model, dense.family, rows, **settings)
+        if trials is not None:
+            return Judge(name, evaluator, 1.0, lambda base: trials, _identity(recipe, tokens))
         if fit is None:
             return Judge(name, evaluator)
         adapters = _adapters(dense, recipe, fit[:fitted], reporter)
@@ -130,7 +133,7 @@ def _task_judge(dense: DenseModel, recipe: Recipe, task: str, text: Judge, setti
 
 def _identity(recipe: Recipe, tokens: Tensor) -> str:
     """Digest of what adapters depend on besides the model."""
-    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
+    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {recipe.weight_budget} {tuple(tokens.shape)}"
     return hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
@@ -254,7 +257,7 @@ def _within_loss(
 
 def plan_of(
     gone: Sequence[Unit], num_blocks: int, recipe: Recipe, before: Mapping[Sublayer, EmulationKind] | None = None,
-    full_heads: Mapping[int, tuple[int, ...]] | None = None,
+    full_heads: Mapping[int, tuple[int, ...]] | None = None, units: Mapping[int, int] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are.
 
@@ -267,8 +270,9 @@ def plan_of(
             kind = REMOVED
         removed |= dict.fromkeys(unit.sublayers, kind)
     plan = Plan(
-        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0, full_heads or {}
-    )
+        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0, full_heads or {},
+        units or {},
+    )  # fmt: skip
     if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
     return plan

@@ -12,7 +12,7 @@ from pruning.plan import KINDS, Kind
 from pruning.variants import cache_of, state_of
 from server.engine.compat import EngineFacts
 
-State = Literal["kept", "limited", "removed", "emulated"]
+State = Literal["kept", "limited", "narrowed", "removed", "emulated"]
 STATES: tuple[State, ...] = get_args(State)
 CONTEXTS = (1024, 8192)  # and the longest
 SMALL_CHUNK = 1024

@@ -50,6 +50,7 @@ def summarise(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]
         "attention_removed": gone["attention"],
         "attention_limited": [b for b, states in enumerate(inventory.blocks) if states["attention"] == "limited"],
         "ffn_removed": gone["ffn"],
+        "ffn_narrowed": [b for b, states in enumerate(inventory.blocks) if states["ffn"] == "narrowed"],
         "emulated": inventory.count("attention", "emulated") + inventory.count("ffn", "emulated"),
         "kv_bytes_per_token": inventory.kv_bytes_per_token,
         "kv_bytes_per_token_dense": inventory.kv_bytes_per_token_dense,

@@ -31,9 +31,10 @@ from pruning.models.configuration import base_config_class
 from pruning.models.modeling import base_model_class
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
-from pruning.recovery.emulation import Recovery, fit_plan
+from pruning.recovery.emulation import Recovery, fit_plan, recover
 from pruning.recovery.fuse import Fusion, fuse
 from pruning.variants import window_fit
+from pruning.variants.narrow_fit import narrowings
 
 VOCABULARY = 320
 CACHE = tempfile.TemporaryDirectory()
@@ -158,6 +159,11 @@ def window_plan(model_type: str) -> Plan:
     return Plan(BLOCKS, {**limited, Sublayer(4, "ffn"): "low_rank"}, rank=4, window=WINDOW)
 
 
+UNITS = {1: 96, 3: 64, 4: 184}
+NARROW_PLAN = Plan(
+    BLOCKS, {**{Sublayer(block, "ffn"): "narrow" for block in UNITS}, Sublayer(2, "attention"): "bias"}, units=UNITS
+)
+
 SHARED_PLAN = Plan(BLOCKS, {Sublayer(b, kind): "shared" for b in (2, 4) for kind in KINDS}, rank=4)
 
 FUSIBLE_PLAN = Plan(BLOCKS, {**MIXED_PLAN.removed, Sublayer(2, "attention"): "low_rank"}, rank=4)
@@ -212,6 +218,10 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
         recovery: Recovery | Fusion = fuse(
             evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config)
         )
+    elif plan.units:
+        found = narrowings(evaluator, plan.units, max(plan.units.values()), Reporter())
+        kept = {sublayer: each.elimination.kept(plan.units[sublayer.block]) for sublayer, each in found.items()}
+        recovery = recover(evaluator, plan.removed, plan.rank, Reporter(), compensated=False, prepared=kept)
     else:
         emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources, plan.window)
         recovery = Recovery(emulations, {})
@@ -291,7 +301,7 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
 
     `"llama fused"` is the same with its emulations fused; in `"llama kv-share"` two of them attend to block 1's cache;
     in `"llama shared"` blocks 2 and 4 have the weights of others and differences of rank 4; `"llama window"` has
-    limited attention layers.
+    limited attention layers; `"llama narrow"` has three FFNs of fewer units.
     """
     pruning.register()
     made: dict[str, tuple[Path, PreTrainedModel]] = {}
@@ -301,7 +311,10 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
             model_type, _, variant = name.partition(" ")
             model = pico_model(model_type)
             directory = tmp_path_factory.mktemp(f"pruned-{name.replace(' ', '-')}")
-            plans = {"fused": FUSIBLE_PLAN, "kv-share": KV_SHARE_PLAN, "shared": SHARED_PLAN, "": MIXED_PLAN}
+            plans = {
+                "fused": FUSIBLE_PLAN, "kv-share": KV_SHARE_PLAN, "narrow": NARROW_PLAN, "shared": SHARED_PLAN,
+                "": MIXED_PLAN,
+            }  # fmt: skip
             plan = window_plan(model_type) if variant == "window" else plans[variant]
             made[name] = export_pico(model, model_type, plan, directory, fused=variant == "fused"), model
         return made[name]

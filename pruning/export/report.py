@@ -23,8 +23,8 @@ TASKS_NOTE = (
 
 
 def strip(manifest: Manifest, kind: str) -> str:
-    """One letter a block: K kept, L limited, E emulated, - removed."""
-    letters = {"kept": "K", "limited": "L", "emulated": "E", "removed": "-"}
+    """One letter a block: K kept, L limited, N narrower, E emulated, - removed."""
+    letters = {"kept": "K", "limited": "L", "narrowed": "N", "emulated": "E", "removed": "-"}
     states = [state_of(manifest.removed.get(f"{kind}.{block}")) for block in range(manifest.num_blocks)]
     return "".join(letters[state] for state in states)
 
@@ -97,7 +97,8 @@ def _what_went(manifest: Manifest) -> str:
     full = sum(len(heads) for heads in manifest.quality.get("full_heads", {}).values())
     but_for = f" (but for {full} of their KV heads)" if full else ""
     parts = [f"{states.count('limited')} limited to the last {window} tokens{but_for}"] if "limited" in states else []
-    gone = len(states) - states.count("limited")
+    parts += [f"{states.count('narrowed')} narrowed"] if "narrowed" in states else []
+    gone = len(states) - states.count("limited") - states.count("narrowed")
     parts += [f"{gone} removed"] if gone else []
     return f"{' and '.join(parts)}, of {2 * manifest.num_blocks} sublayers,"
 
@@ -106,6 +107,12 @@ def _full_heads(manifest: Manifest) -> str:
     """The KV heads of limited layers that keep every token."""
     heads = [f"{block}.{head}" for block, some in manifest.quality.get("full_heads", {}).items() for head in some]
     return f"KV heads of limited layers that keep every token (block.head): {', '.join(heads)}.\n\n" if heads else ""
+
+
+def _units(manifest: Manifest) -> str:
+    """How many units each narrower FFN keeps."""
+    units = [f"{block}: {n}" for block, n in manifest.quality.get("ffn_units", {}).items()]
+    return f"Units that FFNs keep, by block: {', '.join(units)}.\n\n" if units else ""
 
 
 def write_card(directory: Path, manifest: Manifest) -> None:
@@ -120,9 +127,9 @@ def write_card(directory: Path, manifest: Manifest) -> None:
         "---\ntags: [shoal, depth-pruned]\nlibrary_name: transformers\n---\n\n"
         f"# {manifest.base['model']}, depth-pruned\n\n"
         f"{_what_went(manifest)} by Shoal {manifest.shoal_version}.\n\n"
-        "One letter a block: K kept, L limited to a window, E emulated, - removed.\n\n"
+        "One letter a block: K kept, L limited to a window, N narrower, E emulated, - removed.\n\n"
         f"    attention  {strip(manifest, 'attention')}\n    ffn        {strip(manifest, 'ffn')}\n\n"
-        f"{_full_heads(manifest)}"
+        f"{_full_heads(manifest)}{_units(manifest)}"
         f"| | dense | pruned | ratio |\n|---|---|---|---|\n{table}\n\n"
         f"Serve it: `{serving}`. Made by:\n\n    {command(manifest)}\n",
         encoding="utf-8",

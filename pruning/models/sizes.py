@@ -77,9 +77,11 @@ def biases_bytes(dense: DenseModel) -> int:
 
 
 def saved_bytes(
-    dense: DenseModel, removed: Mapping[Sublayer, EmulationKind], rank: int, sources: int, *, fused: bool
-) -> dict[Sublayer, int]:
+    dense: DenseModel, removed: Mapping[Sublayer, EmulationKind], rank: int, sources: int, *, fused: bool,
+    units: Mapping[int, int] | None = None,
+) -> dict[Sublayer, int]:  # fmt: skip
     """Weight bytes that each sublayer saves, less those of what takes its place; `biases_bytes` are not in it."""
+    left = units or {}
     each = sublayer_bytes(dense)
 
     def saved(sublayer: Sublayer, kind: EmulationKind) -> int:
@@ -87,7 +89,9 @@ def saved_bytes(
             return each[sublayer]
         if fused and replaces(kind):
             return each[sublayer] - fused_bytes(dense, sublayer, kind, rank)
-        return each[sublayer] - variant(kind).weight_bytes(shape_of(dense, sublayer, rank, sources))
+        return each[sublayer] - variant(kind).weight_bytes(
+            shape_of(dense, sublayer, rank, sources).of_units(left.get(sublayer.block))
+        )
 
     return {sublayer: saved(sublayer, kind) for sublayer, kind in removed.items()}
 
@@ -111,7 +115,7 @@ def predicted_bytes(dense: DenseModel, plan: Plan, context: int, *, fused: bool 
     tokens takes, windows included.
     """
     whole, head, each = weight_bytes(dense.model), kv_head_bytes(dense), int(dense.model.config.num_key_value_heads)
-    saved = sum(saved_bytes(dense, plan.removed, plan.rank, plan.sources, fused=fused).values())
+    saved = sum(saved_bytes(dense, plan.removed, plan.rank, plan.sources, fused=fused, units=plan.units).values())
     if fused and any(emulation != REMOVED for emulation in plan.removed.values()):
         saved -= biases_bytes(dense)
     full, limited = kv_heads(plan, each)

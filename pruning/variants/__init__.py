@@ -36,18 +36,19 @@ class Row:
         target: `module:object`, a `Variant`; loaded when it is first used.
         help: One line for people.
         source: Paper or page.
-        entry: How a checkpoint names it: `kind` of the `emulation` entry, or the key of an entry of its own.
+        entry: How a checkpoint names it: `kind` of the `emulation` entry, or the key of an entry of its own. None: it
+            leaves an ordinary sublayer, of which a checkpoint says nothing more.
         cache: What it keeps in the KV cache of each request: nothing, a window, or every token.
-        unit: What it takes the place of: any sublayer, attention only, or whole blocks.
+        unit: What it takes the place of: any sublayer, attention only, FFNs only, or whole blocks.
         fits: Whether it is fitted on calibration text.
     """
 
     target: str
     help: str
     source: str
-    entry: str
+    entry: str | None
     cache: Literal["none", "window", "full"] = "none"
-    unit: Literal["sublayer", "attention", "block"] = "sublayer"
+    unit: Literal["sublayer", "attention", "ffn", "block"] = "sublayer"
     fits: bool = True
 
 
@@ -79,6 +80,10 @@ VARIANTS: dict[str, Row] = {
         "pruning.variants.shared:SHARED_VARIANT",
         "a kept block's weights and low-rank differences: smaller files, but no KV cache and no time saved",
         "arXiv 2501.14713", "shared", cache="full", unit="block",
+    ),
+    "narrow": Row(
+        "pruning.variants.narrow:NARROW", "an FFN of fewer units, as many as a weight budget lets each layer keep",
+        "arXiv 2502.03460, 2301.00774", None, unit="ffn",
     ),
 }  # fmt: skip
 
@@ -146,12 +151,19 @@ def cache_of(kind: str | None) -> Literal["none", "window", "full"]:
     return "none" if kind in (REMOVED, FUSED) else row(kind).cache
 
 
-def state_of(kind: str | None) -> Literal["kept", "limited", "emulated", "removed"]:
+def narrows(kind: str) -> bool:
+    """Whether a kind (as in a plan or as typed) narrows FFNs: a budget then says how much of each goes."""
+    return kind not in (REMOVED, FUSED) and row(kind).unit == "ffn"
+
+
+def state_of(kind: str | None) -> Literal["kept", "limited", "narrowed", "emulated", "removed"]:
     """What a sublayer of this kind is called; None: it is kept as it is."""
     if kind is None:
         return "kept"
     if kind == REMOVED:
         return "removed"
+    if narrows(kind):
+        return "narrowed"
     return "limited" if cache_of(kind) == "window" else "emulated"
 
 
@@ -179,4 +191,4 @@ def positions_of(entry: Mapping[str, Any]) -> int | None:
 
 def _own_entries() -> list[str]:
     """Keys of a sublayer's entry that are a variant's own."""
-    return [each.entry for each in VARIANTS.values() if each.cache == "window"]
+    return [each.entry for each in VARIANTS.values() if each.cache == "window" and each.entry is not None]

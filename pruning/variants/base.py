@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -113,6 +113,7 @@ class Shape:
         whole: Weight bytes of the sublayer itself.
         maps: (in, out, bias) of its linear maps.
         output: Which of them is the output projection.
+        units: That an FFN keeps; None: nothing says so.
     """
 
     hidden_size: int
@@ -125,6 +126,11 @@ class Shape:
     whole: int = 0
     maps: Sequence[tuple[int, int, bool]] = ()
     output: int | None = None
+    units: int | None = None
+
+    def of_units(self, units: int | None) -> "Shape":
+        """The same of an FFN that keeps so many units."""
+        return replace(self, units=units)
 
 
 class Variant:

@@ -81,13 +81,24 @@ def full_heads_of_ranks(full_heads: Sequence[int], kv_heads: int, ranks: int) ->
     return found
 
 
-def check_ranks(fields: Mapping[str, Any], ranks: int) -> None:
-    """Check, by the fields of a `config.json`, that every tensor-parallel rank has as many full heads of each layer.
+def check_units(units: int, ranks: int, block: object) -> None:
+    """Check that tensor-parallel ranks can share the units of an FFN.
 
     Raises:
-        CheckpointError: One has not.
+        CheckpointError: They cannot.
+    """
+    if units % ranks:
+        raise CheckpointError(f"--tensor-parallel-size {ranks} does not divide the {units} FFN units of block {block}")
+
+
+def check_ranks(fields: Mapping[str, Any], ranks: int) -> None:
+    """Check, by the fields of a `config.json`, that tensor-parallel ranks can share each layer's full heads and units.
+
+    Raises:
+        CheckpointError: They cannot.
     """
     kv_heads = fields.get("num_key_value_heads") or fields.get("num_attention_heads")
-    for block in fields.get("block_configs") or ():
+    for index, block in enumerate(fields.get("block_configs") or ()):
+        check_units(int(block["ffn"].get("intermediate_size") or 0), ranks, index)
         if full_heads := variants.full_heads_of(block["attention"]):
             full_heads_of_ranks(full_heads, int(kv_heads or 1), ranks)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pruning.families import FAMILIES, Family
 from pruning.variants.shared import materialised
 from server.engine import variants
-from server.engine.loader import check_directory, check_stage, lacks_attention
+from server.engine.loader import check_directory, check_stage, check_units, lacks_attention
 from server.engine.stand_ins import Absent, Place, build_emulation, connect_sources, install
 from server.engine.vllm import (
     attention_classes,
@@ -112,6 +112,7 @@ def _pruning_layers(
         for variant, entry in changes:
             targets |= dict.fromkeys(attention_classes(seam.attention), variant.attention_class(entry))
         size = spec["ffn"].get("intermediate_size", config.intermediate_size)
+        check_units(size, tensor_parallel_size(), prefix.rpartition(".")[2])
         with replaced(targets), _sized(config, size):
             block = layer(prefix=prefix)
         for variant, entry in changes:

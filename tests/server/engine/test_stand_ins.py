@@ -83,6 +83,14 @@ def test_ranks_with_unequal_numbers_of_full_heads_are_refused_before_the_engine_
     assert (at_start.value.exit_code, str(at_start.value)) == (2, str(refused.value))
 
 
+def test_ranks_that_do_not_divide_the_units_of_an_ffn_are_refused():
+    fields = {"num_key_value_heads": 12, "block_configs": [block(KEPT), block(KEPT, KEPT | {"intermediate_size": 184})]}
+    check_ranks(fields, 4)
+    message = "--tensor-parallel-size 3 does not divide the 184 FFN units of block 1"
+    with pytest.raises(CheckpointError, match=message):
+        check_ranks(fields, 3)
+
+
 def test_an_emulation_of_an_unknown_kind_is_refused():
     with pytest.raises(CheckpointError, match="'recurrent' is not known"):
         build_emulation({"kind": "recurrent", "rank": 2}, 8, fused=True)

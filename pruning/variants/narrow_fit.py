@@ -1,0 +1,223 @@
+"""Which units an FFN keeps, what leaving the others out costs, and its output projection for those that stay.
+
+With c [N, F] what enters the output projection W [D, F] and H = c'c, leaving a unit out and refitting W for the rest
+adds w_j'w_j / [H^-1]_jj to the squared error of the FFN's output, exactly. Units go by that cost, some at a time, and
+H^-1 follows. One order of a layer serves all its widths.
+
+Source: Optimal Brain Surgeon (Hassibi and Stork 1993) on the output projection's inputs, as in SparseGPT (arXiv
+    2301.00774); a width for each layer: Adapt-Pruner (arXiv 2502.03460). Inferred: tokens weighted by the inverse mean
+    square of the stream, as everywhere here.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pruning.plan import KINDS, Sublayer
+from pruning.regression import HeldOutMoments, solve, token_weights
+from pruning.variants.base import Job
+from pruning.variants.narrow import Narrow, multiple_of, narrowed
+
+if TYPE_CHECKING:
+    from pruning.console import Reporter
+    from pruning.forward.blocks import Arguments, Taps
+    from pruning.forward.evaluator import Evaluator
+
+RIDGE = 1e-3  # of the Gram matrix, by the units' own scales
+CHUNKS = 8  # in which as many units go as a width loses at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Elimination:
+    """The order in which an FFN loses its units.
+
+    Attributes:
+        order: All units, the first to go first, int64 [F].
+        errors: Units left -> squared error of the FFN's output, refitted, as a share of its square; 0 for all of them.
+    """
+
+    order: Tensor
+    errors: Mapping[int, float]
+
+    def kept(self, units: int) -> Tensor:
+        """The numbers of the last `units` units, ascending."""
+        return self.order[len(self.order) - units :].sort().values
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """How one FFN can be narrowed.
+
+    Attributes:
+        elimination: The order of its units.
+        trial: The FFN of the width that layers are compared by, refitted on the dense model's own stream.
+    """
+
+    elimination: Elimination
+    trial: Narrow
+
+    @property
+    def trial_error(self) -> float:
+        """What the trial loses, as a share of the FFN's output."""
+        return self.elimination.errors[self.trial.projection.in_features]
+
+
+def eliminate(gram: Tensor, weight: Tensor, chunk: int) -> Elimination:
+    """Leave units out, the cheapest first, with the output projection refitted for the rest after every chunk.
+
+    Args:
+        gram: H, [F, F] float64.
+        weight: W, [D, F].
+        chunk: Units that go at a time.
+
+    Returns:
+        The order, and the exact errors after each chunk, with `RIDGE` in H.
+    """
+    diagonal = gram.diagonal()
+    ridge = RIDGE * diagonal + 1e-9 * diagonal.mean() + 1e-30
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + torch.diag(ridge)))
+    rows = weight.double().T  # [F, D], refitted as units go
+    square = float(((gram @ rows) * rows).sum() + (ridge[:, None] * rows.square()).sum())
+    left, total = torch.arange(len(gram)), 0.0
+    order: list[Tensor] = []
+    errors = {len(left): 0.0}
+    while len(left):
+        costs = rows.square().sum(1) / inverse.diagonal()
+        gone = costs.argsort(stable=True)[: len(left) % chunk or chunk]
+        stay = torch.ones(len(left), dtype=torch.bool)
+        stay[gone] = False
+        cross, among = inverse[stay][:, gone], inverse[gone][:, gone]
+        step = torch.linalg.solve(among, torch.cat([rows[gone], cross.T], 1))
+        lost, update = step[:, : rows.shape[1]], step[:, rows.shape[1] :]
+        total += float((rows[gone] * lost).sum())
+        order.append(left[gone])
+        rows, inverse, left = rows[stay] - cross @ lost, inverse[stay][:, stay] - cross @ update, left[stay]
+        errors[len(left)] = total / square if square else 0.0
+    return Elimination(torch.cat(order), errors)
+
+
+def refit(gram: Tensor, weight: Tensor, units: Tensor) -> Tensor:
+    """The output projection [D, n] of some units that is nearest to that of all of them.
+
+    Args:
+        gram: H of all units, [F, F] float64.
+        weight: W of all units, [D, F].
+        units: Those that stay, int64 [n].
+    """
+    missing = weight.double().clone()
+    missing[:, units] = 0
+    change = solve(gram[units][:, units], gram[units] @ missing.T, RIDGE)
+    return (weight[:, units].double() + change.T).to(weight.dtype)
+
+
+@contextmanager
+def _entering(projection: nn.Module) -> Iterator[list[Tensor]]:
+    """Record what enters a module inside the `with`."""
+    seen: list[Tensor] = []
+    handle = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _ffn_of(evaluator: "Evaluator", block: int) -> tuple[nn.Module, str, nn.Linear]:
+    """An FFN, the attribute of its output projection, and that."""
+    family = evaluator.family
+    assert family.ffn_output is not None
+    ffn = evaluator.blocks[block].get_submodule(family.ffn)
+    projection = ffn.get_submodule(family.ffn_output)
+    assert isinstance(projection, nn.Linear)
+    return ffn, family.ffn_output, projection
+
+
+@torch.no_grad()
+def narrowings(
+    evaluator: "Evaluator", blocks: Collection[int], trial: int, reporter: "Reporter"
+) -> dict[Sublayer, Narrowing]:
+    """The order in which FFNs lose their units, on the dense model's own stream; one Gram matrix at a time.
+
+    Args:
+        evaluator: Of the dense model, on the calibration tokens.
+        blocks: Whose FFNs may be narrowed.
+        trial: Units of the FFNs that layers are compared by.
+        reporter: For progress.
+    """
+    found: dict[Sublayer, Narrowing] = {}
+    embedded = [evaluator.embed(batch) for batch in evaluator.batches]
+    streams, arguments = [hidden for hidden, _ in embedded], [given for _, given in embedded]
+    taps: list[Taps] = [{} for _ in streams]
+    last = max(blocks, default=-1)
+    with reporter.progress("units", last + 1) as step:
+        for index in range(last + 1):
+            with evaluator.residency.block(index):
+                for kind in KINDS:
+                    sublayer = Sublayer(index, kind)
+                    if kind == "ffn" and index in blocks:
+                        found[sublayer] = _narrowing(evaluator, sublayer, streams, arguments, taps, trial)
+                        continue
+                    for number, hidden in enumerate(streams):
+                        given = arguments[number][index]
+                        streams[number] = evaluator.run_and_tap(sublayer, hidden, given, None, taps[number])
+            for each in taps:
+                each.clear()
+            step.advance()
+    return found
+
+
+def _narrowing(
+    evaluator: "Evaluator", sublayer: Sublayer, streams: list[Tensor], arguments: Sequence["Arguments"],
+    taps: Sequence["Taps"], trial: int,
+) -> Narrowing:  # fmt: skip
+    """The order of one FFN's units; takes the streams through it, in place."""
+    ffn, output, projection = _ffn_of(evaluator, sublayer.block)
+    size = projection.in_features
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    for number, hidden in enumerate(streams):
+        with _entering(projection) as seen:
+            after = evaluator.run_and_tap(sublayer, hidden, arguments[number][sublayer.block], None, taps[number])
+        streams[number] = after
+        rows = seen[0].flatten(0, -2).float() * token_weights(after).to(after.device, torch.float32).sqrt()[:, None]
+        with torch.autocast(rows.device.type, enabled=False):
+            gram += (rows.T @ rows).double().cpu()
+    weight = projection.weight.detach()
+    elimination = eliminate(gram, weight.cpu(), max(1, multiple_of(size) // CHUNKS))
+    units = elimination.kept(trial)
+    made = narrowed(ffn, output, evaluator.model.config, units)
+    made.projection.weight.data = refit(gram, weight.cpu(), units).to(weight.device)
+    return Narrowing(elimination, made)
+
+
+@torch.no_grad()
+def refitted(job: Job) -> Narrow:
+    """The chosen units (`Job.prepared`, int64 [n]), the output projection refitted on the stream as pruned so far.
+
+    It aims at the dense stream after the FFN, so it also mends what was lost before; where a norm follows the FFN, at
+    what all of its units put out. With r the residual and c [N, n] what the units give, fits r ≈ c ΔW by ridge towards
+    the weights as they are, and takes it where the error on held-out windows falls.
+    """
+    evaluator, family = job.evaluator, job.evaluator.family
+    ffn, output, projection = _ffn_of(evaluator, job.sublayer.block)
+    units: Tensor = job.prepared
+    made = narrowed(ffn, output, evaluator.model.config, units)
+    before, after = family.norms("ffn")
+    norm = nn.Identity() if before is None else evaluator.blocks[job.sublayer.block].get_submodule(before)
+    scale = family.scale(evaluator.model.config)
+    moments, first = HeldOutMoments.zeros(len(units), projection.out_features), 0
+    for x, target, taps in zip(job.inputs, job.targets, job.taps, strict=True):
+        with _entering(projection) as seen:
+            whole = ffn(norm(evaluator.reads(job.sublayer, x, taps)))
+        entering = seen[0][..., units]
+        goal = whole if after is not None else (target.float() - x.float()) / scale
+        residual = goal.float() - made.projection(entering).float()
+        moments.add_windows(first, entering.float(), residual, token_weights(target).view(target.shape[:-1]))
+        first += len(target)
+    correction = moments.correction()
+    if correction is not None:
+        weight = made.projection.weight
+        weight.data = (weight.double() + correction.T.to(weight.device)).to(weight.dtype)
+    return made
