@@ -18,7 +18,7 @@ from pruning.models.finding import Source, find_model
 from pruning.plan import Kind, Sublayer
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
-from pruning.variants import REMOVED, cache_of, changes_weights, narrows, row, variant
+from pruning.variants import REMOVED, cache_of, changes_weights, full_heads_of, narrows, row, variant
 from pruning.workdir import check_output
 
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2}
@@ -144,8 +144,8 @@ def _cached(source: Source) -> Cached | None:
         return None
     changed = len(source.earlier.changed(["attention"]))
     own = sum(own_window(source.config, block) is not None for block in range(source.num_blocks))
-    limits_of = [entry.get("window") or {} for entry in source.earlier.entries.values()]
-    full = sum(len(limit.get("full_heads", ())) for limit in limits_of) / source.config.num_key_value_heads
+    entries = source.earlier.entries.values()
+    full = sum(len(full_heads_of(entry)) for entry in entries) / source.config.num_key_value_heads
     limited = changed - full if source.earlier.whole else 0
     return Cached(source.num_blocks - changed - own + full, limited, source.earlier.manifest.num_blocks - own)
 

@@ -189,6 +189,11 @@ def positions_of(entry: Mapping[str, Any]) -> int | None:
     return None if found is None else found.positions(entry)
 
 
+def full_heads_of(entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """KV heads of a limited attention layer with this entry that keep every token."""
+    return tuple(head for name in _own_entries() for head in (entry.get(name) or {}).get("full_heads", ()))
+
+
 def _own_entries() -> list[str]:
     """Keys of a sublayer's entry that are a variant's own."""
     return [each.entry for each in VARIANTS.values() if each.cache == "window" and each.entry is not None]
