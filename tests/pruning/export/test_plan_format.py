@@ -21,7 +21,7 @@ from pruning.export.writing import state_dict
 from pruning.families import FAMILIES, own_window
 from pruning.models.applied import apply_plan_file
 from pruning.models.checkpoint import Manifest, hash_file, read_manifest, verify
-from pruning.models.plan_file import PLAN, PlanFile, Raw, read_plan
+from pruning.models.plan_file import CHAIN_VERSION, PLAN, PlanFile, Raw, read_plan
 from pruning.models.weight_files import ADDED, BASE, INDEX
 from pruning.recipe import Recipe
 from pruning.variants import VARIANTS, variant, window_fit
@@ -120,8 +120,8 @@ def test_a_cut_file_is_refused(plan, tmp_path, kept):
 def test_a_newer_version_is_named(plan, tmp_path):
     found = read_plan(plan / PLAN)
     newer = tmp_path / "newer.safetensors"
-    newer.write_bytes(found.document.model_copy(update={"version": 2}).render(found.tensors))
-    with pytest.raises(CheckpointError, match="plan version 2"):
+    newer.write_bytes(found.document.model_copy(update={"version": CHAIN_VERSION + 1}).render(found.tensors))
+    with pytest.raises(CheckpointError, match=f"plan version {CHAIN_VERSION + 1}"):
         read_plan(newer)
 
 

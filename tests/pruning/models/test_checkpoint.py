@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pruning.errors import CheckpointError
-from pruning.models.checkpoint import FORMAT_VERSION, MANIFEST, read_manifest, verify
+from pruning.models.checkpoint import CHAIN_VERSION, MANIFEST, read_manifest, verify
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def test_truncated_and_deleted_files_are_refused(checkpoint):
 
 def test_a_newer_format_version_is_named(checkpoint):
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    manifest["format_version"] = FORMAT_VERSION + 1
+    manifest["format_version"] = CHAIN_VERSION + 1
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=rf"format version {FORMAT_VERSION + 1}"):
+    with pytest.raises(CheckpointError, match=rf"format version {CHAIN_VERSION + 1}"):
         verify(checkpoint)
 
 
