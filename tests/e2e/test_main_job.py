@@ -35,15 +35,16 @@ def client(live_server):
     return openai.OpenAI(base_url=f"{live_server.url}/v1", api_key="none", max_retries=0)
 
 
-def test_a_request_keeps_under_a_third_of_its_cache_and_far_codes_are_found(smollm2_checkpoint):
+def test_a_request_keeps_a_fraction_of_its_cache_at_the_loss_allowed_and_far_codes_are_found(smollm2_checkpoint):
     manifest = verify(smollm2_checkpoint)
-    assert list(manifest.removed.values()) == ["window"] * 24
+    assert set(manifest.removed.values()) == {"window"}
     assert manifest.num_blocks == 30
-    assert manifest.sizes["context"] == 8192
-    assert manifest.sizes["kv_request"] <= 0.3 * manifest.sizes["kv_request_dense"]
+    assert manifest.sizes["context"] == manifest.quality["row_tokens"] == 8192
+    assert manifest.sizes["kv_request"] <= 0.4 * manifest.sizes["kv_request_dense"]
+    assert manifest.quality["pruned_loss"] - manifest.quality["dense_loss"] <= 0.01
     codes, dense = manifest.quality["codes"], manifest.quality["codes_dense"]
     assert codes["length"] > manifest.recipe["window"]
-    assert codes["found"] >= dense["found"] - 2
+    assert codes["found"] >= 0.9 * dense["found"]
 
 
 def test_the_pruned_model_knows_the_capital_of_france(client, live_server):
@@ -95,10 +96,11 @@ def test_greedy_tokens_of_vllm_and_transformers_agree(client, live_server):
         assert gap.max() < 1e-3, f"{question}: parts from transformers by {gap.max():.2e}"
 
 
-def test_the_server_says_what_was_pruned(client, live_server):
+def test_the_server_says_what_was_pruned(client, live_server, smollm2_checkpoint):
     answer = client._client.get(f"{live_server.url}/v1/pruning").json()
     assert answer["kv_cache"]["tokens"] > 2 * answer["kv_cache"]["tokens_dense"]
-    assert sum(block["attention"] == "limited" for block in answer["sublayers"]) == 24
+    limited = [number for number, block in enumerate(answer["sublayers"]) if block["attention"] == "limited"]
+    assert {f"attention.{number}" for number in limited} == verify(smollm2_checkpoint).removed.keys()
 
 
 def test_errors_are_those_openai_clients_expect(client, live_server):
@@ -152,10 +154,10 @@ def test_tools_get_a_clear_error_where_the_model_has_no_tool_template(client, li
         client.chat.completions.create(model=live_server.model, messages=FRANCE, tools=[tool])
 
 
-def test_the_models_list_says_what_was_removed(client, live_server):
+def test_the_models_list_says_what_was_removed(client, live_server, smollm2_checkpoint):
     (model,) = client.models.list().data
     assert model.id == live_server.model
-    assert len(model.pruning["attention_limited"]) == 24
+    assert len(model.pruning["attention_limited"]) == len(verify(smollm2_checkpoint).removed)
     assert model.pruning["attention_removed"] == []
     assert model.pruning["kv_bytes_per_token"] < 0.33 * model.pruning["kv_bytes_per_token_dense"]
 
