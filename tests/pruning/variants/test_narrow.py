@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -166,7 +167,7 @@ def test_a_checkpoint_computes_what_was_fitted(model_type, pico_directory, text,
     assert f"{len(units)} narrowed" in card
 
 
-@pytest.mark.parametrize("to", ["nemotron-nas", "llama"])
+@pytest.mark.parametrize("to", ["nemotron-nas", "gguf", "llama"])
 def test_other_formats_hold_what_they_can(to, pico_directory, text, tmp_path, monkeypatch, capsys):
     wanted = ["--output", tmp_path / "out", "--calibration", text, "--weight-budget", "85%", "--format", to, *QUICK]
     code = run(monkeypatch, pico_directory("llama"), *wanted)
@@ -175,8 +176,13 @@ def test_other_formats_hold_what_they_can(to, pico_directory, text, tmp_path, mo
         assert "holds whole blocks only" in capsys.readouterr().err
         return
     assert code == 0
-    blocks = json.loads((tmp_path / "out/config.json").read_text())["block_configs"]
-    assert any(block["ffn"]["intermediate_size"] < SIZE for block in blocks)
+    units = {int(block): n for block, n in verify(tmp_path / "out").quality["ffn_units"].items()}
+    if to == "gguf":
+        found = GGUFReader(tmp_path / "out/model.gguf").fields["deci.feed_forward_length"].contents()
+    else:
+        blocks = json.loads((tmp_path / "out/config.json").read_text())["block_configs"]
+        found = [block["ffn"]["intermediate_size"] for block in blocks]
+    assert found == [units.get(block, SIZE) for block in range(BLOCKS)]
 
 
 @pytest.mark.parametrize(
