@@ -98,12 +98,12 @@ def stages_of(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:
 
 
 def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
-    context, length = recipe.context or 0, recipe.row_tokens
+    length = recipe.row_tokens
     rows = -(-recipe.fit_tokens // length)
     tried = min(rows, windows.SINK_ROWS)
     judged = rows + (windows.CODE_PROMPTS if recipe.codes else 0)
     limit = size.blocks(tried, length) + CANDIDATES * size.limited(tried, length)
-    held = max(1, windows.HELD_OUT_TOKENS // context)
+    held, context = windows.held_out_rows(recipe)
     asked = size.blocks(windows.MEASURED_PROMPTS, context // 2)
     score = limit + _scoring(recipe, size, judged, length, size.layers)
     measured = size.forward(held, context) + asked  # of one plan
