@@ -22,6 +22,7 @@ from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
 from pruning.plan import Sublayer
 from pruning.recipe import Recipe
+from pruning.request import HELD_OUT_TOKENS
 from pruning.search import heads
 from pruning.search.selection import Judge
 from pruning.texts.calibration import from_files, last_windows, other_windows
@@ -36,7 +37,6 @@ SINK_ROWS = 2  # rows that decide which sink each layer has
 CODE_PROMPTS = 2  # that plans are judged by
 TOKENS_FOR_A_CODE = 96  # of a prompt, at least; eight codes at most
 MEASURED_PROMPTS = 2  # dense and pruned, at the end
-HELD_OUT_TOKENS = 8192
 CODES_FOUND = 0.9  # of those that the dense model finds
 EDGE_TOKENS = 32  # of a row that tell whether it reaches into held-out text
 
