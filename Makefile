@@ -3,12 +3,13 @@
 PYTHON ?= python3
 PORT ?= 8000
 MODEL ?= smollm2-135m
+VLLM ?= vllm==0.33.0
 DIR ?= models/$(MODEL)-pruned
 VENV := .venv
 BIN := $(VENV)/bin
 DEPLOY_VENV := .venv-deploy
 
-.PHONY: help setup run quick test check lint bench bench-full deploy-check client-check fuzz clean
+.PHONY: help setup run quick test check lint bench bench-full deploy-check contract client-check fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -51,6 +52,9 @@ bench-full: setup $(DIR)/pruning.json ## Every benchmark, whole (over an hour); 
 
 deploy-check: $(DEPLOY_VENV)/.ready ## Check deploy/: manifests, rules, dashboard, Compose and Dockerfiles (needs no cluster)
 	PYTHONPATH=. $(DEPLOY_VENV)/bin/python -m pytest --confcutdir tests/deploy tests/deploy
+
+contract: setup ## Check what Shoal takes from vLLM against the sources of the newest version that is allowed (downloads its wheel)
+	PYTHONPATH=. $(BIN)/python tests/contract/check.py $(VLLM)
 
 client-check: $(DIR)/pruning.json .venv-clients/.ready ## Let openai (Python, npm), litellm and LangChain talk to a real server
 	$(BIN)/python tests/clients/run.py $(DIR) .venv-clients/bin/python

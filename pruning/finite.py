@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pruning.errors import NumberError
 
+PART_NUMBERS = 2**24  # looked at at a time: the sum of a bfloat16 tensor makes a float32 copy of it
 REMEDY = "use --dtype float32 or bfloat16, which hold larger numbers, or check the model"
 
 
@@ -18,8 +19,8 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
-    total = tensor.detach().sum(dtype=torch.float32)
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+    parts = tensor.detach().reshape(-1).split(PART_NUMBERS)
+    return all(bool(part.sum(dtype=torch.float32).isfinite()) or bool(part.isfinite().all()) for part in parts)
 
 
 def check_tensors(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:

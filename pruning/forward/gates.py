@@ -122,7 +122,9 @@ def _at_once(evaluator: Evaluator, numbers: list[int], run: Run, gates: Tensor) 
         RecipeError: They come from disk.
     """
     if not evaluator.residency.keeps_blocks:
-        raise RecipeError("gradients through emulations that read other layers need the whole model; leave --stream out")
+        raise RecipeError(
+            "gradients through emulations that read other layers need the whole model; leave --stream out"
+        )
     return [_whole(evaluator, number, run, gates) for number in numbers]
 
 

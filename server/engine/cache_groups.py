@@ -237,8 +237,8 @@ def install() -> None:
     that it calls, which stand in for ours while such a model is asked about.
     """
     from vllm.v1.attention.backends import utils
-    from vllm.v1.core import kv_cache_utils
 
+    kv_cache_utils = _planning()
     usual: Any = kv_cache_utils.get_kv_cache_groups
     if getattr(usual, "shoal", False):
         return
@@ -270,6 +270,15 @@ def install() -> None:
     for module in (utils, importer):
         if module is not None:
             module.resolve_kv_cache_layout = resolve
+
+
+def _planning() -> Any:
+    """vLLM's module that cuts the cache into groups."""
+    try:
+        from vllm.v1.core import kv_cache_planning as module  # 0.33
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils as module
+    return module
 
 
 def _resolving(usual: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,10 +329,8 @@ def _is_ours(vllm_config: Any) -> bool:
 
 def _join_draft(specs: dict[str, Any]) -> None:
     """Let a draft's limited layers take cache as full ones, in place: vLLM drafts from layers of one group only."""
-    from vllm.v1.core import kv_cache_utils
-
     drafting = {name: spec for name, spec in specs.items() if name.startswith(DRAFT)}
-    specs |= kv_cache_utils._promote_local_kv_cache_specs(drafting)
+    specs |= _planning()._promote_local_kv_cache_specs(drafting)
 
 
 def _groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
