@@ -35,18 +35,22 @@ def tokens_in(size: int, shape: Mapping[str, Any], budget: float, context: int, 
 
 
 def table(gigabytes: int) -> str:
-    """Markdown: KV bytes of a token, and tokens that the cache holds."""
-    lines = ["| shape | cache | KV bytes of a token, dense | context | " + " | ".join(
-        "dense" if budget == 1.0 else f"{budget:.0%}" for budget in BUDGETS) + " |",
-        "|---|---|---|---|" + "---|" * len(BUDGETS)]  # fmt: skip
+    """Markdown: tokens that the cache holds, and requests of each context."""
+    named = ["dense" if budget == 1.0 else f"{budget:.0%}" for budget in BUDGETS]
+    lines = [
+        "| shape | cache | KV bytes of a token | " + " | ".join(named) + " |",
+        "|---|---|---|" + "---|" * len(BUDGETS),
+    ]
     for name in MODELS:
         for cache, number_bytes in CACHED.items():
-            for context in CONTEXTS:
-                shape = SHAPES[name]
-                each = request_bytes(shape, 1.0, context, number_bytes) // context
-                held = [tokens_in(gigabytes * 10**9, shape, budget, context, number_bytes) for budget in BUDGETS]
-                cells = " | ".join(f"{tokens:,}" for tokens in held)
-                lines.append(f"| {name} | {cache} | {each:,} | {context:,} | {cells} |")
+            shape, size = SHAPES[name], gigabytes * 10**9
+            each = request_bytes(shape, 1.0, CONTEXTS[0], number_bytes) // CONTEXTS[0]
+            cells = []
+            for budget in BUDGETS:
+                requests = [size // request_bytes(shape, budget, context, number_bytes) for context in CONTEXTS]
+                tokens = tokens_in(size, shape, budget, CONTEXTS[0], number_bytes)
+                cells.append(f"{tokens:,} ({' / '.join(map(str, requests))})")
+            lines.append(f"| {name} | {cache} | {each:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
