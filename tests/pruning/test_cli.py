@@ -313,7 +313,7 @@ def test_budgets_in_weights_and_in_loss_hold(monkeypatch, pico_directory, text, 
         (["--recovery-aware", "--emulation", "none"], "choose an --emulation"),
         (["--copying", "0.5", "--importance", "cosine"], "leave --copying out"),
         (["--copying", "-1"], "greater than or equal to 0"),
-        (["--stream"], "prune-export score"),
+        (["--stream", "--fuse"], "--stream holds one block at a time, and"),
     ],
 )
 def test_requests_that_contradict_themselves(monkeypatch, pico_directory, text, tmp_path, capsys, flags, says):
