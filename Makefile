@@ -3,13 +3,14 @@
 PYTHON ?= python3
 PORT ?= 8000
 MODEL ?= smollm2-135m
+DEVICE ?= cpu
 VLLM ?= vllm==0.33.0
 DIR ?= models/$(MODEL)-pruned
 VENV := .venv
 BIN := $(VENV)/bin
 DEPLOY_VENV := .venv-deploy
 
-.PHONY: help setup run quick test check lint bench bench-full deploy-check contract client-check fuzz clean
+.PHONY: help setup run quick test test-device check lint bench bench-full deploy-check contract client-check fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -34,6 +35,9 @@ quick: lint ## Lint, types, and the tests that need neither the engine nor the e
 test: setup ## Run the tests, on real models and the real engine: those without an engine side by side, then the others
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not engine and not embedded"
 	$(BIN)/python -m pytest -q -m "engine or embedded"
+
+test-device: setup ## Compare results on DEVICE (cpu) with the CPU's, same tolerances
+	SHOAL_DEVICE=$(DEVICE) $(BIN)/python -m pytest -q tests/device
 
 check: lint ## The same
 
