@@ -82,7 +82,11 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
         raise RecipeError("--stream computes in --dtype; leave --fit-precision out")
     check(recipe)
     _check_texts(recipe)
-    source = find_model(model, reporter)
+    plan_alone = limits(recipe) and not format_named(recipe.format).weights
+    source = find_model(model, reporter, weights_stay=plan_alone)
+    if source.quantised:
+        reporter.say(f"note: {model} is quantised ({source.quantised}); what is chosen and measured here computes with "
+                     "the numbers that its weights stand for")  # fmt: skip
     if source.earlier is not None:
         recipe = _on_top(source.earlier, recipe, model, again=again)
     recipe = resolved(recipe, source.positions)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -352,6 +354,31 @@ def export_windows(model: Path, output: Path, text: Path, **recipe: Any) -> Path
     asked = checked_export(str(model), Recipe(**fixed | recipe), output, overwrite=False, reporter=Reporter())
     run(asked, output, dry_run=False, reporter=Reporter())
     return output
+
+
+def int8_sibling(dense: Path, directory: Path) -> Path:
+    """The same model with projections in int8 (compressed-tensors: a scale for each row, and for each token)."""
+    shutil.copytree(dense, directory)
+    tensors = {}
+    for name, tensor in load_file(dense / "model.safetensors").items():
+        tensors[name] = tensor
+        if name.endswith("_proj.weight"):
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors |= {name: (tensor / scale).round().to(torch.int8), f"{name}_scale": scale}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": group},
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from pathlib import Path
 from pruning.errors import CheckpointError
 from pruning.export.formats import Untouched
 from pruning.models.checkpoint import Manifest, combined
+from pruning.models.finding import quantisation_of
 from pruning.models.loading import DenseModel
 from pruning.models.weight_files import ADDED, BASE, SINGLE, WeightFiles, placed, weight_files
 
@@ -29,8 +30,10 @@ def untouched(dense: DenseModel, manifest: Manifest, dtype: str) -> Untouched | 
     except (CheckpointError, OSError, ValueError):
         return None
     own = stored_dtype(base, config.get("dtype") or config.get("torch_dtype"))
-    if own is None or config.get("quantization_config"):
+    if own is None:
         return None
+    if quantisation := quantisation_of(config):
+        manifest.base["quantisation"] = quantisation
     keeps = dtype == "auto" or {DTYPES.get(each) for each in base.dtypes} == {dtype}
     if keeps:
         scale = BYTES[own] / BYTES[manifest.base["dtype"]]

@@ -1,7 +1,7 @@
 """Send a real server requests that schemathesis makes from its OpenAPI document: no 5xx, no hang.
 
-usage: run.py CHECKPOINT SCHEMATHESIS [REPORT]; `make fuzz` gives the second. Prints, and writes to REPORT if there is
-one, the number of requests by status, every 5xx and every request over 30 s; exit code 1 at one of these, or when there
+usage: run.py CHECKPOINT SCHEMATHESIS [REPORT [SECONDS]]; `make fuzz` gives the second. Prints, and writes to REPORT if
+there is one, the number of requests by status, every 5xx and every request over 30 s; exit code 1 at one of these, or when there
 were fewer than 2,000 requests.
 """
 
@@ -44,7 +44,7 @@ def main() -> int:
                 "--suppress-health-check", "all",
             ])  # fmt: skip
             try:
-                fuzzer.wait(BUDGET_SECONDS)
+                fuzzer.wait(int(sys.argv[4]) if len(sys.argv) > 4 else BUDGET_SECONDS)
             except subprocess.TimeoutExpired:  # it is not asked for every route to be as thorough as the first
                 fuzzer.send_signal(signal.SIGINT)
                 fuzzer.wait(60)
