@@ -466,6 +466,7 @@ def serve(
     engine: Sequence[str | Path | int] = (),
     scheme: str = "http",
     operations: bool = False,
+    start_seconds: float = 400,
 ) -> Iterator[LiveServer]:
     """Start `prune-serve` on a free port and wait until it is ready.
 
@@ -476,6 +477,7 @@ def serve(
         engine: vLLM's.
         scheme: https where the flags ask for TLS.
         operations: Have health and metrics on a port of their own.
+        start_seconds: It may take to be ready.
     """
     port, other = free_port(), free_port()
     if operations:
@@ -487,7 +489,7 @@ def serve(
     url = f"{scheme}://127.0.0.1:{port}"
     operations_url = f"{scheme}://127.0.0.1:{other}" if operations else url
     try:
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + start_seconds
         while not _answers(f"{operations_url}/health/ready"):
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]

@@ -6,9 +6,8 @@ from pathlib import Path
 from pruning.errors import CheckpointError
 from pruning.export.formats import Untouched
 from pruning.models.checkpoint import Manifest, combined
-from pruning.models.finding import quantisation_of
 from pruning.models.loading import DenseModel
-from pruning.models.weight_files import ADDED, BASE, SINGLE, WeightFiles, placed, weight_files
+from pruning.models.weight_files import ADDED, BASE, SINGLE, WeightFiles, placed, quantisation_of, weight_files
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}

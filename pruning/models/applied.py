@@ -13,10 +13,9 @@ from typing import Any
 
 from pruning.errors import CheckpointError, StorageError
 from pruning.models.checkpoint import MANIFEST
-from pruning.models.finding import quantisation_of
 from pruning.models.hub import MODEL_FILES, snapshot
 from pruning.models.plan_file import LoadedPlan, check_hash, check_shapes, check_weights, find_plan, read_plan
-from pruning.models.weight_files import ADDED, INDEX, WeightFiles, index_with, placed, weight_files
+from pruning.models.weight_files import ADDED, INDEX, WeightFiles, index_with, placed, quantisation_of, weight_files
 from pruning.workdir import atomic_directory, cache_directory
 
 CONFIG = "config.json"

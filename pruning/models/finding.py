@@ -15,6 +15,7 @@ from pruning.errors import ModelError
 from pruning.families import Family, family_of
 from pruning.models.chain import Earlier, dense_fields, earlier_of, family_in
 from pruning.models.hub import MODEL_FILES, snapshot
+from pruning.models.weight_files import quantisation_of
 from pruning.workdir import cache_directory
 
 if TYPE_CHECKING:
@@ -99,14 +100,6 @@ class Source:
         return given if isinstance(given, int) else int(getattr(self.config, name))
 
 
-def quantisation_of(fields: Mapping[str, Any]) -> str | None:
-    """What a configuration says the weights are quantised by; None: they are not."""
-    found = fields.get("quantization_config")
-    if not found:
-        return None
-    return str(found.get("quant_method", "a method without a name")) if isinstance(found, Mapping) else "unreadable"
-
-
 def find_model(name: str, reporter: Reporter, *, weights_stay: bool = False) -> Source:
     """Find what the user named; a GGUF file is converted first.
 
@@ -175,7 +168,7 @@ def _check(source: Source, weights_stay: bool) -> None:
         where = "" if source.quantised in DEQUANTISED else " on the model that it was made from"
         raise ModelError(
             f"{name} is quantised ({source.quantised}); for windows, choose a plan{where} with --format plan, and "
-            f"serve it: prune-serve {name} --plan DIR; for all else prune the model that it was made from, quantise that"
+            f"serve it: prune-serve {name} --plan DIR; for all else prune what it was made from, and quantise that"
         )
     architectures = fields.get("architectures") or []
     if architectures and not any("ForCausalLM" in str(each) for each in architectures):
