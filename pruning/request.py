@@ -15,7 +15,7 @@ from pruning.families import head_dim, own_window
 from pruning.importance import metric
 from pruning.models.chain import Earlier
 from pruning.models.finding import Source, find_model
-from pruning.plan import Kind, Sublayer
+from pruning.plan import KINDS, Kind, Sublayer, UnitKind
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
 from pruning.variants import REMOVED, cache_of, changes_weights, full_heads_of, narrows, row, variant
@@ -113,6 +113,18 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
 
         check_fusable(source.family, {Sublayer(0, "ffn"): kind})
     return Request(source, recipe, wanted)
+
+
+def units_to_score(recipe: Recipe, asked: Sequence[UnitKind]) -> Sequence[UnitKind]:
+    """The kinds to score; all that there are where none is asked for.
+
+    Raises:
+        RecipeError: One cannot become what the recipe says.
+    """
+    only_attention = limits(recipe)
+    if only_attention and (others := [kind for kind in asked if kind != "attention"]):
+        raise RecipeError(f"--units {others[0]}: --emulation {recipe.kind} is for attention only")
+    return asked or (["attention"] if only_attention else KINDS)
 
 
 def _on_top(earlier: Earlier, recipe: Recipe, model: str, *, again: bool) -> Recipe:

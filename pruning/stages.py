@@ -73,11 +73,13 @@ def judges_of(
 
     In the last case each half is judged with emulations that were fitted on the other. With `--copying`, repeated
     windows of the same text judge as well: layers that copy from the context cost little on text, and their work is
-    what no map of a single token brings back. `trials` are what takes the place of each sublayer, where that is known.
+    what no map of a single token brings back. Where attention is limited, every judge has the windows in place, of the
+    size for rows of calibration text. `trials` are what takes the place of each sublayer, where that is known.
     """
-    if limits(recipe) and not recipe.task:
+    limiting: list[Judge] = []
+    if limits(recipe):
         found = found or windows.limited(dense, recipe, tokens, reporter)
-        return windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
+        limiting = windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
     settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
@@ -91,14 +93,18 @@ def judges_of(
         adapters = _adapters(dense, recipe, fit[:fitted], reporter)
         return Judge(name, evaluator, 1.0, adapters, _identity(recipe, fit[:fitted]))
 
-    if recipe.task or not recipe.recovery_aware:
+    if limiting:
+        texts = limiting[:1]
+    elif recipe.task or not recipe.recovery_aware:
         texts = [judge("calibration text", tokens[:count], tokens if recipe.recovery_aware else None)]
     else:
         texts = [
             judge(f"half {number}", rows[: max(1, count // 2)], others)
             for number, (rows, others) in enumerate(_halves(recipe, tokens, reporter), 1)
         ]
-    judges = [_task_judge(dense, recipe, path, texts[0], settings) for path in recipe.task] or list(texts)
+    judges = [_task_judge(dense, recipe, path, texts[0], settings) for path in recipe.task] or limiting or list(texts)
+    if recipe.task and found is not None:
+        windows.check_reach(judges, found)
     if recipe.copying:
         for text in texts:
             rows, copies = repeated(torch.cat(text.evaluator.batches))
