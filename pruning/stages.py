@@ -22,10 +22,11 @@ from pruning.export.formats import format_named
 from pruning.export.untouched import links_to
 from pruning.families import has_biases
 from pruning.forward import parallel
-from pruning.forward.blocks import Residency
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, Scores
-from pruning.models.loading import DenseModel
+from pruning.models.finding import Source
+from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Recipe, by_head, emulation_kind, limits
@@ -48,6 +49,13 @@ SEARCH_BATCH_TOKENS = 2048
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
+def opened(source: Source, recipe: Recipe) -> DenseModel:
+    """The model, in memory as a whole or block by block as it is needed."""
+    if recipe.stream:
+        return open_streamed(source, recipe.dtype, recipe.device)[0]
+    return load_model(source, recipe.dtype, recipe.device)
+
+
 def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
     """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] and [m, T']."""
     if limits(recipe):
@@ -66,8 +74,7 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
 
 def judges_of(
     dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
-    residency: Residency | None = None, found: windows.Limits | None = None,
-    trials: Mapping[Sublayer, nn.Module] | None = None,
+    found: windows.Limits | None = None, trials: Mapping[Sublayer, nn.Module] | None = None,
 ) -> list[Judge]:  # fmt: skip
     """What plans are judged on: tasks, calibration text, or two halves of it of different domains, crosswise.
 
@@ -79,8 +86,10 @@ def judges_of(
     limiting: list[Judge] = []
     if limits(recipe):
         found = found or windows.limited(dense, recipe, tokens, reporter)
-        limiting = windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
-    settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
+        limiting = windows.judges(dense, recipe, tokens, found, journal, reporter)
+    settings: dict[str, Any] = {
+        "state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": dense.residency
+    }  # fmt: skip
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
 
@@ -243,8 +252,9 @@ def _within_loss(
     """The longest start of `order` whose emulated plan stays inside the loss budget, by bisection."""
     bound = recipe.max_loss_increase
     assert bound is not None
-    fitting = Evaluator(dense.model, dense.family, tokens)
-    judging = Evaluator(dense.model, dense.family, held_out, max(1, SEARCH_BATCH_TOKENS // held_out.shape[1]))
+    fitting = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
+    batch = max(1, SEARCH_BATCH_TOKENS // held_out.shape[1])
+    judging = Evaluator(dense.model, dense.family, held_out, batch, residency=dense.residency)
     before = float(judging.loss({}).mean())
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
@@ -320,7 +330,7 @@ def recovered(
     prepared: Mapping[Sublayer, Any] | None = None,
 ) -> Recovery | Fusion:  # fmt: skip
     """Adapters, or the changes of kept weights that take their place."""
-    evaluator = Evaluator(dense.model, dense.family, tokens)
+    evaluator = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
     recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
     how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
     with forwards(dense, recipe):
