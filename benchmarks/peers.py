@@ -47,7 +47,7 @@ from pruning.workdir import Journal
 
 WINDOW_SHARE = 8  # of the context, as the product's default
 TASKS = ("arc_easy", "piqa", "hellaswag")
-SMALLER: dict[str, Any] = {"calibration_tokens": 8192, "score_tokens": 4096, "sequence_length": 512}
+SMALLER: dict[str, Any] = {"calibration_tokens": 4096, "score_tokens": 2048, "sequence_length": 512}
 """What every recipe reads here: less than it says, so that a row takes two or three minutes of one core."""
 
 
@@ -200,7 +200,7 @@ def peers(bench: Bench) -> dict[str, Peer]:
             "blocks removed", "arXiv 2403.03853", text, partial(recipe, "shortgpt")
         ),
         "SLEB, a fifth of the blocks": Peer(
-            "blocks removed", "arXiv 2402.09025", text, partial(recipe, "sleb", score_tokens=2048)
+            "blocks removed", "arXiv 2402.09025", text, partial(recipe, "sleb", score_tokens=1024)
         ),
         "angular distance, a fifth of the blocks": Peer(
             "blocks removed", "arXiv 2403.17887", "nothing is healed afterwards, where the paper trains adapters",
@@ -228,7 +228,7 @@ def peers(bench: Bench) -> dict[str, Peer]:
                     score_tokens=1024),
         ),
         "a deeper look, a third of attention": Peer(
-            "attention removed", "arXiv 2407.16286", text, partial(recipe, "deeper-look", score_tokens=2048)
+            "attention removed", "arXiv 2407.16286", text, partial(recipe, "deeper-look", score_tokens=1024)
         ),
         "5 of 6 layers local, fixed": Peer(
             "windows", "Gemma 3, arXiv 2503.19786", "the pattern alone: nothing is trained, and sinks are planted",
