@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -299,6 +299,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--with-plan", default="30%", help="budget that small numbers come on top of")
     parser.add_argument("--data", type=Path, help="directory of question sets; without it none are asked")
     parser.add_argument("--questions", type=int, default=100, help="of each set")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     parser.add_argument("--only", nargs="+", help="rows whose names hold one of these words")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
@@ -314,7 +315,10 @@ def main() -> None:
     questions = {name: read_questions(options.data / f"{name}.valid.jsonl", options.questions) for name in asked}
     document = json.loads(options.output.read_text()) if options.output.exists() else {"rows": {}}
     document |= {"model": options.model, "machine": machine(), "piece": PIECE, "text": options.text.name}
-    document |= {"context": options.context, "held_out_rows": options.rows}
+    document |= {"context": options.context, "held_out_rows": options.rows, "precision": options.precision}
+
+    def arithmetic() -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if options.precision == "bfloat16" else nullcontext()
 
     def keep(name: str, row: dict[str, Any]) -> None:
         document["rows"][name] = row
@@ -322,13 +326,16 @@ def main() -> None:
         options.output.write_text(json.dumps(document, indent=1) + "\n")
 
     if "dense" not in document["rows"]:
-        keep("dense", measured(dense.model, dense, rows, questions, options) | {"kv_ratio": 1.0, "weight_ratio": 1.0})
+        with arithmetic():
+            found = measured(dense.model, dense, rows, questions, options)
+        keep("dense", found | {"kv_ratio": 1.0, "weight_ratio": 1.0})
     theirs = document["rows"]["dense"]
     for name, peer in peers(bench).items():
         if name in document["rows"] or (options.only and not any(word in name for word in options.only)):
             continue
-        made = peer.make()
-        mine = measured(made.model, dense, rows, questions, options)
+        with arithmetic():
+            made = peer.make()
+            mine = measured(made.model, dense, rows, questions, options)
         row = mine | compared(mine, theirs, questions) | {
             "kind": peer.kind, "source": peer.source, "differs": peer.differs, "kv_ratio": made.kv,
             "weight_ratio": made.weights, "note": made.note,
