@@ -9,15 +9,19 @@ FILE as they come; the same line again goes on where it stopped, and `--parts` r
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import machine
 
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.choice import loglikelihoods
+from pruning.evaluation.paired import bootstrap
 from pruning.evaluation.questions import Question, read_letter_questions, read_questions, spread
 from pruning.evaluation.tasks import TaskEvaluator
 from pruning.evaluation.text import text_windows
@@ -177,6 +181,48 @@ class Replication:
         return read_letter_questions(data / "mmlu.val.jsonl", data / "mmlu.dev.jsonl", 5, many)
 
 
+def _ratio(losses: Sequence[float], dense: Sequence[float]) -> dict[str, float]:
+    """Perplexity over that of the other, paired by window."""
+    return bootstrap([a - b for a, b in zip(losses, dense, strict=True)]).mapped(math.exp).as_dict()
+
+
+def summarise(results: Results) -> None:
+    """Ratios and accuracies with paired 95% intervals, from what is known so far."""
+    losses, answers = results.part("losses"), results.part("answers")
+    if dense := losses.get("dense"):
+        results.document["ratios"] = {name: _ratio(each, dense) for name, each in losses.items() if name != "dense"}
+        emulated = {name: _ratio(each, dense) for name, each in results.part("emulation").items()}
+        results.document["emulation_ratios"] = emulated
+    accuracies: dict[str, Any] = {}
+    for part, labels in results.part("labels").items():
+        characters = results.part("characters")[part]
+        for each, right in labels.items():
+            for key, found in answers.items():
+                name, _, asked = key.rpartition(" ")
+                if asked != each or f"dense {each}" not in answers:
+                    continue
+                normed = part != MMLU
+                mine, theirs = (
+                    _right(values, right, characters[each], normed) for values in (found, answers[f"dense {each}"])
+                )
+                gap = bootstrap([a - b for a, b in zip(mine, theirs, strict=True)]).as_dict()
+                row = {"n": len(mine), "accuracy": sum(mine) / len(mine), "difference": gap}
+                accuracies.setdefault(name, {})[each] = row
+    results.document["accuracies"] = accuracies
+    results.put("summary", "shares", results.document["settings"]["shares"])
+
+
+def _right(
+    answers: Sequence[Sequence[float]], labels: Sequence[int], characters: Sequence[Sequence[int]], normed: bool
+) -> list[float]:
+    """1 where the likeliest choice is the right one; `normed`: per character, as acc_norm."""
+    found = []
+    for values, label, lengths in zip(answers, labels, characters, strict=True):
+        each = [value / length if normed else value for value, length in zip(values, lengths, strict=True)]
+        found.append(float(each.index(max(each)) == label))
+    return found
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -196,6 +242,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--emulate", type=int, nargs="*", default=[0, 1, 2, 3, 14, 27], help="blocks")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--together", type=int, default=8, help="plans evaluated in lock step")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
@@ -220,6 +267,9 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in kept}
     settings |= {"text": options.text.name, "shares": options.shares, "tasks": options.tasks}
     results.document |= {"model": options.model, "machine": machine(), "settings": settings}
+
+    def arithmetic() -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if options.precision == "bfloat16" else nullcontext()
 
     def scores() -> None:
         for kind in KINDS:
