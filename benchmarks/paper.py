@@ -265,7 +265,7 @@ def main() -> None:
         "rank",
     )
     settings = {name: getattr(options, name) for name in kept}
-    settings |= {"text": options.text.name, "shares": options.shares, "tasks": options.tasks}
+    settings |= {"precision": options.precision, "text": options.text.name, "shares": options.shares, "tasks": options.tasks}
     results.document |= {"model": options.model, "machine": machine(), "settings": settings}
 
     def arithmetic() -> AbstractContextManager[Any]:
@@ -282,9 +282,8 @@ def main() -> None:
 
     def mmlu() -> None:
         every = replication.plans()
-        replication.ask(
-            MMLU, {name: every[name] for name in ["dense", *options.mmlu_plans]}, {MMLU: replication.mmlu()}
-        )
+        some = {name: every[name] for name in ["dense", *options.mmlu_plans]}
+        replication.ask(MMLU, some, {MMLU: replication.mmlu()})
 
     work: Sequence[tuple[str, Callable[[], None]]] = [
         ("scores", scores), ("perplexity", replication.perplexity), ("emulation", replication.emulation),
@@ -293,10 +292,11 @@ def main() -> None:
     for name, function in work:
         if name in options.parts:
             start = time.process_time()
-            function()
-            results.put(
-                "cpu_seconds", name, round(time.process_time() - start) + results.part("cpu_seconds").get(name, 0)
-            )
+            with arithmetic():
+                function()
+            spent = round(time.process_time() - start) + results.part("cpu_seconds").get(name, 0)
+            results.put("cpu_seconds", name, spent)
+            summarise(results)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,36 @@ def windows(results: Results) -> str:
     return _table([*head, *(f"codes in {length} tokens" for length in lengths)], rows)
 
 
+OF_MODELS = {"SmolLM2-135M": "windows", "Qwen2.5-Coder-0.5B": "windows_qwen"}
+CHOSEN = ("auto", "head")
+"""Choosers of the product, as windows.py names them."""
+
+
+def glance(results: Results) -> str:
+    """For a decision: by model and budget what is lost on text and on hidden codes, and what fits."""
+    rows = []
+    for model, file in OF_MODELS.items():
+        found: Any = results.document(file).get("rows") or {}
+        dense = next((row for row in found.values() if "kind" not in row), None)
+        best: dict[str, Any] = {}
+        for row in found.values():
+            if row.get("kind") in CHOSEN:
+                now = best.setdefault(row["budget"], row)
+                best[row["budget"]] = min(now, row, key=lambda each: each["perplexity"]["value"])
+        for row in sorted(best.values(), key=lambda each: -each["kv_ratio"]):
+            assert dense is not None
+            lost = [100 * (row["perplexity"][key] - 1) for key in ("value", "low", "high")]
+            length = max(row["codes"], key=int)
+            rows.append([
+                model, f"{row['kv_ratio']:.0%}", f"{1 / row['kv_ratio']:.1f}",
+                f"{lost[0]:+.1f}% [{lost[1]:+.1f}, {lost[2]:+.1f}]",
+                f"{row['codes'][length][0]} (dense {dense['codes'][length][0]}) of {row['codes'][length][1]}",
+            ])  # fmt: skip
+    return _table(
+        ["model", "KV cache kept", "times the tokens fit", "perplexity", "hidden codes found, longest prompts"], rows
+    )
+
+
 def latency(results: Results) -> str:
     """The same engines with one request at a time, and their start."""
     found = results.rows("serving")
@@ -341,8 +371,8 @@ TABLES = {
     function.__name__: function
     for function in (
         serving, serving_short, serving_windows, serving_windows_short, windows, latency, latency_windows,
-        recovery, healing, overhead, quality, choosers, subnetworks, speculation, peers, peers_differ, paper,
-        paper_questions, paper_emulation, written,
+        recovery, healing, overhead, quality, choosers, subnetworks, speculation, glance, peers, peers_differ,
+        paper, paper_questions, paper_emulation, written,
     )
 }  # fmt: skip
 
