@@ -265,7 +265,8 @@ def main() -> None:
         "rank",
     )
     settings = {name: getattr(options, name) for name in kept}
-    settings |= {"precision": options.precision, "text": options.text.name, "shares": options.shares, "tasks": options.tasks}
+    settings |= {"text": options.text.name, "shares": options.shares, "tasks": options.tasks}
+    settings |= {"precision": options.precision}
     results.document |= {"model": options.model, "machine": machine(), "settings": settings}
 
     def arithmetic() -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +46,8 @@ from pruning.texts.shipped import DATA, documents, rows_to_choose_on
 from pruning.workdir import Journal
 
 WINDOW_SHARE = 8  # of the context, as the product's default
+CHOSEN = ("auto", "head")
+"""Choosers of the product, as windows.py names them."""
 TASKS = ("arc_easy", "piqa", "hellaswag")
 SMALLER: dict[str, Any] = {"calibration_tokens": 4096, "score_tokens": 2048, "sequence_length": 512}
 """What every recipe reads here: less than it says, so that a row takes two or three minutes of one core."""
@@ -287,6 +289,33 @@ def compared(
     return out
 
 
+def measured_already(options: argparse.Namespace, lengths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Rows of the product's own plans that windows.py measured on the same text and prompts, by their names here."""
+    if options.windows is None:
+        return {}
+    document = json.loads(options.windows.read_text())
+    dense = document["rows"].get(f"dense, {options.context}")
+    if dense is None or document["text"] != options.text.name or document["piece"] != PIECE:
+        return {}
+    count = options.rows * options.context // PIECE
+    best: dict[str, dict[str, Any]] = {}
+    for row in document["rows"].values():
+        if row.get("kind") not in CHOSEN or row["budget"] not in options.budgets:
+            continue
+        if len(row["pieces"]) < count or not set(lengths) <= set(row["codes"]):
+            continue
+        found = {
+            "pieces": row["pieces"][:count], "codes": {length: row["codes"][length] for length in lengths},
+            "perplexity": ratio(row["pieces"][:count], dense["pieces"][:count]), "kind": "windows",
+            "source": "this package", "differs": "", "kv_ratio": row["kv_ratio"], "weight_ratio": 1.0,
+            "note": {"from": options.windows.name}, "cpu_seconds": options.choice_seconds,
+        }  # fmt: skip
+        name = f"Shoal, {row['budget']}"
+        if name not in best or found["perplexity"]["value"] < best[name]["perplexity"]["value"]:
+            best[name] = found
+    return best
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -299,6 +328,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--with-plan", default="30%", help="budget that small numbers come on top of")
     parser.add_argument("--data", type=Path, help="directory of question sets; without it none are asked")
     parser.add_argument("--questions", type=int, default=100, help="of each set")
+    parser.add_argument("--windows", type=Path, help="results of windows.py, of which rows are taken over")
+    parser.add_argument("--choice-seconds", type=float, help="CPU time of the choice in these, where it was noted")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     parser.add_argument("--only", nargs="+", help="rows whose names hold one of these words")
     parser.add_argument("--output", type=Path, required=True)
@@ -330,6 +361,9 @@ def main() -> None:
             found = measured(dense.model, dense, rows, questions, options)
         keep("dense", found | {"kv_ratio": 1.0, "weight_ratio": 1.0})
     theirs = document["rows"]["dense"]
+    for name, row in measured_already(options, list(theirs["codes"])).items():
+        if name not in document["rows"]:
+            keep(name, row)
     for name, peer in peers(bench).items():
         if name in document["rows"] or (options.only and not any(word in name for word in options.only)):
             continue
