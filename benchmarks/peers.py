@@ -195,7 +195,6 @@ class Bench:
 def peers(bench: Bench) -> dict[str, Peer]:
     """Every row but the dense one."""
     recipe = bench.from_recipe
-    third, blocks = {"attention": "33%"}, {"blocks": "20%"}
     text = "the text and how much of it; as the recipe says besides"
     found = {
         "ShortGPT, a quarter of the blocks": Peer(
@@ -206,11 +205,11 @@ def peers(bench: Bench) -> dict[str, Peer]:
         ),
         "angular distance, a fifth of the blocks": Peer(
             "blocks removed", "arXiv 2403.17887", "nothing is healed afterwards, where the paper trains adapters",
-            partial(recipe, "shortgpt", **blocks, importance="angular", search="consecutive"),
+            partial(recipe, "angular"),
         ),
         "FlexiGPT, a fifth of the blocks": Peer(
             "blocks share weights", "arXiv 2501.14713", "differences of rank 64 in closed form, where the paper trains",
-            partial(recipe, "shortgpt", **blocks, emulation="shared"),
+            partial(recipe, "flexigpt"),
         ),
         "LLM-Drop, a third of attention": Peer(
             "attention removed", "arXiv 2406.15786", text, partial(recipe, "llm-drop")
@@ -221,13 +220,12 @@ def peers(bench: Bench) -> dict[str, Peer]:
         "LLM-BIP, a third of attention": Peer(
             "attention removed", "arXiv 2412.06419",
             "its bound on whole sublayers, where the paper drops channels and heads",
-            partial(recipe, "llm-drop", **third, importance="bip"),
+            partial(recipe, "llm-bip"),
         ),
         "policy gradient, a third of attention": Peer(
             "attention removed", "arXiv 2406.10576",
             "masks of whole sublayers, 8 steps of 8 masks on 1,024 tokens; the paper's are of channels and heads",
-            partial(recipe, "llm-drop", **third, search="policy-gradient", generations=8, offspring=8,
-                    score_tokens=1024),
+            partial(recipe, "policy-gradient", generations=8, offspring=8, score_tokens=1024),
         ),
         "a deeper look, a third of attention": Peer(
             "attention removed", "arXiv 2407.16286", text, partial(recipe, "deeper-look", score_tokens=1024)
