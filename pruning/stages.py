@@ -37,7 +37,8 @@ from pruning.request import weight_changing_flag
 from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
-from pruning.variants import REMOVED, cache_of, row
+from pruning.texts.shipped import rows_held_out, rows_to_choose_on
+from pruning.variants import REMOVED, cache_of, narrows, row
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -64,6 +65,9 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
     tokens = recipe.fit_tokens + HELD_OUT_WINDOWS * length
     if recipe.calibration:
         rows = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
+    elif narrows(recipe.kind):
+        chosen = rows_to_choose_on(dense.tokenizer, length, -(-recipe.fit_tokens // length))
+        return chosen, rows_held_out(dense.tokenizer, length, HELD_OUT_WINDOWS)
     elif recipe.stream:
         rows = standard_library(dense.tokenizer, tokens, length, recipe.seed)
     else:
@@ -74,14 +78,14 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
 
 def judges_of(
     dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
-    found: windows.Limits | None = None, trials: Mapping[Sublayer, nn.Module] | None = None,
+    found: windows.Limits | None = None,
 ) -> list[Judge]:  # fmt: skip
     """What plans are judged on: tasks, calibration text, or two halves of it of different domains, crosswise.
 
     In the last case each half is judged with emulations that were fitted on the other. With `--copying`, repeated
     windows of the same text judge as well: layers that copy from the context cost little on text, and their work is
     what no map of a single token brings back. Where attention is limited, every judge has the windows in place, of the
-    size for rows of calibration text. `trials` are what takes the place of each sublayer, where that is known.
+    size for rows of calibration text.
     """
     limiting: list[Judge] = []
     if limits(recipe):
@@ -95,8 +99,6 @@ def judges_of(
 
     def judge(name: str, rows: Tensor, fit: Tensor | None) -> Judge:
         evaluator = Evaluator(dense.model, dense.family, rows, **settings)
-        if trials is not None:
-            return Judge(name, evaluator, 1.0, lambda base: trials, _identity(recipe, tokens))
         if fit is None:
             return Judge(name, evaluator)
         adapters = _adapters(dense, recipe, fit[:fitted], reporter)
@@ -148,7 +150,7 @@ def _task_judge(dense: DenseModel, recipe: Recipe, task: str, text: Judge, setti
 
 def _identity(recipe: Recipe, tokens: Tensor) -> str:
     """Digest of what adapters depend on besides the model."""
-    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {recipe.weight_budget} {tuple(tokens.shape)}"
+    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
     return hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
