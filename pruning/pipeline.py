@@ -95,13 +95,12 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         measured = windows.Measured(dense, recipe, held_out, exact, reporter)
         single = by_head(recipe) and wanted != Counts()
         narrower = narrowing.candidates(dense, recipe, tokens, reporter) if narrows(recipe.kind) else {}
-        trials = {sublayer: each.trial for sublayer, each in narrower.items()} or None
         prepared: Mapping[Sublayer, Any] | None = None
         with nullcontext() if single else windows.as_before(dense, recipe, tokens):
             found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
-            judges = judges_of(dense, recipe, tokens, journal, reporter, found=found, trials=trials)
+            judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
             if narrower:
-                chosen, prepared = narrowing.choose(dense, recipe, narrower, judges, reporter)
+                chosen, prepared = narrowing.choose(dense, recipe, narrower, reporter)
             elif found is not None and single:
                 chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
             else:

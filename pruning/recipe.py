@@ -288,7 +288,8 @@ class Recipe(BaseModel):
     @property
     def metric(self) -> str:
         """The importance metric."""
-        return self.importance or ("aumann-shapley" if limits(self) else "leave-one-out")
+        blind = self.task or self.copying  # of which gradients of all tokens' losses know nothing
+        return self.importance or ("aumann-shapley" if limits(self) and not blind else "leave-one-out")
 
     @property
     def draws(self) -> int:

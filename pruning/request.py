@@ -17,7 +17,7 @@ from pruning.models.chain import Earlier
 from pruning.models.finding import Source, find_model
 from pruning.models.memory import Work, needed
 from pruning.models.weight_files import weight_files
-from pruning.plan import Kind, Sublayer, parse_bytes
+from pruning.plan import KINDS, Kind, Sublayer, UnitKind, parse_bytes
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
 from pruning.variants import REMOVED, cache_of, changes_weights, full_heads_of, narrows, row, variant
@@ -87,7 +87,11 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
     if recipe.memory is not None:
         parse_bytes(recipe.memory, "memory")
     _check_texts(recipe)
-    source = find_model(model, reporter)
+    plan_alone = limits(recipe) and not format_named(recipe.format).weights
+    source = find_model(model, reporter, weights_stay=plan_alone)
+    if source.quantised:
+        reporter.say(f"note: {model} is quantised ({source.quantised}); what is chosen and measured here computes with "
+                     "the numbers that its weights stand for")  # fmt: skip
     if source.earlier is not None:
         recipe = _on_top(source.earlier, recipe, model, again=again)
     recipe = resolved(recipe, source.positions)
@@ -115,6 +119,18 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
 
         check_fusable(source.family, {Sublayer(0, "ffn"): kind})
     return Request(source, recipe, wanted)
+
+
+def units_to_score(recipe: Recipe, asked: Sequence[UnitKind]) -> Sequence[UnitKind]:
+    """The kinds to score; all that there are where none is asked for.
+
+    Raises:
+        RecipeError: One cannot become what the recipe says.
+    """
+    only_attention = limits(recipe)
+    if only_attention and (others := [kind for kind in asked if kind != "attention"]):
+        raise RecipeError(f"--units {others[0]}: --emulation {recipe.kind} is for attention only")
+    return asked or (["attention"] if only_attention else KINDS)
 
 
 def within_memory(request: Request, reporter: Reporter, *, exports: bool) -> Recipe:
@@ -161,6 +177,8 @@ def _needs_the_whole(request: Request) -> str | None:
         return f"--heal {recipe.heal} trains, which needs the whole model"
     if (flag := weight_changing_flag(recipe, request.wanted)) is not None:
         return f"{flag} changes weights, which needs the whole model"
+    if source.fields.get("quantization_config"):
+        return f"{source.name} is quantised, which only loads as a whole"
     files = weight_files(source.directory)
     if recipe.dtype != "auto" and files.dtypes != {STORED.get(recipe.dtype)}:
         return f"--dtype {recipe.dtype} writes weights anew, which needs the whole model"

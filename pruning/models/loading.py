@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -77,8 +78,9 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
         register_models()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source.directory, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+            source.directory, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True,
+            **_dequantising(source),
+        )  # fmt: skip
         model = model.eval().to(device)
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise ModelError(f"cannot load {source.name}: {' '.join(str(error).split())[:300]}") from error
@@ -93,6 +95,15 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
     return DenseModel(
         source.name, source.directory, model, tokenizer, family, combined(hashes), hashes, earlier, limits
     )  # fmt: skip
+
+
+def _dequantising(source: Source) -> dict[str, Any]:
+    """What has quantised weights read as ordinary ones."""
+    if source.quantised is None:
+        return {}
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return {"quantization_config": AUTO_QUANTIZATION_CONFIG_MAPPING[source.quantised](dequantize=True)}
 
 
 def load_tokenizer(source: Source) -> Tokenizer:

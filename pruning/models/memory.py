@@ -88,10 +88,11 @@ def needed(files: WeightFiles, family: Family, work: Work) -> Needed:
     block = max((sum(numbers[name] for name in names) for names in blocks.values()), default=0)
     stored = max((_stored(files.headers, names) for names in blocks.values()), default=0)
     ends = max((numbers[name] for name in outside), default=0)
-    tokens, row = max(work.rows, work.measured), max(work.row, work.measured)
+    tokens = max(work.rows, work.measured)
     held = max(ends * work.itemsize, block * work.itemsize + work.of_block)
+    longest = max(work.row, work.measured)
     return Needed(
-        RUNTIME_BYTES + sum(numbers.values()) * work.itemsize + work.of_block + work.states(row),
+        RUNTIME_BYTES + sum(numbers.values()) * work.itemsize + work.of_block + work.states(longest),
         RUNTIME_BYTES + held + stored + work.states(tokens),
     )  # fmt: skip
 

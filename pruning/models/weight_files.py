@@ -130,3 +130,11 @@ def share(base: WeightFiles, directory: Path) -> None:
             os.link(source, target)
         except OSError:  # another file system, somebody else's file, or too many links
             shutil.copyfile(source, target)
+
+
+def quantisation_of(fields: Mapping[str, Any]) -> str | None:
+    """What a configuration says the weights are quantised by; None: they are not."""
+    found = fields.get("quantization_config")
+    if not found:
+        return None
+    return str(found.get("quant_method", "a method without a name")) if isinstance(found, Mapping) else "unreadable"

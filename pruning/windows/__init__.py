@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pruning.console import Reporter
-from pruning.errors import CalibrationError
+from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.long_context import score_plan
 from pruning.forward.blocks import removed
 from pruning.forward.evaluator import Evaluator
@@ -153,6 +153,22 @@ def judges(
         codes = Evaluator(dense.model, dense.family, tokens, counted=counted, **settings)
         made.append(Judge("far codes", codes, recipe.codes, adapters, "windows", gains=False))
     return made
+
+
+def check_reach(judges: Sequence[Judge], found: Limits) -> None:
+    """Refuse what windows change nothing of.
+
+    Raises:
+        RecipeError: All rows of a judge fit into the windows.
+    """
+    size = max(window.size for window in found.scored.values())
+    for judge in judges:
+        longest = max(rows.shape[1] for rows in judge.evaluator.batches)
+        if longest <= size:
+            raise RecipeError(
+                f"{judge.name}: its rows of at most {longest} tokens fit into the windows of {size} tokens that plans "
+                "are judged with; give a task of longer ones, a smaller --window, or --emulation low-rank"
+            )
 
 
 def _prompts(

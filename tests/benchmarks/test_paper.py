@@ -1,47 +1,40 @@
-"""The formula of docs/use/scale.md is the one that plans are made with."""
+"""The paper's table on a small model: every part is written, paired with dense, and not done twice."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from tests.benchmarks.test_quality import data_in
 
-from paper import CONTEXTS, MODELS, request_bytes, table, tokens_in
-from shapes import SHAPES
-
-from pruning.console import Reporter
-from pruning.models.finding import find_model
-from pruning.models.loading import load_model
-from pruning.models.sizes import predicted_bytes
-from pruning.plan import Plan, Sublayer, layers_within
-
-ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "paper.py"
 
 
-@pytest.mark.parametrize("budget", [0.5, 0.3, 0.2])
-def test_the_formula_is_that_of_a_plan(pico_directory, budget):
-    dense = load_model(find_model(str(pico_directory("llama")), Reporter()), "float32", "cpu")
-    config, context = dense.model.config, 256
-    shape = {"head_dim": config.head_dim, "num_hidden_layers": 6, "num_key_value_heads": config.num_key_value_heads}
-    heads = [(block, head) for block in range(6) for head in range(config.num_key_value_heads)]
-    full = heads[: len(heads) - layers_within(budget, len(heads), 1 / 8)]
-    whole = {block for block, _ in full if sum(b == block for b, _ in full) == config.num_key_value_heads}
-    mixed = {block: tuple(h for b, h in full if b == block) for block, _ in full if block not in whole}
-    limited = {Sublayer(block, "attention"): "window" for block in range(6) if block not in whole}
-    sizes = predicted_bytes(dense, Plan(6, limited, 0, 0, context // 8, mixed), context)
-    assert request_bytes(shape, budget, context, 4) == sizes["kv_request"]
-    assert request_bytes(shape, 1.0, context, 4) == sizes["kv_request_dense"]
-    assert sizes["kv_request"] <= budget * sizes["kv_request_dense"]
+@pytest.mark.slow
+def test_every_part_is_written_once(pico_directory, tmp_path):
+    data, output = data_in(tmp_path), tmp_path / "paper.json"
+    words = [
+        pico_directory("llama"), "--text", data / "wikitext2_raw_valid.txt", "--data", data, "--output", output,
+        "--length", 64, "--score-tokens", 128, "--judge-tokens", 128, "--samples", 2, "--task-questions", 2,
+        "--questions", 2, "--mmlu-questions", 3, "--shares", 0.33, 0.5, "--emulate", 0, 3, "--rank", 4,
+        "--mmlu-plans", "attention cosine 0.33",
+    ]  # fmt: skip
 
+    def run():
+        subprocess.run([sys.executable, SCRIPT, *map(str, words)], check=True, capture_output=True)
+        return json.loads(output.read_text())
 
-def test_the_documents_table_is_what_the_command_prints():
-    assert table(80) in (ROOT / "docs/use/scale.md").read_text(encoding="utf-8")
-
-
-def test_an_fp8_cache_holds_twice_as_much_and_a_budget_its_share():
-    for name in MODELS:
-        for context in CONTEXTS:
-            dense = tokens_in(80 * 10**9, SHAPES[name], 1.0, context, 2)
-            assert tokens_in(80 * 10**9, SHAPES[name], 1.0, context, 1) == pytest.approx(2 * dense, abs=1)
-            assert tokens_in(80 * 10**9, SHAPES[name], 0.5, context, 2) >= 2 * dense
+    found = run()
+    assert len(found["scores"]) == 3 * 7
+    assert len(found["losses"]) == 1 + 3 * 7 * 2
+    assert {len(row) for row in found["losses"].values()} == {2}
+    assert set(found["emulation"]) == {f"{block} {kind}" for block in (0, 3) for kind in ("none", "bias", "low_rank")}
+    assert all(each["low"] <= each["value"] <= each["high"] for each in found["ratios"].values())
+    assert set(found["accuracies"]["dense"]) == {"arc_easy", "hellaswag", "piqa", "mmlu"}
+    assert found["accuracies"]["dense"]["arc_easy"]["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert set(found["accuracies"]["attention cosine 0.33"]) == {"arc_easy", "hellaswag", "piqa", "mmlu"}
+    again = run()
+    for part in ("scores", "losses", "emulation", "answers"):
+        assert again[part] == found[part]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pruning.budget import check, counts, resolved
 from pruning.console import Reporter
@@ -20,8 +20,9 @@ from pruning.models.weight_files import weight_files
 from pruning.plan import Unit, layers_within
 from pruning.recipe import Recipe
 from pruning.search.selection import Judge, score
+from pruning.texts.calibration import from_files
 from pruning.workdir import cache_directory
-from tests.conftest import pico_model, pico_tokenizer, tokens
+from tests.conftest import losses, pico_model, pico_tokenizer, tokens
 from tests.conftest import run_prune_export as run
 
 WINDOWS = ["--context", "256", "--kv-budget", "60%"]
@@ -159,6 +160,39 @@ def test_a_sweep_refuses_windows(monkeypatch, pico_directory, long_text, tmp_pat
 
 def test_plans_judged_by_tasks_are_still_of_adapters():
     assert Recipe(task=["questions.jsonl"]).kind == "low-rank"
+
+
+def test_a_task_is_judged_with_windows_in_place(monkeypatch, pico_directory, long_text, tmp_path):
+    task, output = tmp_path / "task.txt", tmp_path / "out"
+    task.write_text("A lazy fox sleeps under the quick brown dog, now and then; and so on it goes. " * 100)
+    how = ["--emulation", "window", "--task", task, "--score-tokens", 512, "--seed", 3]
+    assert run(monkeypatch, pico_directory(), "--output", output, "--calibration", long_text, *WINDOWS, *how) == 0
+    manifest = verify(output)
+    assert manifest.recipe["importance"] == "leave-one-out"
+    pruned, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (output, pico_directory()))
+    rows = from_files([task], AutoTokenizer.from_pretrained(output), 512, 256, 3)
+    with torch.inference_mode():
+        increase = losses(pruned(rows).logits, rows).mean() - losses(dense(rows).logits, rows).mean()
+    assert manifest.quality["tasks"]["chosen plan"]["task.txt"] == pytest.approx(float(increase), abs=1e-5)
+
+
+def test_a_task_that_fits_into_the_windows_is_refused(monkeypatch, pico_directory, long_text, tmp_path, capsys):
+    task, output = tmp_path / "task.jsonl", tmp_path / "out"
+    task.write_text(json.dumps({"context": "The fox is", "choices": [" red", " blue"], "label": 0}) + "\n")
+    how = ["--emulation", "window", "--task", task]
+    assert run(monkeypatch, pico_directory(), "--output", output, "--calibration", long_text, *WINDOWS, *how) == 2
+    assert "fit into the windows of 32 tokens" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_scores_of_windows_are_of_attention(monkeypatch, pico_directory, long_text, capsys):
+    words = ["score", pico_directory(), "--emulation", "window", "--calibration", long_text, "--context", 256]
+    assert run(monkeypatch, *words, "--units", "ffn") == 2
+    assert "--units ffn: --emulation window is for attention only" in capsys.readouterr().err
+    assert run(monkeypatch, *words) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("attention.") == 6
+    assert "ffn." not in printed
 
 
 def made_by(monkeypatch, model, output, *flags):
