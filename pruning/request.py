@@ -195,7 +195,7 @@ def _work(source: Source, recipe: Recipe) -> Work:
     return Work(
         itemsize=NUMBER_BYTES.get(recipe.dtype, 4), row=recipe.row_tokens, rows=max(recipe.fit_tokens, held),
         measured=measured, hidden=source.hidden_size, ffn=int(source.config.intermediate_size),
-        layers=source.num_blocks,
+        layers=source.num_blocks, heads=int(source.config.num_attention_heads),
     )  # fmt: skip
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from pruning.families import Family
 from pruning.models.weight_files import WeightFiles
 
-RUNTIME_BYTES = 640 * 2**20  # Python, torch and transformers
+RUNTIME_BYTES = 700 * 2**20  # Python, torch and transformers
 HELD_STATES_BYTES = 2**30  # what enters all blocks is kept in memory up to this, else on disk (forward/spill.py)
 FFN_WIDTHS = 4  # of a block's forward: gate, its activation, up, their product
 STREAM_WIDTHS = 12  # the stream, its norms, queries, keys, values, and attention's output, with what torch copies
 GRADIENT = 2  # a block's graph beside its forward
+MATRICES = 6  # of attention, all heads, that a graph with gates holds: logits, probabilities and gradients, twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Work:
         hidden: D.
         ffn: F.
         layers: L.
+        heads: H.
     """
 
     itemsize: int
@@ -42,12 +44,14 @@ class Work:
     hidden: int
     ffn: int
     layers: int
+    heads: int
 
     @property
     def of_block(self) -> int:
         """Bytes of what one block makes of one row, at most."""
         each = (FFN_WIDTHS * self.ffn + STREAM_WIDTHS * self.hidden) * self.itemsize
-        return max(self.measured * each, self.row * GRADIENT * each)
+        matrices = MATRICES * self.heads * self.row**2 * self.itemsize
+        return max(self.measured * each, self.row * GRADIENT * each + matrices)
 
     def states(self, tokens: int) -> int:
         """Bytes of what enters every block, and of the streams, where so many tokens go together."""

@@ -263,7 +263,7 @@ def test_a_model_larger_than_the_memory_is_streamed(monkeypatch, long_text, tmp_
     dense = tmp_path / "dense"
     pico_model("llama", num_hidden_layers=24, hidden_size=256, intermediate_size=2048).save_pretrained(dense)
     pico_tokenizer().save_pretrained(dense)
-    needs = needed(weight_files(dense), FAMILIES["llama"], Work(4, 256, 512, 256, 256, 2048, 24))
+    needs = needed(weight_files(dense), FAMILIES["llama"], Work(4, 256, 512, 256, 256, 2048, 24, 4))
     assert needs.streamed < needs.whole - 2**20
     between = f"{(needs.streamed + needs.whole) / 2 / 2**20:.0f}MiB"
     flags = ["--calibration", long_text, *SMALL, "--memory", between, "--format", "plan"]
