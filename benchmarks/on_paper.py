@@ -26,7 +26,7 @@ def request_bytes(shape: Mapping[str, Any], budget: float, context: int, number_
     head = 2 * int(shape["head_dim"]) * number_bytes
     total = int(shape["num_hidden_layers"]) * int(shape["num_key_value_heads"])
     limited = 0 if budget == 1.0 else layers_within(budget, total, 1 / WINDOW_SHARE)
-    return kv_bytes_of_request(head, total - limited, limited, context // WINDOW_SHARE, context)
+    return kv_bytes_of_request(head, total - limited, {context // WINDOW_SHARE: limited}, context)
 
 
 def tokens_in(size: int, shape: Mapping[str, Any], budget: float, context: int, number_bytes: int) -> int:
