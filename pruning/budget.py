@@ -9,6 +9,7 @@ from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, by_h
 from pruning.variants import REMOVED, cache_of, narrows, row
 
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
+NARROW_TOKENS = 65536  # for narrower FFNs: a refit has as many regressors as there are units
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 SMALL_BUDGET, SMALL_WINDOW = 0.2, 0.6  # under this share of the cache, windows take so much of it
@@ -42,7 +43,8 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     if window is not None and window >= context:
         raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
     length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
-    tokens = recipe.calibration_tokens or (FIT_TOKENS if window is None else max(length, CHOICE_TOKENS))
+    usual = FIT_TOKENS if window is None else max(length, CHOICE_TOKENS)
+    tokens = recipe.calibration_tokens or (NARROW_TOKENS if narrows(recipe.kind) else usual)
     named = {"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
     return recipe.model_copy(
         update={**named, "emulation": recipe.kind, "importance": recipe.metric, "samples": recipe.draws}
@@ -271,6 +273,9 @@ def _refuse_with_narrower_ffns(recipe: Recipe, amounts: list[str]) -> None:
     for other, given in {"--fuse": recipe.fuse, "--recovery-aware": recipe.recovery_aware}.items():
         if given:
             raise RecipeError(f"{flag} makes ordinary weights, judged as they are; leave {other} out (--effort quick)")
+    for other, asked in {"--task": recipe.task, "--copying": recipe.copying}.items():
+        if asked:
+            raise RecipeError(f"{flag} chooses by gradients on calibration text; leave {other} out")
     if recipe.search != "rank":
         raise RecipeError(f"{flag} has a search of its own; leave --search {recipe.search} out (--effort quick)")
 

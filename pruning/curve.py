@@ -11,11 +11,11 @@ from pruning.console import Reporter, quiet_libraries
 from pruning.errors import RecipeError
 from pruning.export.report import curve_table, write_curve
 from pruning.forward import parallel
-from pruning.models.loading import DenseModel, load_model
+from pruning.models.loading import DenseModel
 from pruning.recipe import Recipe, by_head
 from pruning.request import Request
 from pruning.search import heads
-from pruning.stages import calibrate, forwards, journal_of, judges_of
+from pruning.stages import calibrate, forwards, journal_of, judges_of, opened
 from pruning.windows.plans import BUDGETS, Choice
 from pruning.workdir import Journal
 
@@ -44,7 +44,7 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
     if not by_head(recipe):
         raise RecipeError("plan draws the curve of windows; leave out what chooses by another way (sweep removes)")
     with reporter.stage("load"):
-        dense = load_model(request.source, recipe.dtype, recipe.device)
+        dense = opened(request.source, recipe)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
     journal = journal_of(None, dense, recipe)

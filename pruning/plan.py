@@ -148,8 +148,12 @@ def parse_share(share: str, what: str) -> float:
     return float(match[1]) / 100
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, flag: str = "kv-memory") -> int:
     """Turn `16GiB` or `500MB` into bytes.
+
+    Args:
+        text: As typed.
+        flag: Where, for the message.
 
     Raises:
         RecipeError: Not a size over 0 with its unit.
@@ -157,7 +161,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip())
     size = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2])))
     if size < 1:
-        raise RecipeError(f"--kv-memory {text!r} is not a size such as 16GiB or 500MB")
+        raise RecipeError(f"--{flag} {text!r} is not a size such as 16GiB or 500MB")
     return size
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pruning.console import Reporter
 from pruning.finite import check_numbers
 from pruning.forward import parallel
-from pruning.forward.gates import head_gradients
+from pruning.forward.gates import each_head_gradients
 from pruning.forward.streams import describe
 from pruning.plan import Sublayer
 from pruning.search.selection import Judge, weights_by_share
@@ -79,8 +79,7 @@ def score(
             shape = len(evaluator.blocks), int(config.num_key_value_heads)
             table = torch.zeros(evaluator.windows, *shape, dtype=torch.float64)
             for gate, weight in zip(gates, weights, strict=True):
-                for number in evaluator.mine():
-                    part = head_gradients(evaluator, torch.full(shape, gate), number)
+                for number, part in each_head_gradients(evaluator, torch.full(shape, gate)):
                     table[evaluator.span(number)] -= part * float(weight) / 2 * reach
                     step.advance()
             found[judge.name] = parallel.gather(table).mean(0)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pruning.errors import RecipeError
 from pruning.families import Family, head_dim, own_window
 from pruning.plan import Sublayer
 from pruning.variants.base import Emulation, Job, Shape, Variant, shallow_copy
+from pruning.variants.window_cache import keep_windows
 
 if TYPE_CHECKING:
     from pruning.console import Reporter
@@ -124,24 +125,15 @@ class _Planted:
             values = torch.where(here, self._module.sink_value[:, None].to(values), values)
         if self._cache is None:
             return keys, values
-        if isinstance(self._cache, DynamicCache) and args and not self._module.emulation.full:
-            keep_window(self._cache, int(args[0]), self._size)
+        if isinstance(self._cache, DynamicCache) and args:
+            full = self._module.emulation.full
+            sizes = [None if head in full else self._size for head in range(keys.shape[1])]
+            keep_windows(self._cache, int(args[0]), sizes)
         found: tuple[Tensor, Tensor] = self._cache.update(keys, values, *args, **kwargs)
         return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
-
-
-def keep_window(cache: DynamicCache, layer: int, size: int) -> None:
-    """Let one layer of a cache that is still empty hold no more than a window."""
-    if layer < len(cache.layers):
-        held = cache.layers[layer]
-        if type(held) is DynamicLayer and not held.is_initialized:
-            cache.layers[layer] = DynamicSlidingWindowLayer(size)
-    else:
-        cache.layers += [DynamicLayer() for _ in range(layer - len(cache.layers))]
-        cache.layers.append(DynamicSlidingWindowLayer(size))
 
 
 def _others(heads: int, full: Sequence[int], device: torch.device) -> Tensor:

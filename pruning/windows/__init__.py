@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from pruning.console import Reporter
-from pruning.errors import CalibrationError
-from pruning.evaluation.long_context import score
-from pruning.forward.blocks import Residency, removed
+from pruning.errors import CalibrationError, RecipeError
+from pruning.evaluation.long_context import score_plan
+from pruning.forward.blocks import removed
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.streams import describe
 from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
 from pruning.plan import Sublayer
 from pruning.recipe import Recipe
+from pruning.request import HELD_OUT_TOKENS
 from pruning.search import heads
 from pruning.search.selection import Judge
 from pruning.texts.calibration import from_files, last_windows, other_windows
@@ -36,7 +37,6 @@ SINK_ROWS = 2  # rows that decide which sink each layer has
 CODE_PROMPTS = 2  # that plans are judged by
 TOKENS_FOR_A_CODE = 96  # of a prompt, at least; eight codes at most
 MEASURED_PROMPTS = 2  # dense and pruned, at the end
-HELD_OUT_TOKENS = 8192
 CODES_FOUND = 0.9  # of those that the dense model finds
 EDGE_TOKENS = 32  # of a row that tell whether it reaches into held-out text
 
@@ -65,8 +65,8 @@ class Limits:
 def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Rows to choose on, int64 [n, T], and rows as long as the context to judge the result by, int64 [m, L]."""
     assert recipe.context is not None
-    length, context, tokens = recipe.row_tokens, recipe.context, recipe.fit_tokens
-    rows, held = -(-tokens // length), max(1, HELD_OUT_TOKENS // context)
+    length, tokens = recipe.row_tokens, recipe.fit_tokens
+    rows, (held, context) = -(-tokens // length), held_out_rows(recipe)
     if recipe.calibration:
         found = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
         return found, last_windows(recipe.calibration, dense.tokenizer, held, context)
@@ -78,9 +78,16 @@ def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return found[:rows], rows_held_out(dense.tokenizer, context, held)
 
 
+def held_out_rows(recipe: Recipe) -> tuple[int, int]:
+    """How many rows the result is measured on, and their tokens: a context, or all tokens where they are fewer."""
+    assert recipe.context is not None
+    tokens = recipe.held_out_tokens or max(recipe.context, HELD_OUT_TOKENS)
+    return max(1, tokens // recipe.context), min(tokens, recipe.context)
+
+
 def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter) -> Limits:
     """Limit every attention layer that sees all tokens, with the sink, or none, that suits it, as those before."""
-    evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], batch_size=1)
+    evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], 1, residency=dense.residency)
     wanted = [Sublayer(block, "attention") for block in dense.limitable]
     size = _scored_size(recipe, rows)
     found: dict[Sublayer, Window] = {sublayer: resized(window, size) for sublayer, window in dense.limits.items()}
@@ -124,15 +131,14 @@ def others(dense: DenseModel, recipe: Recipe, tokens: int, rows: Tensor, held_ou
 
 
 def judges(
-    dense: DenseModel, recipe: Recipe, rows: Tensor, found: Limits, journal: Journal, reporter: Reporter,
-    residency: Residency | None = None,
-) -> list[Judge]:  # fmt: skip
+    dense: DenseModel, recipe: Recipe, rows: Tensor, found: Limits, journal: Journal, reporter: Reporter
+) -> list[Judge]:
     """What plans are judged by: loss on text, and NLL of codes that were hidden far before they are asked for.
 
     Perplexity hardly sees what is fetched from far away. Each cost counts where it is positive: that a limit makes one
     of the two better is no reason to limit it.
     """
-    settings: dict[str, Any] = {"journal": journal, "residency": residency, "batch_size": 1}
+    settings: dict[str, Any] = {"journal": journal, "residency": dense.residency, "batch_size": 1}
     windows = dict(found.scored)
 
     def adapters(base: Sequence[Sublayer]) -> Mapping[Sublayer, Window]:
@@ -147,6 +153,22 @@ def judges(
         codes = Evaluator(dense.model, dense.family, tokens, counted=counted, **settings)
         made.append(Judge("far codes", codes, recipe.codes, adapters, "windows", gains=False))
     return made
+
+
+def check_reach(judges: Sequence[Judge], found: Limits) -> None:
+    """Refuse what windows change nothing of.
+
+    Raises:
+        RecipeError: All rows of a judge fit into the windows.
+    """
+    size = max(window.size for window in found.scored.values())
+    for judge in judges:
+        longest = max(rows.shape[1] for rows in judge.evaluator.batches)
+        if longest <= size:
+            raise RecipeError(
+                f"{judge.name}: its rows of at most {longest} tokens fit into the windows of {size} tokens that plans "
+                "are judged with; give a task of longer ones, a smaller --window, or --emulation low-rank"
+            )
 
 
 def _prompts(
@@ -168,7 +190,7 @@ class Measured:
     Args:
         dense: The model, left as it is.
         recipe: Resolved.
-        held_out: Rows as long as the context, int64 [m, L].
+        held_out: Rows as long as the context, int64 [m, L]; or shorter, with windows shorter by the same factor.
         journal: Losses already measured.
         reporter: For progress.
     """
@@ -176,26 +198,36 @@ class Measured:
     def __init__(
         self, dense: DenseModel, recipe: Recipe, held_out: Tensor, journal: Journal | None, reporter: Reporter
     ) -> None:
-        self._evaluator = Evaluator(dense.model, dense.family, held_out, 1, journal=journal)
+        self._evaluator = Evaluator(
+            dense.model, dense.family, held_out, 1, journal=journal, residency=dense.residency
+        )  # fmt: skip
+        self._length = held_out.shape[1]
         self._dense, self._recipe, self._reporter = dense, recipe, reporter
         self._codes: dict[tuple[str, ...], dict[str, float] | None] = {}
 
     def loss(self, limits_of_plan: Mapping[Sublayer, Window]) -> float:
         """Nats/token; of the dense model where nothing is limited."""
-        return float(self._evaluator.loss(limits_of_plan).mean())
+        return float(self._evaluator.loss(self._in_rows(limits_of_plan)).mean())
+
+    def _in_rows(self, limits_of_plan: Mapping[Sublayer, Window]) -> Mapping[Sublayer, Window]:
+        """Limits with windows for the rows that are measured on."""
+        context = self._recipe.context or 0
+        if self._length >= context:
+            return limits_of_plan
+        return {
+            sublayer: resized(window, max(2, window.size * self._length // context))
+            for sublayer, window in limits_of_plan.items()
+        }
 
     def codes(self, limits_of_plan: Mapping[Sublayer, Window]) -> dict[str, float] | None:
         """As `found_codes`."""
+        limits_of_plan = self._in_rows(limits_of_plan)
         key = tuple(describe(limits_of_plan))
         asked = ["codes", key, self._recipe.seed, self._evaluator.text]  # the text tells which files hide the codes
         if (known := self._evaluator.journal.recall(asked)) is not None:
             self._codes[key] = known
         if key not in self._codes:
-            with ExitStack() as stack:
-                for sublayer, window in limits_of_plan.items():
-                    block = self._evaluator.blocks[sublayer.block]
-                    stack.enter_context(removed(block, self._dense.family, sublayer.kind, window))
-                self._codes[key] = found_codes(self._dense, self._recipe, self._reporter)
+            self._codes[key] = found_codes(self._dense, self._recipe, self._reporter, limits_of_plan)
             self._evaluator.journal.keep(asked, self._codes[key])
         return self._codes[key]
 
@@ -213,18 +245,27 @@ class Measured:
 
 
 @torch.inference_mode()
-def found_codes(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> dict[str, float] | None:
-    """How many hidden codes the model in memory finds, of how many, and their NLL in nats/token; None: none hidden.
+def found_codes(
+    dense: DenseModel, recipe: Recipe, reporter: Reporter, limits_of_plan: Mapping[Sublayer, Window] | None = None
+) -> dict[str, float] | None:
+    """How many hidden codes the model finds, of how many, and their NLL in nats/token; None: none hidden.
 
-    Prompts are half as long as the context, so that what is asked for lies outside of every window.
+    Prompts are half as long as the rows that are measured on, so that what is asked for lies outside of every window.
+
+    Args:
+        dense: The model, dense or cut.
+        recipe: Resolved.
+        reporter: For progress.
+        limits_of_plan: What takes the place of attention sublayers.
     """
-    assert recipe.context is not None
-    length = recipe.context // 2
+    length = held_out_rows(recipe)[1] // 2
     prompts = _prompts(dense, recipe, length, MEASURED_PROMPTS, recipe.seed + 3, reporter)
     if not prompts:
         return None
     with reporter.progress("hidden codes", len(prompts)) as step:
-        scores = score(dense.model, prompts, step.advance)
+        tokens = torch.stack([prompt.tokens for prompt in prompts])
+        evaluator = Evaluator(dense.model, dense.family, tokens, 1, residency=dense.residency)
+        scores = score_plan(evaluator, prompts, limits_of_plan or {}, step.advance)
     return {
         "length": length,
         "found": sum(sum(each.found) for each in scores),
