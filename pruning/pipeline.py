@@ -113,12 +113,14 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
     units = {sublayer.block: len(kept) for sublayer, kept in (prepared or {}).items()} if narrower else None
-    plan = plan_of(gone, num_blocks, recipe, before, found.full_heads() if found else None, units)
-    what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
+    plan = plan_of(gone, num_blocks, recipe, before, found, units)
+    what = f"limiting to {windows.listed(plan)} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
     reporter.say(narrowing.described(plan) if narrower else what + ", ".join(map(str, gone)))
     if plan.full_heads:
         full = [f"{block}.{head}" for block, heads in sorted(plan.full_heads.items()) for head in heads]
         reporter.say("but for the KV heads " + ", ".join(full))
+    if plan.windows:
+        reporter.say("with windows of " + ", ".join(f"{size} in {block}" for block, size in plan.windows.items()))
     sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
@@ -147,6 +149,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             quality["ffn_units"] = {str(block): units for block, units in sorted(plan.units.items())}
         if plan.full_heads:
             quality["full_heads"] = {str(block): list(heads) for block, heads in sorted(plan.full_heads.items())}
+        if plan.windows:
+            quality["windows"] = {str(block): size for block, size in sorted(plan.windows.items())}
         manifest = Manifest(
             shoal_version=pruning.__version__,
             base={"model": dense.name, "weight_hash": dense.weight_hash, "dtype": str(dense.model.dtype)[6:]},

@@ -60,6 +60,7 @@ class Plan:
         window: Positions that a limited layer keeps.
         full_heads: Block of a limited layer -> KV heads of it that keep every token; absent: none.
         units: Block of a narrower FFN -> units that it keeps.
+        windows: Block of a limited layer -> positions that it keeps; absent: `window`.
     """
 
     num_blocks: int
@@ -69,6 +70,7 @@ class Plan:
     window: int = 0
     full_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     units: Mapping[int, int] = field(default_factory=dict)
+    windows: Mapping[int, int] = field(default_factory=dict)
 
     def blocks_kept(self) -> list[int]:
         """Blocks of which at least one sublayer does something, in order."""
@@ -175,17 +177,16 @@ def shortest(savings: Sequence[int], wanted: int) -> int | None:
     return None
 
 
-def kv_bytes_of_request(head_bytes: int, full: int, limited: int, window: int, context: int) -> int:
+def kv_bytes_of_request(head_bytes: int, full: int, limited: Mapping[int, int], context: int) -> int:
     """KV cache bytes of one request.
 
     Args:
         head_bytes: Of one token in one KV head: 2 (K and V) · head dim · dtype bytes.
         full: KV heads, of all layers together, that keep every token.
-        limited: KV heads that keep a window.
-        window: Its positions.
+        limited: Positions of a window -> KV heads that keep them.
         context: L, tokens of the request.
     """
-    return head_bytes * (full * context + limited * min(window, context))
+    return head_bytes * (full * context + sum(count * min(size, context) for size, count in limited.items()))
 
 
 def lowest(scores: Mapping[Unit, float], count: int, among: Sequence[Unit]) -> list[Unit]:

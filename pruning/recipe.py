@@ -129,6 +129,13 @@ class Recipe(BaseModel):
         SELECTION,
         Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
     ] = None
+    window_sizes: Annotated[
+        Literal["one", "several"] | None,
+        SELECTION,
+        Field(
+            description="Windows of one size, or also half and twice as long, by layer; one where --window is given."
+        ),
+    ] = None
     window_by: Annotated[
         Literal["auto", "layer", "head"],
         SELECTION,

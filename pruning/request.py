@@ -20,7 +20,7 @@ from pruning.models.weight_files import weight_files
 from pruning.plan import KINDS, Kind, Sublayer, UnitKind, parse_bytes
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
-from pruning.variants import REMOVED, cache_of, changes_weights, full_heads_of, narrows, row, variant
+from pruning.variants import REMOVED, cache_of, changes_weights, full_heads_of, narrows, positions_of, row, variant
 from pruning.workdir import check_output
 
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2}
@@ -237,7 +237,10 @@ def _on_top(earlier: Earlier, recipe: Recipe, model: str, *, again: bool) -> Rec
     if recipe.ffn and not others and not recipe.attention:
         kinds = ["ffn"]
     update: dict[str, Any] = {"keep": sorted({*recipe.keep, *earlier.changed(kinds)})}
-    return recipe.model_copy(update=update | ({"window": earlier.window} if earlier.whole else {}))
+    if earlier.whole:
+        sizes = recipe.window_sizes or earlier.manifest.recipe.get("window_sizes")
+        update |= {"window": earlier.window, "window_sizes": sizes}
+    return recipe.model_copy(update=update)
 
 
 def _cached(source: Source) -> Cached | None:
@@ -246,9 +249,11 @@ def _cached(source: Source) -> Cached | None:
         return None
     changed = len(source.earlier.changed(["attention"]))
     own = sum(own_window(source.config, block) is not None for block in range(source.num_blocks))
-    entries = source.earlier.entries.values()
-    full = sum(len(full_heads_of(entry)) for entry in entries) / source.config.num_key_value_heads
-    limited = changed - full if source.earlier.whole else 0
+    each, usual = source.config.num_key_value_heads, source.earlier.window or 1
+    entries = [entry for sublayer, entry in source.earlier.entries.items() if sublayer.kind == "attention"]
+    full = sum(len(full_heads_of(entry)) for entry in entries) / each
+    windows = [(positions_of(entry) or 0) * (each - len(full_heads_of(entry))) for entry in entries]
+    limited = sum(windows) / (each * usual) if source.earlier.whole else 0
     return Cached(source.num_blocks - changed - own + full, limited, source.earlier.manifest.num_blocks - own)
 
 

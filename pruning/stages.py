@@ -275,11 +275,11 @@ def _within_loss(
 
 def plan_of(
     gone: Sequence[Unit], num_blocks: int, recipe: Recipe, before: Mapping[Sublayer, EmulationKind] | None = None,
-    full_heads: Mapping[int, tuple[int, ...]] | None = None, units: Mapping[int, int] | None = None,
+    found: windows.Limits | None = None, units: Mapping[int, int] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are.
 
-    What earlier runs limited (`before`) is a part of it.
+    What earlier runs limited (`before`) is a part of it. `found` are the limits of its layers, where they are known.
     """
     removed: dict[Sublayer, EmulationKind] = dict(before or {})
     for unit in gone:
@@ -288,8 +288,9 @@ def plan_of(
             kind = REMOVED
         removed |= dict.fromkeys(unit.sublayers, kind)
     plan = Plan(
-        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0, full_heads or {},
-        units or {},
+        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0,
+        found.full_heads() if found else {}, units or {},
+        {block: size for block, size in found.windows().items() if size != recipe.window} if found else {},
     )  # fmt: skip
     if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
@@ -387,7 +388,7 @@ def healed(
         state=healing_state(output), scope=scope,
     )  # fmt: skip
     if found is not None:
-        recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, recipe))
+        recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, found))
     return recovery, record
 
 

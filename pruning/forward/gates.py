@@ -39,22 +39,23 @@ def each_sublayer_gradients(evaluator: Evaluator, gates: Tensor) -> Iterator[tup
 
 
 def head_gradients(evaluator: Evaluator, gates: Tensor, number: int) -> Tensor:
-    """Gradient of the loss by a gate on every KV head: 1 attends as it does, 0 as the view's emulation limits it.
+    """Gradient of the loss by gates on every KV head, the weights of what it may be: full, or a window.
 
     Args:
         evaluator: A view whose emulations have gates for heads.
-        gates: float32 [L, K].
+        gates: float32 [L, K, S]; of full attention first, then of each window that the emulations have gates for.
         number: Of the batch.
 
     Returns:
-        d(mean loss of the window)/d gate, float64 [b, L, K], nats/token; 0 where there is no emulation.
+        d(mean loss of the window)/d gate, float64 [b, L, K, S], nats/token; 0 where there is no emulation.
     """
-    return _gradients(evaluator, gates, [number], with_head_gates)[0]
+    return _gradients(evaluator, gates.flatten(1), [number], with_head_gates)[0].unflatten(2, gates.shape[1:])
 
 
 def each_head_gradients(evaluator: Evaluator, gates: Tensor) -> Iterator[tuple[int, Tensor]]:
     """`head_gradients` of each batch that this process computes, by its number; blocks from disk are read once."""
-    return _each(evaluator, gates, with_head_gates)
+    for number, found in _each(evaluator, gates.flatten(1), with_head_gates):
+        yield number, found.unflatten(2, gates.shape[1:])
 
 
 def _each(evaluator: Evaluator, gates: Tensor, run: Run) -> Iterator[tuple[int, Tensor]]:
@@ -144,7 +145,7 @@ def _whole(evaluator: Evaluator, number: int, run: Run, gates: Tensor) -> Tensor
 def with_head_gates(
     evaluator: Evaluator, index: int, hidden: Tensor, kwargs: Mapping[str, Any], gates: Tensor, taps: Taps
 ) -> Tensor:
-    """One block [b, T, D] -> [b, T, D] with a gate on every KV head, [b, K]."""
+    """One block [b, T, D] -> [b, T, D] with gates on every KV head, [b, K S]."""
     base = evaluator.complete({})
     for kind in KINDS:
         sublayer = Sublayer(index, kind)

@@ -20,7 +20,7 @@ from pruning.forward.evaluator import Evaluator
 from pruning.forward.streams import describe
 from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
-from pruning.plan import Sublayer
+from pruning.plan import Plan, Sublayer
 from pruning.recipe import Recipe
 from pruning.request import HELD_OUT_TOKENS
 from pruning.search import heads
@@ -29,6 +29,7 @@ from pruning.texts.calibration import from_files, last_windows, other_windows
 from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
 from pruning.texts.reading import read_text
 from pruning.texts.shipped import rows_held_out, rows_to_choose_on
+from pruning.variants import cache_of
 from pruning.variants.window import Window
 from pruning.variants.window_fit import limits, resized
 from pruning.workdir import Journal
@@ -53,13 +54,27 @@ class Limits:
     scored: Mapping[Sublayer, Window]
     served: Mapping[Sublayer, Window]
 
-    def but_for(self, full: heads.Full) -> "Limits":
-        """The same where some KV heads keep every token; without layers of which all do."""
-        return Limits(heads.limited(self.scored, full), heads.limited(self.served, full))
+    def by(self, plan: heads.HeadPlan) -> "Limits":
+        """The same by a plan: without layers of which all KV heads keep every token."""
+        scored, served = (heads.limited(heads.sized(limits, plan), plan.full) for limits in (self.scored, self.served))
+        return Limits(scored, served)
 
     def full_heads(self) -> dict[int, tuple[int, ...]]:
         """Block -> the KV heads of a limited layer that keep every token."""
         return {sublayer.block: window.full for sublayer, window in self.served.items() if window.full}
+
+    def windows(self) -> dict[int, int]:
+        """Block -> positions that its limited KV heads keep."""
+        return {sublayer.block: window.size for sublayer, window in self.served.items()}
+
+
+def listed(plan: Plan) -> str:
+    """The sizes of a plan's windows, for people."""
+    found = {
+        plan.windows.get(each.block, plan.window) for each, kind in plan.removed.items() if cache_of(kind) == "window"
+    }
+    *others, last = map(str, sorted(found))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -90,15 +105,20 @@ def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter)
     evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], 1, residency=dense.residency)
     wanted = [Sublayer(block, "attention") for block in dense.limitable]
     size = _scored_size(recipe, rows)
-    found: dict[Sublayer, Window] = {sublayer: resized(window, size) for sublayer, window in dense.limits.items()}
-    found |= {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
-    return Limits(found, as_served(found, recipe))
-
-
-def _scored_size(recipe: Recipe, rows: Tensor) -> int:
+    new = {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
+    scored = {each: resized(limit, _scored_size(recipe, rows, limit.size)) for each, limit in dense.limits.items()}
     assert recipe.window is not None
+    return Limits(
+        scored | new, {**dense.limits, **{each: resized(limit, recipe.window) for each, limit in new.items()}}
+    )
+
+
+def _scored_size(recipe: Recipe, rows: Tensor, served: int | None = None) -> int:
+    """Positions for these rows of a window that keeps so many of the context."""
+    served = served or recipe.window
+    assert served is not None
     assert recipe.context is not None
-    return max(2, recipe.window * rows.shape[1] // recipe.context)
+    return max(2, served * rows.shape[1] // recipe.context)
 
 
 @contextmanager
@@ -107,15 +127,14 @@ def as_before(dense: DenseModel, recipe: Recipe, rows: Tensor) -> Iterator[None]
     blocks = blocks_of(dense.model, dense.family)
     with ExitStack() as stack:
         for sublayer, window in dense.limits.items():
-            limited = resized(window, _scored_size(recipe, rows))
+            limited = resized(window, _scored_size(recipe, rows, window.size))
             stack.enter_context(removed(blocks[sublayer.block], dense.family, sublayer.kind, limited))
         yield
 
 
-def as_served(scored: Mapping[Sublayer, Any], recipe: Recipe) -> dict[Sublayer, Any]:
+def as_served(scored: Mapping[Sublayer, Any], found: Limits) -> dict[Sublayer, Any]:
     """Limits with windows for the context."""
-    assert recipe.window is not None
-    return {sublayer: resized(window, recipe.window) for sublayer, window in scored.items()}
+    return {sublayer: resized(window, found.served[sublayer].size) for sublayer, window in scored.items()}
 
 
 def others(dense: DenseModel, recipe: Recipe, tokens: int, rows: Tensor, held_out: Tensor) -> Tensor:

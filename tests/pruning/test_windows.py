@@ -53,10 +53,15 @@ def test_the_defaults_keep_a_third_of_the_cache_at_most():
 
 
 def test_a_small_budget_gets_a_smaller_window_so_that_some_heads_stay_full():
-    sizes = {budget: resolved(Recipe(kv_budget=budget), 8192).window for budget in ("50%", "20%", "15%", "10%")}
-    assert sizes == {"50%": 1024, "20%": 1024, "15%": 704, "10%": 448}
-    assert resolved(Recipe(kv_budget="10%", window=512), 8192).window == 512
-    assert resolved(Recipe(kv_budget="10%"), 256).window == 15
+    budgets = ("50%", "20%", "15%", "10%")
+    one = {budget: resolved(Recipe(kv_budget=budget, window_sizes="one"), 8192).window for budget in budgets}
+    assert one == {"50%": 1024, "20%": 1024, "15%": 704, "10%": 448}
+    several = {budget: resolved(Recipe(kv_budget=budget), 8192).window for budget in budgets}
+    assert several == {"50%": 1024, "20%": 1024, "15%": 1024, "10%": 640}
+    asked = resolved(Recipe(kv_budget="10%", window=512), 8192)
+    assert (asked.window, asked.window_sizes) == (512, "one")
+    assert resolved(Recipe(kv_budget="10%"), 256).window == 21
+    assert resolved(Recipe(kv_budget="10%", search="greedy"), 8192).window_sizes == "one"
     for budget, size in (("15%", 704), ("10%", 448)):
         assert 90 - layers_within(float(budget[:-1]) / 100, 90, size / 8192) >= 4
 
@@ -88,7 +93,9 @@ def test_prunes_to_windows_and_measures_at_the_context(monkeypatch, pico_directo
     assert manifest.recipe["window"] == 32
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model(torch.arange(8)[None]).logits.isfinite().all()
-    assert "limited to the last 32 tokens" in (output / "README.md").read_text()
+    sizes = {manifest.recipe["window"], *manifest.quality.get("windows", {}).values()}
+    assert all(str(size) in (output / "README.md").read_text() for size in sizes)
+    assert "limited to the last " in (output / "README.md").read_text()
     assert "codes hidden in 128 tokens" in capsys.readouterr().err
 
 
