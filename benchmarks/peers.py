@@ -47,7 +47,7 @@ from pruning.workdir import Journal
 
 WINDOW_SHARE = 8  # of the context, as the product's default
 CHOSEN = ("auto", "head")
-"""Choosers of the product, as windows.py names them."""
+"""Choosers of the product as windows.py names them, what it takes by itself first."""
 TASKS = ("arc_easy", "piqa", "hellaswag")
 SMALLER: dict[str, Any] = {"calibration_tokens": 4096, "score_tokens": 2048, "sequence_length": 512}
 """What every recipe reads here: less than it says, so that a row takes two or three minutes of one core."""
@@ -140,7 +140,7 @@ class Bench:
             budgets = [each for each in self.options.budgets if each not in self._found]
             asked = argparse.Namespace(
                 context=self.context, window=None, calibration=[], calibration_tokens=None, budgets=budgets,
-                choosers=["head"],
+                choosers=["auto"],
             )  # fmt: skip
             with fresh_cache():
                 for found in plans(self.dense, asked, self.reporter):
@@ -296,22 +296,22 @@ def measured_already(options: argparse.Namespace, lengths: Sequence[str]) -> dic
     if dense is None or document["text"] != options.text.name or document["piece"] != PIECE:
         return {}
     count = options.rows * options.context // PIECE
-    best: dict[str, dict[str, Any]] = {}
-    for row in document["rows"].values():
-        if row.get("kind") not in CHOSEN or row["budget"] not in options.budgets:
+    taken: dict[str, dict[str, Any]] = {}
+    known = [row for row in document["rows"].values() if row.get("kind") in CHOSEN]
+    for row in sorted(known, key=lambda each: (CHOSEN.index(each["kind"]), each["window"])):
+        name = f"Shoal, {row['budget']}"
+        if name in taken or row["budget"] not in options.budgets:
             continue
         if len(row["pieces"]) < count or not set(lengths) <= set(row["codes"]):
             continue
-        found = {
+        taken[name] = {
             "pieces": row["pieces"][:count], "codes": {length: row["codes"][length] for length in lengths},
             "perplexity": ratio(row["pieces"][:count], dense["pieces"][:count]), "kind": "windows",
             "source": "this package", "differs": "", "kv_ratio": row["kv_ratio"], "weight_ratio": 1.0,
-            "note": {"from": options.windows.name}, "cpu_seconds": options.choice_seconds,
+            "note": {"from": options.windows.name, "chooser": row["kind"], "window": row["window"]},
+            "cpu_seconds": options.choice_seconds,
         }  # fmt: skip
-        name = f"Shoal, {row['budget']}"
-        if name not in best or found["perplexity"]["value"] < best[name]["perplexity"]["value"]:
-            best[name] = found
-    return best
+    return taken
 
 
 def arguments() -> argparse.Namespace:
