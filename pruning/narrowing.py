@@ -19,6 +19,9 @@ from pruning.search.widths import widths
 from pruning.variants.narrow import NARROW, multiple_of
 from pruning.variants.narrow_fit import Elimination, narrowings
 
+SCORED = "predicted loss of narrowing"
+"""What `pruning.json` calls the costs that FFNs are compared by: nats per token at the one width for all."""
+
 
 def excess_bytes(dense: DenseModel, recipe: Recipe) -> int:
     """Weight bytes that the recipe's budget lets go."""

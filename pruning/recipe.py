@@ -234,7 +234,7 @@ class Recipe(BaseModel):
         CALIBRATION,
         Field(
             ge=1,
-            description="Tokens to fit on: 16384 for adapters, 65536 for narrower FFNs; windows are chosen on 6144.",
+            description="Tokens to fit on: 16384 for adapters, 65536 for narrower FFNs, 6144 for windows.",
         ),
     ] = None
     score_tokens: Annotated[

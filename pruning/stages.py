@@ -342,7 +342,8 @@ def healed(
     """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
 
     Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
-    the model writes as many others again; narrower FFNs take the rest of the package's text. Limited layers (`found`) are trained with windows for these rows.
+    the model writes as many others again; narrower FFNs take the rest of the package's text. Limited layers (`found`)
+    are trained with windows for these rows.
     """
     length = recipe.row_tokens
     budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens

@@ -14,6 +14,7 @@ from pruning.families import FAMILIES, output_projection
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.sensitivity import sensitivities
 from pruning.models.checkpoint import verify
+from pruning.narrowing import SCORED
 from pruning.plan import Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import recover
@@ -170,6 +171,15 @@ def test_a_checkpoint_computes_what_was_fitted(model_type, pico_directory, text,
     block, n = next(iter(units.items()))
     assert f"{block}: {n}" in card
     assert f"{len(units)} narrowed" in card
+
+
+def test_without_files_it_is_fitted_on_the_text_of_the_package(pico_directory, tmp_path, monkeypatch):
+    wanted = ["--output", tmp_path / "o", "--weight-budget", "90%", "--heal", "lora", "--heal-steps", "1", *QUICK]
+    assert run(monkeypatch, pico_directory("llama"), *wanted) == 0
+    manifest = verify(tmp_path / "o")
+    assert manifest.recipe["calibration"] == []
+    assert set(manifest.importance) == {SCORED}
+    assert all(cost >= 0 for cost in manifest.importance[SCORED].values())
 
 
 @pytest.mark.parametrize("to", ["nemotron-nas", "gguf", "llama"])
