@@ -91,10 +91,11 @@ def draw_curve(
         measured: Budgets measured beside the smallest one; the others are predicted.
         recipe: How to choose.
     """
-    from pruning.request import checked
+    from pruning.request import Request, checked, within_memory
 
     reporter = Reporter()
     request = checked(model, recipe, reporter)
+    request = Request(request.source, within_memory(request, reporter, exports=False), request.wanted)
     from pruning.curve import curve
 
     curve(request, output, measured=measured, reporter=reporter)
@@ -104,26 +105,29 @@ def draw_curve(
 def score_units(
     model: str,
     *,
-    units: Annotated[list[UnitKind], Parameter(consume_multiple=True)] = ["attention", "ffn"],  # noqa: B006
+    units: Annotated[list[UnitKind], Parameter(consume_multiple=True)] = [],  # noqa: B006
     output: Path | None = None,
     recipe: Annotated[Recipe, Parameter(name="*")] = DEFAULTS,
 ) -> None:
-    """Print the importance of every sublayer (or block) of MODEL; prune nothing.
+    """Print what removing every sublayer (or block) of MODEL costs; with --emulation window, what a window costs.
 
     Args:
         model: Hugging Face id or directory, a GGUF file, or smollm2-135m (embedded).
-        units: What to score: attention, ffn, block.
+        units: What to score: attention, ffn, block; attention and ffn by default, for windows attention.
         output: JSON file to save the scores in.
         recipe: How to score.
     """
-    from pruning.request import checked
+    from pruning.request import checked, units_to_score
 
     reporter = Reporter()
+    if recipe.memory is not None:
+        raise RecipeError("--memory plans a window plan; for scores give --stream")
     bare = recipe.model_copy(update={"emulation": recipe.emulation or "none"})
     request = checked(model, bare, reporter)
+    kinds = units_to_score(request.recipe, units)
     from pruning.pipeline import score
 
-    score(request, output, units=units, reporter=reporter)
+    score(request, output, units=kinds, reporter=reporter)
 
 
 @app.command(name="convert")

@@ -22,10 +22,11 @@ from pruning.export.formats import format_named
 from pruning.export.untouched import links_to
 from pruning.families import has_biases
 from pruning.forward import parallel
-from pruning.forward.blocks import Residency
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, Scores
-from pruning.models.loading import DenseModel
+from pruning.models.finding import Source
+from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Recipe, by_head, emulation_kind, limits
@@ -49,6 +50,13 @@ SEARCH_BATCH_TOKENS = 2048
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
+def opened(source: Source, recipe: Recipe) -> DenseModel:
+    """The model, in memory as a whole or block by block as it is needed."""
+    if recipe.stream:
+        return open_streamed(source, recipe.dtype, recipe.device)[0]
+    return load_model(source, recipe.dtype, recipe.device)
+
+
 def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
     """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] and [m, T']."""
     if limits(recipe):
@@ -70,18 +78,22 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
 
 def judges_of(
     dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
-    residency: Residency | None = None, found: windows.Limits | None = None,
+    found: windows.Limits | None = None,
 ) -> list[Judge]:  # fmt: skip
     """What plans are judged on: tasks, calibration text, or two halves of it of different domains, crosswise.
 
     In the last case each half is judged with emulations that were fitted on the other. With `--copying`, repeated
     windows of the same text judge as well: layers that copy from the context cost little on text, and their work is
-    what no map of a single token brings back.
+    what no map of a single token brings back. Where attention is limited, every judge has the windows in place, of the
+    size for rows of calibration text.
     """
-    if limits(recipe) and not recipe.task:
+    limiting: list[Judge] = []
+    if limits(recipe):
         found = found or windows.limited(dense, recipe, tokens, reporter)
-        return windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
-    settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
+        limiting = windows.judges(dense, recipe, tokens, found, journal, reporter)
+    settings: dict[str, Any] = {
+        "state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": dense.residency
+    }  # fmt: skip
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
 
@@ -92,14 +104,18 @@ def judges_of(
         adapters = _adapters(dense, recipe, fit[:fitted], reporter)
         return Judge(name, evaluator, 1.0, adapters, _identity(recipe, fit[:fitted]))
 
-    if recipe.task or not recipe.recovery_aware:
+    if limiting:
+        texts = limiting[:1]
+    elif recipe.task or not recipe.recovery_aware:
         texts = [judge("calibration text", tokens[:count], tokens if recipe.recovery_aware else None)]
     else:
         texts = [
             judge(f"half {number}", rows[: max(1, count // 2)], others)
             for number, (rows, others) in enumerate(_halves(recipe, tokens, reporter), 1)
         ]
-    judges = [_task_judge(dense, recipe, path, texts[0], settings) for path in recipe.task] or list(texts)
+    judges = [_task_judge(dense, recipe, path, texts[0], settings) for path in recipe.task] or limiting or list(texts)
+    if recipe.task and found is not None:
+        windows.check_reach(judges, found)
     if recipe.copying:
         for text in texts:
             rows, copies = repeated(torch.cat(text.evaluator.batches))
@@ -238,8 +254,9 @@ def _within_loss(
     """The longest start of `order` whose emulated plan stays inside the loss budget, by bisection."""
     bound = recipe.max_loss_increase
     assert bound is not None
-    fitting = Evaluator(dense.model, dense.family, tokens)
-    judging = Evaluator(dense.model, dense.family, held_out, max(1, SEARCH_BATCH_TOKENS // held_out.shape[1]))
+    fitting = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
+    batch = max(1, SEARCH_BATCH_TOKENS // held_out.shape[1])
+    judging = Evaluator(dense.model, dense.family, held_out, batch, residency=dense.residency)
     before = float(judging.loss({}).mean())
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
@@ -258,11 +275,11 @@ def _within_loss(
 
 def plan_of(
     gone: Sequence[Unit], num_blocks: int, recipe: Recipe, before: Mapping[Sublayer, EmulationKind] | None = None,
-    full_heads: Mapping[int, tuple[int, ...]] | None = None, units: Mapping[int, int] | None = None,
+    found: windows.Limits | None = None, units: Mapping[int, int] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are.
 
-    What earlier runs limited (`before`) is a part of it.
+    What earlier runs limited (`before`) is a part of it. `found` are the limits of its layers, where they are known.
     """
     removed: dict[Sublayer, EmulationKind] = dict(before or {})
     for unit in gone:
@@ -271,8 +288,9 @@ def plan_of(
             kind = REMOVED
         removed |= dict.fromkeys(unit.sublayers, kind)
     plan = Plan(
-        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0, full_heads or {},
-        units or {},
+        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0,
+        found.full_heads() if found else {}, units or {},
+        {block: size for block, size in found.windows().items() if size != recipe.window} if found else {},
     )  # fmt: skip
     if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
@@ -315,7 +333,7 @@ def recovered(
     prepared: Mapping[Sublayer, Any] | None = None,
 ) -> Recovery | Fusion:  # fmt: skip
     """Adapters, or the changes of kept weights that take their place."""
-    evaluator = Evaluator(dense.model, dense.family, tokens)
+    evaluator = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
     recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
     how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
     with forwards(dense, recipe):
@@ -373,7 +391,7 @@ def healed(
         state=healing_state(output), scope=scope,
     )  # fmt: skip
     if found is not None:
-        recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, recipe))
+        recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, found))
     return recovery, record
 
 

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,8 @@ from server.engine.compat import EngineFacts
 
 State = Literal["kept", "limited", "narrowed", "removed", "emulated"]
 STATES: tuple[State, ...] = get_args(State)
+HeadState = Literal["full", "limited", "removed"]
+HEAD_STATES: tuple[HeadState, ...] = get_args(HeadState)
 CONTEXTS = (1024, 8192)  # and the longest
 SMALL_CHUNK = 1024
 NOTHING_SAVED = (
@@ -56,6 +58,8 @@ class Inventory:
         weight_bytes: Of the weight files (0 when they are not local).
         weight_bytes_dense: The same for the dense model.
         emulation_parameters: Numbers in all emulation adapters.
+        layer_heads: KV heads of an attention layer.
+        full_heads: Block -> the KV heads that keep what the dense model keeps, of layers that are limited in part.
         contexts: What requests take at some lengths, shortest first; empty where nothing is limited.
         notes: What windows cost here, a sentence each.
         warnings: What windows do not save here, a sentence each.
@@ -70,6 +74,8 @@ class Inventory:
     weight_bytes: int
     weight_bytes_dense: int
     emulation_parameters: int
+    layer_heads: int = 0
+    full_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     contexts: tuple[Context, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -77,6 +83,16 @@ class Inventory:
     def count(self, kind: Kind, state: State) -> int:
         """Sublayers of a kind in a state."""
         return sum(block[kind] == state for block in self.blocks)
+
+    def kv_heads(self) -> dict[HeadState, int]:
+        """KV heads of all layers: as in the dense model, with a window in its place, or without a cache."""
+        all_heads = {state: self.count("attention", state) * self.layer_heads for state in STATES}
+        full = sum(map(len, self.full_heads.values()))
+        return {
+            "full": all_heads["kept"] + full,
+            "limited": all_heads["limited"] - full,
+            "removed": all_heads["removed"] + all_heads["emulated"],
+        }
 
     def lines(self) -> list[str]:
         """What the server prints when it starts."""
@@ -156,6 +172,8 @@ def take_inventory(
         weight_bytes=weights,
         weight_bytes_dense=manifest.sizes["weights_dense"] if manifest else weights,
         emulation_parameters=adapters,
+        layer_heads=facts.kv_heads,
+        full_heads=facts.full_heads,
         contexts=contexts,
         notes=notes,
         warnings=warnings,

@@ -51,6 +51,12 @@ WEIGHT_BYTES = Gauge(
     "shoal_weight_bytes", "Bytes of the weights, as served and dense.", ["variant"], multiprocess_mode=LATEST
 )
 SUBLAYERS = Gauge("shoal_sublayers", "Sublayers by kind and state.", ["kind", "state"], multiprocess_mode=LATEST)
+KV_HEADS = Gauge(
+    "shoal_kv_heads",
+    "KV heads of all layers: cached as in the dense model, with a window, or without a cache.",
+    ["state"],
+    multiprocess_mode=LATEST,
+)
 ADAPTERS = Gauge("shoal_emulation_parameters", "Numbers in all emulation adapters.", multiprocess_mode=LATEST)
 RESIDENT = Gauge(
     "shoal_process_resident_memory_bytes",
@@ -105,6 +111,8 @@ def publish(inventory: Inventory, version: str, vllm_version: str, model_name: s
     WEIGHT_BYTES.labels("served").set(inventory.weight_bytes)
     WEIGHT_BYTES.labels("dense").set(inventory.weight_bytes_dense)
     ADAPTERS.set(inventory.emulation_parameters)
+    for head_state, count in inventory.kv_heads().items():
+        KV_HEADS.labels(head_state).set(count)
     for kind in KINDS:
         for state in STATES:
             SUBLAYERS.labels(kind, state).set(inventory.count(kind, state))

@@ -24,6 +24,7 @@ def describe(manifest: Manifest | None, inventory: Inventory, draft: Manifest | 
         "manifest": manifest.model_dump(exclude={"files", "digest"}) if manifest else None,
         "draft": draft.model_dump(exclude={"files", "digest"}) if draft else None,
         "sublayers": list(inventory.blocks),
+        "kv_heads": inventory.kv_heads() | {"full_heads": {str(b): list(h) for b, h in inventory.full_heads.items()}},
         "kv_cache": {
             "bytes_per_token": inventory.kv_bytes_per_token,
             "bytes_per_token_dense": inventory.kv_bytes_per_token_dense,
@@ -49,6 +50,7 @@ def summarise(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]
         "blocks": len(inventory.blocks),
         "attention_removed": gone["attention"],
         "attention_limited": [b for b, states in enumerate(inventory.blocks) if states["attention"] == "limited"],
+        "kv_heads": inventory.kv_heads(),
         "ffn_removed": gone["ffn"],
         "ffn_narrowed": [b for b, states in enumerate(inventory.blocks) if states["ffn"] == "narrowed"],
         "emulated": inventory.count("attention", "emulated") + inventory.count("ffn", "emulated"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -354,6 +356,31 @@ def export_windows(model: Path, output: Path, text: Path, **recipe: Any) -> Path
     return output
 
 
+def int8_sibling(dense: Path, directory: Path) -> Path:
+    """The same model with projections in int8 (compressed-tensors: a scale for each row, and for each token)."""
+    shutil.copytree(dense, directory)
+    tensors = {}
+    for name, tensor in load_file(dense / "model.safetensors").items():
+        tensors[name] = tensor
+        if name.endswith("_proj.weight"):
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors |= {name: (tensor / scale).round().to(torch.int8), f"{name}_scale": scale}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": group},
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 @pytest.fixture(scope="session")
 def pico_plan(
     pico_directory: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
@@ -439,6 +466,7 @@ def serve(
     engine: Sequence[str | Path | int] = (),
     scheme: str = "http",
     operations: bool = False,
+    start_seconds: float = 400,
 ) -> Iterator[LiveServer]:
     """Start `prune-serve` on a free port and wait until it is ready.
 
@@ -449,6 +477,7 @@ def serve(
         engine: vLLM's.
         scheme: https where the flags ask for TLS.
         operations: Have health and metrics on a port of their own.
+        start_seconds: It may take to be ready.
     """
     port, other = free_port(), free_port()
     if operations:
@@ -460,7 +489,7 @@ def serve(
     url = f"{scheme}://127.0.0.1:{port}"
     operations_url = f"{scheme}://127.0.0.1:{other}" if operations else url
     try:
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + start_seconds
         while not _answers(f"{operations_url}/health/ready"):
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]

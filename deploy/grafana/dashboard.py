@@ -114,6 +114,8 @@ ROWS: dict[str, list[Panel]] = {
             [(saved_by_length(), "{{context}} tokens")]),
         ("Layers with a window", "short", "Attention layers that keep their last tokens only.",
             [(f'max by (instance) (shoal_sublayers{{kind="attention",state="limited",{HERE}}})', "{{instance}}")]),
+        ("KV heads", "short", "Full: cached as in the dense model. Limited: a window only. Removed: no cache.",
+            [(f"max by (state) (shoal_kv_heads{{{HERE}}})", "{{state}}")]),
         ("Tokens beyond a dense cache", "short",
             "Tokens in use that the dense model could not hold in these bytes; above 0 the pruning is in use.",
             [(beyond_dense(), "{{instance}}")]),

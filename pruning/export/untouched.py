@@ -7,7 +7,7 @@ from pruning.errors import CheckpointError
 from pruning.export.formats import Untouched
 from pruning.models.checkpoint import Manifest, combined
 from pruning.models.loading import DenseModel
-from pruning.models.weight_files import ADDED, BASE, SINGLE, WeightFiles, placed, weight_files
+from pruning.models.weight_files import ADDED, BASE, SINGLE, WeightFiles, placed, quantisation_of, weight_files
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -29,8 +29,10 @@ def untouched(dense: DenseModel, manifest: Manifest, dtype: str) -> Untouched | 
     except (CheckpointError, OSError, ValueError):
         return None
     own = stored_dtype(base, config.get("dtype") or config.get("torch_dtype"))
-    if own is None or config.get("quantization_config"):
+    if own is None:
         return None
+    if quantisation := quantisation_of(config):
+        manifest.base["quantisation"] = quantisation
     keeps = dtype == "auto" or {DTYPES.get(each) for each in base.dtypes} == {dtype}
     if keeps:
         scale = BYTES[own] / BYTES[manifest.base["dtype"]]

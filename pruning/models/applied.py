@@ -15,7 +15,7 @@ from pruning.errors import CheckpointError, StorageError
 from pruning.models.checkpoint import MANIFEST
 from pruning.models.hub import MODEL_FILES, snapshot
 from pruning.models.plan_file import LoadedPlan, check_hash, check_shapes, check_weights, find_plan, read_plan
-from pruning.models.weight_files import ADDED, INDEX, WeightFiles, index_with, placed, weight_files
+from pruning.models.weight_files import ADDED, INDEX, WeightFiles, index_with, placed, quantisation_of, weight_files
 from pruning.workdir import atomic_directory, cache_directory
 
 CONFIG = "config.json"
@@ -42,8 +42,10 @@ def apply_plan_file(dense: str, plan: str, say: Callable[[str], None], *, hashed
     check_shapes(loaded, config, directory)
     base = weight_files(directory)
     check_weights(loaded, base)
-    if config.get("quantization_config"):
-        say(f"{dense} is quantised, so its weights are none that {loaded.path} could name: only shapes were checked")
+    quantised, chosen_on = quantisation_of(config), loaded.document.manifest.base.get("quantisation")
+    if quantised != chosen_on:
+        which = f"{dense} is quantised" if quantised else f"{loaded.path} was chosen on a quantised model"
+        say(f"{which}, so the weights cannot be the same: only shapes were checked")
     elif hashed:
         check_hash(loaded, directory)
     else:

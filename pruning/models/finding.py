@@ -15,6 +15,7 @@ from pruning.errors import ModelError
 from pruning.families import Family, family_of
 from pruning.models.chain import Earlier, dense_fields, earlier_of, family_in
 from pruning.models.hub import MODEL_FILES, snapshot
+from pruning.models.weight_files import quantisation_of
 from pruning.workdir import cache_directory
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 EMBEDDED = "smollm2-135m"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INDEX = "model.safetensors.index.json"
+DEQUANTISED = ("compressed-tensors", "fp8")
+"""Methods whose weights are multiplied out where they are read, on any device and with nothing more installed."""
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
 
@@ -72,6 +75,11 @@ class Source:
             raise ModelError(f"cannot read the configuration of {self.name}: {_short(error)}") from error
 
     @property
+    def quantised(self) -> str | None:
+        """The method that the weights are quantised by, None: they are not."""
+        return quantisation_of(self.fields)
+
+    @property
     def num_blocks(self) -> int:
         """L."""
         return self._size("num_hidden_layers")
@@ -92,12 +100,13 @@ class Source:
         return given if isinstance(given, int) else int(getattr(self.config, name))
 
 
-def find_model(name: str, reporter: Reporter) -> Source:
+def find_model(name: str, reporter: Reporter, *, weights_stay: bool = False) -> Source:
     """Find what the user named; a GGUF file is converted first.
 
     Args:
         name: `smollm2-135m`, a directory, a `.gguf` file or a Hugging Face id.
         reporter: For progress.
+        weights_stay: Whether nothing is made of the weights, so that they may be quantised.
 
     Raises:
         ModelError: No such model, unreadable, or none that can be pruned.
@@ -119,7 +128,7 @@ def find_model(name: str, reporter: Reporter) -> Source:
         earlier = earlier_of(directory, fields)
         fields = dense_fields(fields, family) if earlier.whole else fields
     source = Source(name, directory, family or family_of(SimpleNamespace(**fields)), fields, earlier)
-    _check(source)
+    _check(source, weights_stay)
     return source
 
 
@@ -152,14 +161,14 @@ def converted(gguf: Path, reporter: Reporter) -> Path:
     return target
 
 
-def _check(source: Source) -> None:
-    """Refuse a model that has no ordinary weights, no head that writes, or no tokenizer."""
+def _check(source: Source, weights_stay: bool) -> None:
+    """Refuse a model that has no weights to work on, no head that writes, or no tokenizer."""
     name, fields = source.name, source.fields
-    if quantisation := fields.get("quantization_config"):
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+    if source.quantised and not (weights_stay and source.quantised in DEQUANTISED):
+        where = "" if source.quantised in DEQUANTISED else " on the model that it was made from"
         raise ModelError(
-            f"{name} is quantised{f' ({method})' if method else ''}; prune the model that it was made from, "
-            "and quantise the result"
+            f"{name} is quantised ({source.quantised}); for windows, choose a plan{where} with --format plan, and "
+            f"serve it: prune-serve {name} --plan DIR; for all else prune what it was made from, and quantise that"
         )
     architectures = fields.get("architectures") or []
     if architectures and not any("ForCausalLM" in str(each) for each in architectures):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from pruning.models.chain import Earlier, emulations_of
 from pruning.models.checkpoint import combined, hash_each
 from pruning.models.finding import Source, find_model
 from pruning.models.modeling import register_models
+from pruning.models.residency import Residency
 from pruning.plan import Sublayer
 from pruning.variants.base import Emulation
 
@@ -32,6 +34,7 @@ class DenseModel:
         hashes: SHA-256 of each of them, by name, where it was kept.
         earlier: What earlier runs made of it, where it is a checkpoint.
         limits: The modules by which earlier runs limited layers of the dense model, which is loaded without them.
+        residency: Where the weights are.
     """
 
     name: str
@@ -43,6 +46,7 @@ class DenseModel:
     hashes: Mapping[str, str] = field(default_factory=dict)
     earlier: Earlier | None = None
     limits: Mapping[Sublayer, Emulation] = field(default_factory=dict)
+    residency: Residency = field(default_factory=Residency)
 
     @property
     def limitable(self) -> list[int]:
@@ -74,8 +78,9 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
         register_models()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source.directory, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+            source.directory, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True,
+            **_dequantising(source),
+        )  # fmt: skip
         model = model.eval().to(device)
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise ModelError(f"cannot load {source.name}: {' '.join(str(error).split())[:300]}") from error
@@ -90,6 +95,15 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
     return DenseModel(
         source.name, source.directory, model, tokenizer, family, combined(hashes), hashes, earlier, limits
     )  # fmt: skip
+
+
+def _dequantising(source: Source) -> dict[str, Any]:
+    """What has quantised weights read as ordinary ones."""
+    if source.quantised is None:
+        return {}
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return {"quantization_config": AUTO_QUANTIZATION_CONFIG_MAPPING[source.quantised](dequantize=True)}
 
 
 def load_tokenizer(source: Source) -> Tokenizer:

@@ -70,6 +70,12 @@ def header_of(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+def data_start(path: Path) -> int:
+    """Where the tensors of a safetensors file begin, which its offsets count from."""
+    with path.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
 def weight_files(directory: Path) -> WeightFiles:
     """The files that transformers and vLLM load a directory from: those of the index, else the single one.
 
@@ -124,3 +130,11 @@ def share(base: WeightFiles, directory: Path) -> None:
             os.link(source, target)
         except OSError:  # another file system, somebody else's file, or too many links
             shutil.copyfile(source, target)
+
+
+def quantisation_of(fields: Mapping[str, Any]) -> str | None:
+    """What a configuration says the weights are quantised by; None: they are not."""
+    found = fields.get("quantization_config")
+    if not found:
+        return None
+    return str(found.get("quant_method", "a method without a name")) if isinstance(found, Mapping) else "unreadable"

@@ -180,6 +180,13 @@ def windows_of(config: Any) -> dict[int, int]:
     return {block: size for block, size in found.items() if size is not None}
 
 
+def full_heads_in(config: Any) -> dict[int, tuple[int, ...]]:
+    """Block -> the KV heads that keep every token, of the layers that a model's configuration limits in part."""
+    entries = [block["attention"] for block in getattr(config, "block_configs", None) or ()]
+    found = {block: full_heads_of(entry) for block, entry in enumerate(entries)}
+    return {block: heads for block, heads in found.items() if heads}
+
+
 def _layer_heads(vllm_config: Any) -> int:
     return int(vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config))
 

@@ -31,7 +31,7 @@ from vllm.utils.system_utils import decorate_logs, set_process_title
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from server.engine.cache_groups import CacheShape, dense_shape_of, shape_of, windows_of
+from server.engine.cache_groups import CacheShape, dense_shape_of, full_heads_in, shape_of, windows_of
 from server.errors import EngineError, SettingsError
 
 try:  # vLLM 0.33
@@ -61,6 +61,7 @@ class EngineFacts:
         max_running: Requests all engines run at once.
         max_model_len: Tokens of one sequence.
         windows: Block -> W, of the layers that are limited.
+        full_heads: Block -> the KV heads that keep every token, of layers that are limited in part.
         shape: Of the cache; None: not looked at.
         dense_shape: Of the dense model's, without a draft.
         pool_blocks: Blocks that the caches of all engines have.
@@ -77,6 +78,7 @@ class EngineFacts:
     max_running: int
     max_model_len: int
     windows: Mapping[int, int] = field(default_factory=dict)
+    full_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     shape: CacheShape | None = None
     dense_shape: CacheShape | None = None
     pool_blocks: int = 0
@@ -297,6 +299,7 @@ def engine_facts(engine: Any) -> EngineFacts:
         max_running=int(config.scheduler_config.max_num_seqs) * engines,
         max_model_len=int(model.max_model_len),
         windows=windows_of(model.hf_text_config),
+        full_heads=full_heads_in(model.hf_text_config),
         shape=shape_of(config),
         dense_shape=dense_shape_of(config),
         pool_blocks=int(cache.num_gpu_blocks or 0),

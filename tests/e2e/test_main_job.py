@@ -159,6 +159,7 @@ def test_the_models_list_says_what_was_removed(client, live_server, smollm2_chec
     assert model.id == live_server.model
     assert len(model.pruning["attention_limited"]) == len(verify(smollm2_checkpoint).removed)
     assert model.pruning["attention_removed"] == []
+    assert model.pruning["kv_heads"]["limited"] > 3 * model.pruning["kv_heads"]["full"] > 0
     assert model.pruning["kv_bytes_per_token"] < 0.33 * model.pruning["kv_bytes_per_token_dense"]
 
 

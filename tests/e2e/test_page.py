@@ -38,7 +38,10 @@ def test_it_shows_what_became_of_the_sublayers(page, live_server, smollm2_checkp
     assert page.locator(".cell").count() == 60
     assert page.locator(".cell.limited").count() == limited
     expect(page.locator("#legend")).to_contain_text(f"{60 - limited} kept")
-    assert "attention: limited" in page.locator(".cell.limited").first.get_attribute("title")
+    titles = [cell.get_attribute("title") for cell in page.locator(".cell.limited").all()]
+    assert all("attention: limited" in title for title in titles)
+    assert any("but for KV heads" in title for title in titles)
+    expect(page.locator("#heads")).to_contain_text("of 90 KV heads keep every token")
 
 
 def test_it_compares_with_the_dense_model(page):

@@ -1,8 +1,8 @@
 """Send a real server requests that schemathesis makes from its OpenAPI document: no 5xx, no hang.
 
-usage: run.py CHECKPOINT SCHEMATHESIS [REPORT]; `make fuzz` gives the second. Prints, and writes to REPORT if there is
-one, the number of requests by status, every 5xx and every request over 30 s; exit code 1 at one of these, or when there
-were fewer than 2,000 requests.
+usage: run.py CHECKPOINT SCHEMATHESIS [REPORT [SECONDS]]; `make fuzz` gives the second. Prints, and writes to REPORT if
+there is one, the number of requests by status, every 5xx and every request over 30 s; exit code 1 at one of these, or
+when there were fewer than 2,000 requests.
 """
 
 import json
@@ -36,7 +36,9 @@ def main() -> int:
     checkpoint, program = Path(sys.argv[1]), sys.argv[2]
     with tempfile.TemporaryDirectory() as place:
         flags = ["--log-format", "json", "--max-output-tokens", "8", "--max-prompt-tokens", "256"]
-        with serve(checkpoint, Path(place, "log"), *flags, engine=["--max-model-len", "512"]) as server:
+        with serve(
+            checkpoint, Path(place, "log"), *flags, engine=["--max-model-len", "512"], start_seconds=1200
+        ) as server:
             fuzzer = subprocess.Popen([
                 program, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--phases",
                 "coverage,fuzzing", "--max-examples", "60", "--continue-on-failure", "--seed", "1", "--no-shrink",
@@ -44,7 +46,7 @@ def main() -> int:
                 "--suppress-health-check", "all",
             ])  # fmt: skip
             try:
-                fuzzer.wait(BUDGET_SECONDS)
+                fuzzer.wait(int(sys.argv[4]) if len(sys.argv) > 4 else BUDGET_SECONDS)
             except subprocess.TimeoutExpired:  # it is not asked for every route to be as thorough as the first
                 fuzzer.send_signal(signal.SIGINT)
                 fuzzer.wait(60)

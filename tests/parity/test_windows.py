@@ -5,7 +5,6 @@ keys and values at each multiple of W and masks what is outside the window.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from tests.conftest import (
     engine_environment,
     export_pico,
     export_windows,
+    int8_sibling,
     pico_model,
     pico_tokenizer,
     planting_sinks,
@@ -290,31 +290,6 @@ def test_a_plan_over_the_dense_directory_writes_what_the_exported_checkpoint_wri
     assert mine.pop("model") != theirs.pop("model")
     assert mine == theirs
     check(mine["first"], AutoModelForCausalLM.from_pretrained(checkpoint))
-
-
-def int8_sibling(dense: Path, directory: Path) -> Path:
-    """The same model with projections in int8 (compressed-tensors: a scale for each row, and for each token)."""
-    shutil.copytree(dense, directory)
-    tensors = {}
-    for name, tensor in load_file(dense / "model.safetensors").items():
-        tensors[name] = tensor
-        if name.endswith("_proj.weight"):
-            scale = tensor.abs().amax(1, keepdim=True) / 127
-            tensors |= {name: (tensor / scale).round().to(torch.int8), f"{name}_scale": scale}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**numbers, "strategy": "channel", "dynamic": False},
-        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
-    }
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": group},
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
 
 
 @pytest.mark.engine

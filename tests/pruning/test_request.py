@@ -108,7 +108,15 @@ def configure(directory: Path, **fields: object) -> None:
 
 def test_a_quantised_model_is_refused(monkeypatch, capsys, dense, tmp_path):
     configure(dense, quantization_config={"quant_method": "awq", "bits": 4})
-    assert "is quantised (awq)" in refused(monkeypatch, capsys, dense, tmp_path)
+    for more in ([], ["--format", "plan"]):
+        error = refused(monkeypatch, capsys, dense, tmp_path, *more)
+        assert "is quantised (awq); for windows, choose a plan on the model that it was made from" in error
+        assert f"prune-serve {dense} --plan DIR" in error
+    configure(dense, quantization_config={"quant_method": "fp8"})
+    for more in ([], ["--format", "plan", "--emulation", "low-rank"]):
+        assert "(fp8); for windows, choose a plan with --format plan" in refused(
+            monkeypatch, capsys, dense, tmp_path, *more
+        )
 
 
 def test_a_classifier_is_refused(monkeypatch, capsys, dense, tmp_path):

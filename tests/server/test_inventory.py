@@ -8,6 +8,7 @@ from pruning.models.checkpoint import Manifest
 from server.engine.cache_groups import Attentions, CacheShape
 from server.engine.compat import EngineFacts
 from server.inventory import take_inventory
+from server.routes import describe, summarise
 
 FULL, LIMITED, WINDOW, LONGEST, BLOCK = 6, 24, 1024, 32768, 16
 ONE_LAYER = 2 * 3 * 64 * 4
@@ -39,6 +40,18 @@ def test_limited_layers_are_a_state_of_their_own(tmp_path, manifest):
     counts = [inventory.count("attention", state) for state in ("kept", "limited", "removed", "emulated")]
     assert counts == [FULL, LIMITED, 0, 0]
     assert inventory.count("ffn", "emulated") == 1
+
+
+def test_heads_of_a_layer_that_is_limited_in_part_are_counted_by_what_they_keep(tmp_path, manifest):
+    by_layer = take_inventory(tmp_path, manifest, facts())
+    assert by_layer.kv_heads() == {"full": 3 * FULL, "limited": 3 * LIMITED, "removed": 0}
+    manifest.removed["attention.29"] = "low_rank"
+    by_head = take_inventory(tmp_path, manifest, replace(facts(), full_heads={3: (2,), 7: (0, 1)}))
+    assert by_head.kv_heads() == {"full": 3 * (FULL - 1) + 3, "limited": 3 * LIMITED - 3, "removed": 3}
+    answer = describe(manifest, by_head)
+    assert answer["kv_heads"] == by_head.kv_heads() | {"full_heads": {"3": [2], "7": [0, 1]}}
+    assert answer["sublayers"][3]["attention"] == "limited"
+    assert summarise(manifest, by_head)["kv_heads"] == by_head.kv_heads()
 
 
 def test_a_request_is_told_by_its_length(tmp_path, manifest):

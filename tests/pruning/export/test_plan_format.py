@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pruning.console import Reporter
@@ -28,6 +28,7 @@ from pruning.variants import VARIANTS, variant, window_fit
 from tests.conftest import (
     BLOCKS,
     export_windows,
+    int8_sibling,
     pico_config,
     pico_model,
     pico_tokenizer,
@@ -325,3 +326,25 @@ def test_checkpoint_and_plan_of_every_family_hold_the_same_model(model_type, pic
     assert not torch.equal(logits(dense), found)
     names = set(load_file(checkpoint / BASE)) | set(load_file(checkpoint / ADDED))
     assert set(state_dict(AutoModelForCausalLM.from_pretrained(checkpoint))) == names
+
+
+def test_a_plan_chosen_on_int8_weights_is_for_these_and_for_the_shapes_of_its_siblings(
+    pico_directory, text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dense = pico_directory("llama")
+    small = int8_sibling(dense, tmp_path / "int8")
+    plan = export_windows(small, tmp_path / "plan", text, format="plan")
+    assert "is quantised (compressed-tensors)" in capsys.readouterr().err
+    manifest = read_plan(plan / PLAN).document.manifest
+    assert manifest.base["quantisation"] == "compressed-tensors"
+    assert manifest.quality["dense_loss"] > 0
+    notes: list[str] = []
+    apply_plan_file(str(small), str(plan), notes.append)
+    assert notes == []
+    apply_plan_file(str(dense), str(plan), notes.append)
+    assert "only shapes were checked" in notes[0]
+    tensors = load_file(small / "model.safetensors")
+    save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, small / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="other weights"):
+        apply_plan_file(str(small), str(plan), notes.append)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pruning.console import Reporter
@@ -20,6 +20,7 @@ from pruning.plan import Sublayer
 from pruning.recovery.emulation import fit_plan
 from pruning.variants import variant
 from pruning.variants.window import Window
+from pruning.variants.window_cache import HeadsLayer
 from pruning.variants.window_fit import first_tokens, limits
 from tests.conftest import BLOCKS, WINDOW, check_exported_equals_masked, pico_model, tokens, window_plan
 
@@ -89,16 +90,23 @@ def by_hand(
         model.config._attn_implementation = usual
 
 
+def held_tokens(layer: Any) -> list[int]:
+    """Tokens that a layer of a cache holds of each KV head."""
+    pieces = layer.pieces if isinstance(layer, HeadsLayer) else [(range(layer.keys.shape[1]), layer)]
+    held = {head: piece.keys.shape[2] for heads, piece in pieces for head in heads}
+    return [held[head] for head in sorted(held)]
+
+
 @pytest.fixture(params=[(family, full) for family in FAMILIES for full in ((), (1,))], ids=str)
-def limited(request) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor, list[int]]:
-    """A limited model of a family, tokens [2, 61], the logits it has to give, and its layers that are limited whole."""
+def limited(request) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor, dict[int, Heads]]:
+    """A limited model of a family, tokens [2, 61], the logits it has to give, and the full heads of limited layers."""
     family, full = request.param
     model = dense_model(family)
     layers = free_layers(model)
     sinks, ids = random_sinks(model, layers), tokens(2, 61)
     expected = by_hand(model, ids, sinks, full=full)
     limit(model, family, sinks, full=full)
-    return model, ids, expected, [] if full else layers
+    return model, ids, expected, dict.fromkeys(layers, full)
 
 
 def test_a_limited_layer_is_what_it_is_by_hand(limited):
@@ -109,13 +117,12 @@ def test_a_limited_layer_is_what_it_is_by_hand(limited):
 def test_a_cache_in_odd_pieces_gives_the_same_and_holds_only_the_window(limited):
     model, ids, expected, layers = limited
     cache, parts = None, []
-    for start, end in [(0, 20), *((t, t + 1) for t in range(20, 40)), (40, 47), (47, 61)]:
+    for start, end in [(0, 20), *((t, t + 1) for t in range(20, 40)), (40, 47), (47, 60), (60, 61)]:
         out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
         cache, parts = out.past_key_values, [*parts, out.logits]
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=0)
-    for layer in layers:
-        assert isinstance(cache.layers[layer], DynamicSlidingWindowLayer)
-        assert cache.layers[layer].keys.shape[2] == WINDOW - 1
+    for layer, full in layers.items():
+        assert held_tokens(cache.layers[layer]) == [61 if head in full else WINDOW for head in (0, 1)]
 
 
 def test_left_padding_moves_no_sink(limited):
@@ -149,9 +156,19 @@ def test_masked_equals_exported_equals_cached(model_type, pico, pico_checkpoint)
     check_exported_equals_masked(AutoModelForCausalLM.from_pretrained(directory), ids, masked, 2)
 
 
-def test_generation_in_a_padded_batch_is_that_of_each_prompt_alone(pico_checkpoint):
+def mixed_model() -> PreTrainedModel:
+    """A tiny model of which two layers keep one head full, and one is limited whole."""
+    model = pico_model("llama")
+    sinks = random_sinks(model, [0, 2, 3])
+    for full, layers in (((1,), (0, 3)), ((), (2,))):
+        limit(model, "llama", {layer: sinks[layer] for layer in layers}, full=full)
+    return model
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_generation_in_a_padded_batch_is_that_of_each_prompt_alone(by_head, pico_checkpoint):
     directory, _ = pico_checkpoint("llama window")
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model = mixed_model() if by_head else AutoModelForCausalLM.from_pretrained(directory)
     long, short = tokens(1, 30, seed=4), tokens(1, 19, seed=5)
     options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     alone = [model.generate(ids, **options)[0, -30:] for ids in (long, short)]
@@ -160,6 +177,30 @@ def test_generation_in_a_padded_batch_is_that_of_each_prompt_alone(pico_checkpoi
     mask[1, :11] = 0
     together = model.generate(padded, attention_mask=mask, **options)[:, -30:]
     assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}])
+def test_beams_guesses_and_static_caches_write_the_same_as_no_cache(how, by_head, pico_checkpoint):
+    directory, _ = pico_checkpoint("llama window")
+    model = mixed_model() if by_head else AutoModelForCausalLM.from_pretrained(directory)
+    prompt = tokens(1, 8, seed=6).repeat(1, 4)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(prompt, use_cache=False, **options | {k: n for k, n in how.items() if k == "num_beams"})
+    assert torch.equal(model.generate(prompt, **options, **how), plain)
+
+
+def test_rows_of_a_cache_of_mixed_layers_can_be_repeated_selected_and_forgotten():
+    model, ids = mixed_model(), tokens(2, 20)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :19], past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    out = model(ids.flip(0)[:, 19:], past_key_values=cache).logits
+    torch.testing.assert_close(out, model(ids.flip(0), use_cache=False).logits[:, 19:], atol=1e-5, rtol=0)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
 
 
 def test_the_checkpoint_names_window_and_sinks(pico_checkpoint):
