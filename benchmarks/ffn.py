@@ -26,7 +26,6 @@ from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import recover
 from pruning.stages import plan_of
 from pruning.texts.calibration import from_files
-from pruning.variants.narrow_fit import narrowings
 
 METHODS = ("narrow", "uniform", "ffns", "blocks")
 
@@ -69,7 +68,7 @@ class Bench:
         """Orders of all FFNs, found once."""
         if self.orders is None:
             evaluator = Evaluator(self.dense.model, self.dense.family, self.tokens)
-            self.orders = narrowings(evaluator, range(len(evaluator.blocks)), 0, self.reporter)
+            self.orders = narrowing.orders(evaluator, range(len(evaluator.blocks)), 0, self.reporter)
         return self.orders
 
     def narrow(self, share: float):
