@@ -24,6 +24,7 @@ from pruning.models.modeling import blocks_of
 from pruning.recipe import Recipe, by_head, limits
 from pruning.search.selection import SHORTLIST
 from pruning.variants import REMOVED, narrows
+from pruning.variants.narrow_fit import GRADIENT_TOKENS
 
 TIMED_TOKENS = 256
 CANDIDATES = 3  # sinks that are tried for every layer
@@ -140,8 +141,9 @@ def _others(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:
         score += 2 * bases * FIT * size.blocks(fitted, length)
     fit = (COMPENSATION if recipe.compensate else FIT) if emulated else 0.0
     if narrows(recipe.kind):
+        score = size.gradients(min(rows, GRADIENT_TOKENS // length), length, both=False)
         score += FIT * size.blocks(rows, length)  # the order of the units
-    written = 0.0 if recipe.calibration else GENERATION * size.forward(rows + held, length)
+    written = 0.0 if recipe.calibration or narrows(recipe.kind) else GENERATION * size.forward(rows + held, length)
     return {
         "calibrate": written,
         "score": score + _bisection(recipe, size, held, length),

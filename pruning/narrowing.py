@@ -1,7 +1,7 @@
 """A plan of narrower FFNs: which units each loses first, what that costs, and how narrow each gets for a budget."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.finite import check_numbers
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.sensitivity import sensitivities
 from pruning.importance import Scores
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import shape_of, weight_bytes
@@ -17,7 +18,10 @@ from pruning.recipe import Recipe
 from pruning.search.selection import Selection
 from pruning.search.widths import widths
 from pruning.variants.narrow import NARROW, multiple_of
-from pruning.variants.narrow_fit import Elimination, narrowings
+from pruning.variants.narrow_fit import GRADIENT_TOKENS, Elimination, narrowings, output_of
+
+SCORED = "predicted loss of narrowing"
+"""What `pruning.json` calls the costs that FFNs are compared by: nats per token at the one width for all."""
 
 
 def excess_bytes(dense: DenseModel, recipe: Recipe) -> int:
@@ -59,6 +63,20 @@ def uniform(dense: DenseModel, recipe: Recipe, blocks: Sequence[int]) -> int:
     )
 
 
+def orders(evaluator: Evaluator, blocks: Iterable[int], seed: int, reporter: Reporter) -> dict[Sublayer, Elimination]:
+    """The order in which FFNs lose their units, and what that is predicted to cost.
+
+    Args:
+        evaluator: Of the dense model, on the calibration tokens.
+        blocks: Whose FFNs may be narrowed.
+        seed: Of the words that gradients are taken for.
+        reporter: For progress.
+    """
+    projections = {block: output_of(evaluator, block) for block in blocks}
+    felt = sensitivities(evaluator, projections, GRADIENT_TOKENS, seed, reporter)
+    return narrowings(evaluator, felt, reporter)
+
+
 def candidates(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> dict[Sublayer, Elimination]:
     """The order in which every FFN that may be narrowed loses its units, and what that is predicted to cost.
 
@@ -74,7 +92,7 @@ def candidates(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Repo
     evaluator = Evaluator(dense.model, dense.family, tokens)
     blocks = [block for block in range(len(evaluator.blocks)) if block not in recipe.keep]
     uniform(dense, recipe, blocks)
-    return narrowings(evaluator, blocks, recipe.seed, reporter)
+    return orders(evaluator, blocks, recipe.seed, reporter)
 
 
 def choose(

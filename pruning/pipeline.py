@@ -157,7 +157,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             recipe=recipe.model_dump(mode="json"),
             num_blocks=num_blocks,
             removed={str(s): _label(kind, recipe) for s, kind in plan.removed.items()},
-            importance=table_of(chosen.scores, recipe.metric),
+            importance=table_of(chosen.scores, narrowing.SCORED if narrower else recipe.metric),
             quality=quality | ({"tasks": tasks} if tasks else {}),
             sizes=sizes,
             stages=dict(reporter.stages),

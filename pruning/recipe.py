@@ -239,7 +239,10 @@ class Recipe(BaseModel):
     calibration_tokens: Annotated[
         int | None,
         CALIBRATION,
-        Field(ge=1, description="Tokens the adapters are fitted on, 16384 by default; windows are chosen on 6144."),
+        Field(
+            ge=1,
+            description="Tokens to fit on: 16384 for adapters, 65536 for narrower FFNs, 6144 for windows.",
+        ),
     ] = None
     score_tokens: Annotated[
         int, CALIBRATION, Field(ge=1, description="Tokens (of the same) that importance is measured on.")

@@ -358,7 +358,8 @@ def healed(
     """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
 
     Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
-    the model writes as many others again. Limited layers (`found`) are trained with windows for these rows.
+    the model writes as many others again; narrower FFNs take the rest of the package's text. Limited layers (`found`)
+    are trained with windows for these rows.
     """
     length = recipe.row_tokens
     budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
@@ -368,6 +369,8 @@ def healed(
         recovery = replace(recovery, emulations={sublayer: found.scored[sublayer] for sublayer in recovery.emulations})
     elif recipe.calibration:
         others = other_windows(recipe.calibration, dense.tokenizer, budget, length, torch.cat([held_out, tokens]))
+    elif narrows(recipe.kind):
+        others = rows_to_choose_on(dense.tokenizer, length)[len(tokens) :][: budget // length]
     else:
         others = self_generated(dense.model, dense.tokenizer, len(tokens), length, recipe.seed + 1, reporter)
     rows = torch.cat([others, tokens])

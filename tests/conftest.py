@@ -31,12 +31,12 @@ from pruning.forward.evaluator import Evaluator
 from pruning.models.checkpoint import MANIFEST, Manifest, hash_files, write_manifest
 from pruning.models.configuration import base_config_class
 from pruning.models.modeling import base_model_class
+from pruning.narrowing import orders
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery, fit_plan, recover
 from pruning.recovery.fuse import Fusion, fuse
 from pruning.variants import window_fit
-from pruning.variants.narrow_fit import narrowings
 
 VOCABULARY = 320
 CACHE = tempfile.TemporaryDirectory()
@@ -221,7 +221,7 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
             evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config)
         )
     elif plan.units:
-        found = narrowings(evaluator, plan.units, 0, Reporter())
+        found = orders(evaluator, plan.units, 0, Reporter())
         kept = {sublayer: each.kept(plan.units[sublayer.block]) for sublayer, each in found.items()}
         recovery = recover(evaluator, plan.removed, plan.rank, Reporter(), compensated=False, prepared=kept)
     else:

@@ -174,6 +174,8 @@ def write_report(directory: Path, manifest: Manifest) -> None:
     """Write report.html, and its figures as PNG."""
     drawn = [figures.strip(manifest.num_blocks, manifest.removed)]
     name = str(manifest.recipe.get("importance", ""))
+    if name not in manifest.importance:  # scored by no metric of the table
+        name = next(iter(manifest.importance), name)
     if values := manifest.importance.get(name):
         drawn.append(figures.importance(values, manifest.removed, name, _unit(name)))
     quality = manifest.quality

@@ -11,7 +11,7 @@ Source: Optimal Brain Surgeon (Hassibi and Stork 1993) on the output projection'
     2502.03460). Inferred: tokens weighted by the inverse mean square of the stream, as everywhere here.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -112,27 +112,20 @@ def _ffn_of(evaluator: "Evaluator", block: int) -> tuple[nn.Module, str, nn.Line
     return ffn, family.ffn_output, projection
 
 
-def narrowings(
-    evaluator: "Evaluator", blocks: Collection[int], seed: int, reporter: "Reporter"
-) -> dict[Sublayer, Elimination]:
+def output_of(evaluator: "Evaluator", block: int) -> nn.Linear:
+    """The output projection of an FFN."""
+    return _ffn_of(evaluator, block)[2]
+
+
+@torch.no_grad()
+def narrowings(evaluator: "Evaluator", felt: Mapping[int, Tensor], reporter: "Reporter") -> dict[Sublayer, Elimination]:
     """The order in which FFNs lose their units, on the dense model's own stream; one Gram matrix at a time.
 
     Args:
         evaluator: Of the dense model, on the calibration tokens.
-        blocks: Whose FFNs may be narrowed.
-        seed: Of the words that gradients are taken for.
+        felt: Block whose FFN may be narrowed -> S of that FFN's output, [D, D] float64, from `sensitivities`.
         reporter: For progress.
     """
-    from pruning.forward.sensitivity import sensitivities
-
-    projections = {block: _ffn_of(evaluator, block)[2] for block in blocks}
-    felt = sensitivities(evaluator, projections, GRADIENT_TOKENS, seed, reporter)
-    with torch.no_grad():
-        return _walked(evaluator, felt, reporter)
-
-
-def _walked(evaluator: "Evaluator", felt: Mapping[int, Tensor], reporter: "Reporter") -> dict[Sublayer, Elimination]:
-    """The orders, with what the next words feel of each FFN's output, [D, D]."""
     found: dict[Sublayer, Elimination] = {}
     embedded = [evaluator.embed(batch) for batch in evaluator.batches]
     streams, arguments = [hidden for hidden, _ in embedded], [given for _, given in embedded]

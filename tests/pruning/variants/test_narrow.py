@@ -14,13 +14,14 @@ from pruning.families import FAMILIES, output_projection
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.sensitivity import sensitivities
 from pruning.models.checkpoint import verify
+from pruning.narrowing import SCORED, orders
 from pruning.plan import Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import recover
 from pruning.regression import HeldOutMoments, token_weights
 from pruning.search.widths import widths
 from pruning.variants.narrow import narrowed
-from pruning.variants.narrow_fit import RIDGE, eliminate, narrowings
+from pruning.variants.narrow_fit import RIDGE, eliminate
 from tests.conftest import BLOCKS, check_exported_equals_masked, pico_model, tokens
 from tests.conftest import run_prune_export as run
 
@@ -102,7 +103,7 @@ def test_the_fitted_output_is_nearer_to_the_dense_stream_than_without_a_refit(mo
     evaluator = Evaluator(model, family, tokens(40))
     output = output_projection(family, "ffn")
     sublayer = Sublayer(2, "ffn")
-    units = narrowings(evaluator, [2], 0, Reporter())[sublayer].kept(96)
+    units = orders(evaluator, [2], 0, Reporter())[sublayer].kept(96)
     found = recover(evaluator, {sublayer: "narrow"}, 0, Reporter(), compensated=False, prepared={sublayer: units})
     plain = narrowed(evaluator.blocks[2].get_submodule(family.ffn), output, model.config, units)
 
@@ -172,6 +173,15 @@ def test_a_checkpoint_computes_what_was_fitted(model_type, pico_directory, text,
     assert f"{len(units)} narrowed" in card
 
 
+def test_without_files_it_is_fitted_on_the_text_of_the_package(pico_directory, tmp_path, monkeypatch):
+    wanted = ["--output", tmp_path / "o", "--weight-budget", "90%", "--heal", "lora", "--heal-steps", "1", *QUICK]
+    assert run(monkeypatch, pico_directory("llama"), *wanted) == 0
+    manifest = verify(tmp_path / "o")
+    assert manifest.recipe["calibration"] == []
+    assert set(manifest.importance) == {SCORED}
+    assert all(cost >= 0 for cost in manifest.importance[SCORED].values())
+
+
 @pytest.mark.parametrize("to", ["nemotron-nas", "gguf", "llama"])
 def test_other_formats_hold_what_they_can(to, pico_directory, text, tmp_path, monkeypatch, capsys):
     wanted = ["--output", tmp_path / "out", "--calibration", text, "--weight-budget", "85%", "--format", to, *QUICK]
@@ -233,7 +243,7 @@ def test_a_narrowed_model_is_that_of_its_plan():
     model, family = pico_model("llama"), FAMILIES["llama"]
     evaluator = Evaluator(model, family, tokens())
     plan = Plan(BLOCKS, {Sublayer(1, "ffn"): "narrow"}, units={1: 96})
-    units = narrowings(evaluator, [1], 0, Reporter())[Sublayer(1, "ffn")].kept(96)
+    units = orders(evaluator, [1], 0, Reporter())[Sublayer(1, "ffn")].kept(96)
     found = recover(evaluator, plan.removed, 0, Reporter(), compensated=False, prepared={Sublayer(1, "ffn"): units})
     before = evaluator.loss(found.emulations)
     apply_recovery(model, family, plan, found)
