@@ -145,6 +145,36 @@ def windows(results: Results) -> str:
     return _table([*head, *(f"codes in {length} tokens" for length in lengths)], rows)
 
 
+OF_MODELS = {"SmolLM2-135M": "windows", "Qwen2.5-Coder-0.5B": "windows_qwen"}
+CHOSEN = ("auto", "head")
+"""Choosers of the product, as windows.py names them."""
+
+
+def glance(results: Results) -> str:
+    """For a decision: by model and budget what is lost on text and on hidden codes, and what fits."""
+    rows = []
+    for model, file in OF_MODELS.items():
+        found: Any = results.document(file).get("rows") or {}
+        dense = next((row for row in found.values() if "kind" not in row), None)
+        best: dict[str, Any] = {}
+        for row in found.values():
+            if row.get("kind") in CHOSEN:
+                now = best.setdefault(row["budget"], row)
+                best[row["budget"]] = min(now, row, key=lambda each: each["perplexity"]["value"])
+        for row in sorted(best.values(), key=lambda each: -each["kv_ratio"]):
+            assert dense is not None
+            lost = [100 * (row["perplexity"][key] - 1) for key in ("value", "low", "high")]
+            length = max(row["codes"], key=int)
+            rows.append([
+                model, f"{row['kv_ratio']:.0%}", f"{1 / row['kv_ratio']:.1f}",
+                f"{lost[0]:+.1f}% [{lost[1]:+.1f}, {lost[2]:+.1f}]",
+                f"{row['codes'][length][0]} (dense {dense['codes'][length][0]}) of {row['codes'][length][1]}",
+            ])  # fmt: skip
+    return _table(
+        ["model", "KV cache kept", "times the tokens fit", "perplexity", "hidden codes found, longest prompts"], rows
+    )
+
+
 def latency(results: Results) -> str:
     """The same engines with one request at a time, and their start."""
     found = results.rows("serving")
@@ -265,11 +295,84 @@ def speculation(results: Results) -> str:
     return _table(["draft", "accepted", "tokens a step", "speed, to dense alone", "same answers"], rows)
 
 
+def peers(results: Results) -> str:
+    """Other methods beside windows: bytes, perplexity over dense, codes found, seconds to make; most bytes first."""
+    found: Any = results.document("peers").get("rows") or {}
+    lengths = list(next(iter(found.values()))["codes"]) if found else []
+    rows = []
+    for name, row in sorted(found.items(), key=lambda each: -each[1]["kv_ratio"]):
+        ratio = _interval(row["perplexity"], 4) if "perplexity" in row else "1"
+        codes = [f"{row['codes'][length][0]} of {row['codes'][length][1]}" for length in lengths]
+        seconds = "none" if not row.get("cpu_seconds") else f"{row['cpu_seconds']:.0f}"
+        rows.append([name, f"{row['kv_ratio']:.1%}", f"{row['weight_ratio']:.1%}", ratio, *codes, seconds])
+    head = ["", "KV bytes of a request", "weight bytes", "perplexity / dense"]
+    return _table([*head, *(f"codes in {length} tokens" for length in lengths), "CPU s to make"], rows)
+
+
+def peers_differ(results: Results) -> str:
+    """Where each peer comes from, and what is not as there."""
+    found: Any = results.document("peers").get("rows") or {}
+    rows = [[name, row["source"], row["differs"] or "nothing"] for name, row in found.items() if "source" in row]
+    return _table(["", "source", "different here"], rows)
+
+
+def paper(results: Results) -> str:
+    """Perplexity over dense by what goes, by which metric, and how much of it."""
+    document = results.document("paper")
+    ratios, shares = document.get("ratios") or {}, document.get("settings", {}).get("shares", [])
+    names = dict.fromkeys(name.rpartition(" ")[0] for name in ratios)
+    rows = []
+    for name in sorted(names, key=lambda name: name.split()[0]):
+        kind, _, metric = name.partition(" ")
+        cells = [ratios.get(f"{name} {share:g}") for share in shares]
+        rows.append([kind, metric, *("" if each is None else _interval(each, 2) for each in cells)])
+    return _table(["removed", "by", *(f"{share:.0%}" for share in shares)], rows)
+
+
+def paper_questions(results: Results) -> str:
+    """Accuracy of plans, and the difference from dense."""
+    found = results.document("paper").get("accuracies") or {}
+    sets = list(dict.fromkeys(name for row in found.values() for name in row))
+    rows = []
+    for name, row in found.items():
+        cells = []
+        for each in sets:
+            one = row.get(each)
+            gap = None if one is None else one["difference"]
+            cells.append(
+                ""
+                if gap is None
+                else f"{one['accuracy']:.2f}, {gap['value']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
+            )
+        rows.append([name, *cells])
+    return _table(["removed", *sets], rows)
+
+
+def paper_emulation(results: Results) -> str:
+    """One block gone, with what in its place."""
+    found = results.document("paper").get("emulation_ratios") or {}
+    blocks = dict.fromkeys(name.split()[0] for name in found)
+    kinds = ("none", "bias", "low_rank")
+    cells = {name: _interval(each, 3) for name, each in found.items()}
+    rows = [[block, *(cells.get(f"{block} {kind}", "") for kind in kinds)] for block in blocks]
+    return _table(["block", "gone", "mean update", "low-rank maps"], rows)
+
+
+def written(results: Results) -> str:
+    """Answers that were written after long contexts, judged."""
+    rows = []
+    for name, cells in (results.document("written").get("summary") or {}).items():
+        for cell, one in cells.items():
+            rows.append([name, cell, str(one["n"]), _interval(one["share"], 2), _interval(one["difference"], 2)])
+    return _table(["", "task, tokens", "n", "right", "difference from dense"], rows)
+
+
 TABLES = {
     function.__name__: function
     for function in (
         serving, serving_short, serving_windows, serving_windows_short, windows, latency, latency_windows,
-        recovery, healing, overhead, quality, choosers, subnetworks, speculation,
+        recovery, healing, overhead, quality, choosers, subnetworks, speculation, glance, peers, peers_differ,
+        paper, paper_questions, paper_emulation, written,
     )
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,18 @@ from pruning.plan import Plan, Sublayer, layers_within, parse_share
 from pruning.recipe import Recipe
 from pruning.recovery.distillation import cut_copy
 from pruning.search import heads
+from pruning.search.selection import Judge
 from pruning.stages import calibrate, choose, journal_of, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text
 from pruning.texts.long_context import code_prompts
 from pruning.variants.window_fit import limits
-from pruning.windows.plans import Choice
+from pruning.windows.plans import Choice, exchanged
 from pruning.workdir import Journal
 
 CHOOSERS = ("auto", "head", "layer", "exchange", "spaced", "random", "one-forward")
-"""The product's; by single heads; by whole layers; heads exchanged on trial; layers evenly spaced; drawn; by what one
-forward says that each layer's limit changes."""
-LABELS = {"head": "windows by KV head", "layer": "windows by layer"}
+"""The product's, with windows of several sizes; then with one size: by single heads; by whole layers; heads exchanged
+on trial; layers evenly spaced; drawn; by what one forward says that each layer's limit changes."""
+LABELS = {"auto": "windows of several sizes", "head": "windows of one size, by KV head", "layer": "by layer"}
 PIECE = 512  # tokens that one paired difference is the mean of
 
 
@@ -94,28 +95,31 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
     judges = windows.judges(dense, recipe, rows, found, journal_of(None, dense, recipe), reporter)
     choice = Choice.of(dense, recipe, judges, found, reporter)
     scored = time.process_time() - start
-    trial = heads.Trial(judges, found.scored, reporter)
     for budget in options.budgets:
         for how in options.choosers:
             start = time.process_time()
-            full = _full(how, choice, parse_share(budget, "budgets"), trial, dense, rows)
+            full = _plan(how, choice, parse_share(budget, "budgets"), judges, dense, rows, reporter)
             chosen, limits = choice.selection(full)
-            plan = plan_of(chosen.order, len(choice.scores.layers), recipe, full_heads=limits.full_heads())
+            plan = plan_of(chosen.order, len(choice.usual.layers), recipe, found=limits)
             yield Found(budget, how, plan, limits, scored + time.process_time() - start)
 
 
-def _full(
-    how: str, choice: Choice, budget: float, trial: heads.Trial, dense: DenseModel, rows: torch.Tensor
-) -> heads.Full:
-    """The KV heads that stay full by one chooser."""
-    if how in ("auto", "head"):
-        return replace(choice, by=how).plan(budget)
+def _plan(
+    how: str, choice: Choice, budget: float, judges: Sequence[Judge], dense: DenseModel, rows: torch.Tensor,
+    reporter: Reporter,
+) -> heads.HeadPlan:  # fmt: skip
+    """The plan of one chooser."""
+    if how == "auto":
+        return choice.plan(budget)
+    one = replace(choice, scores={1.0: choice.usual}, by="head")
+    if how == "head":
+        return one.plan(budget)
     if how == "exchange":
-        return heads.exchange(trial, replace(choice, by="head").plan(budget), choice.scores, choice.free)
-    each = choice.scores.heads.shape[1]
+        return exchanged(one, one.plan(budget), judges, reporter)
+    each = choice.each
     count = (choice.total - layers_within(budget, choice.total, choice.left)) // each
     if how == "layer":
-        return heads.best_layers(choice.scores, choice.blocks, count)
+        return heads.HeadPlan(heads.best_layers(choice.usual, choice.blocks, count))
     if how == "spaced":
         order = sorted(choice.blocks, key=lambda block: abs((block + 0.5) * count / len(choice.blocks) % 1 - 0.5))
     elif how == "random":
@@ -123,9 +127,9 @@ def _full(
     else:
         evaluator = Evaluator(dense.model, dense.family, rows, 1)
         size = next(iter(choice.limits.scored.values())).size
-        errors = limits(evaluator, [Sublayer(block, "attention") for block in choice.blocks], size, trial.reporter)
+        errors = limits(evaluator, [Sublayer(block, "attention") for block in choice.blocks], size, reporter)
         order = sorted(choice.blocks, key=lambda block: -errors[Sublayer(block, "attention")].error)
-    return frozenset((block, head) for block in order[:count] for head in range(each))
+    return heads.HeadPlan(frozenset((block, head) for block in order[:count] for head in range(each)))
 
 
 def removals(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> Iterator[tuple[str, Plan, Any]]:
@@ -148,7 +152,7 @@ def figure(document: dict[str, Any], path: Path) -> None:
     with rc_context({"svg.hashsalt": "kv-quality", "axes.spines.top": False, "axes.spines.right": False}):
         canvas = Figure(figsize=(7, 3.6), layout="constrained")
         axes = canvas.subplots()
-        for kind, colour in (("head", "#3a9d5d"), ("layer", "#3b7dd8"), ("removal", "#d14b4b")):
+        for kind, colour in (("auto", "#3a9d5d"), ("head", "#8a6fd1"), ("layer", "#3b7dd8"), ("removal", "#d14b4b")):
             rows = [row for row in document["rows"].values() if row.get("kind") == kind]
             if not rows:
                 continue
@@ -202,7 +206,7 @@ def main() -> None:
     theirs = document["rows"][known]
     for found in plans(dense, options, reporter):
         plan = found.plan
-        name = f"{found.budget}, {found.how}, windows of {plan.window}"
+        name = f"{found.budget}, {found.how}, {'sizes around' if found.how == 'auto' else 'windows of'} {plan.window}"
         name += f", {options.calibration_tokens} tokens" if options.calibration_tokens else ""
         if name in document["rows"]:
             continue
@@ -214,6 +218,7 @@ def main() -> None:
             "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
             "limited": sorted(sublayer.block for sublayer in plan.removed),
             "full_heads": {str(block): list(some) for block, some in sorted(plan.full_heads.items())},
+            "windows": {str(block): size for block, size in sorted(plan.windows.items())},
             "choice_cpu_seconds": round(found.seconds, 1),
             "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
         }  # fmt: skip

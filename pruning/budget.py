@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from pruning.errors import RecipeError
 from pruning.plan import layers_within, parse_amount, parse_bytes, parse_share
@@ -9,9 +10,12 @@ from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, by_h
 from pruning.variants import REMOVED, cache_of, narrows, row
 
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
+NARROW_TOKENS = 65536  # for narrower FFNs: a refit has as many regressors as there are units
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
-SMALL_BUDGET, SMALL_WINDOW = 0.2, 0.6  # under this share of the cache, windows take so much of it
+WINDOW_SIZES = (0.5, 1.0, 2.0)  # of the usual window, that layers may have where one size is not asked for
+LIMITED_SHARE = 0.85  # of a small budget, that the usual window takes at most where windows have several sizes
+SMALL_BUDGET, SMALL_WINDOW = 0.2, 0.6  # the same for windows of one size, under this share of the cache
 WINDOW_MULTIPLE = 64
 
 
@@ -42,25 +46,35 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     if window is not None and window >= context:
         raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
     length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
-    tokens = recipe.calibration_tokens or (FIT_TOKENS if window is None else max(length, CHOICE_TOKENS))
-    named = {"context": context, "window": window, "sequence_length": length, "calibration_tokens": tokens}
+    usual = FIT_TOKENS if window is None else max(length, CHOICE_TOKENS)
+    tokens = recipe.calibration_tokens or (NARROW_TOKENS if narrows(recipe.kind) else usual)
+    sizes = recipe.window_sizes or ("several" if by_head(recipe) and recipe.window is None else "one")
+    named: dict[str, Any] = {
+        "context": context,
+        "window": window,
+        "sequence_length": length,
+        "calibration_tokens": tokens,
+    }
+    named |= {"window_sizes": sizes if limits(recipe) else None}
     return recipe.model_copy(
         update={**named, "emulation": recipe.kind, "importance": recipe.metric, "samples": recipe.draws}
     )
 
 
 def _window(recipe: Recipe, context: int) -> int:
-    """Positions of a window where none is asked for: an eighth of the context, less where that leaves no full heads.
+    """Positions of the usual window where none is asked for: an eighth of the context, less where that leaves no heads.
 
-    Under a fifth of the cache a few more full heads are worth more than the rest of the window (decisions/windows.md).
+    Under a fifth of the cache a few more full heads are worth more than the rest of the window (decisions/windows.md);
+    where layers may have half the window, from a seventh on.
     """
     usual = max(2, context // WINDOW_SHARE)
     if recipe.kv_budget is None or not by_head(recipe):
         return usual
     share = parse_share(recipe.kv_budget, "kv-budget")
-    if share >= SMALL_BUDGET:
+    several = recipe.window_sizes != "one"
+    if share >= SMALL_BUDGET and not several:
         return usual
-    size = int(SMALL_WINDOW * share * context)
+    size = int((LIMITED_SHARE if several else SMALL_WINDOW) * share * context)
     return max(2, min(usual, size - size % WINDOW_MULTIPLE if size >= 4 * WINDOW_MULTIPLE else size))
 
 
@@ -81,6 +95,13 @@ def check(recipe: Recipe) -> None:
             parse_share(share, flag)
 
 
+def least_share(recipe: Recipe) -> float:
+    """Share of its cache that a layer keeps with the smallest window."""
+    assert recipe.window is not None
+    smallest = min(WINDOW_SIZES) if recipe.window_sizes == "several" else 1.0
+    return max(2, int(recipe.window * smallest)) / (recipe.context or LONGEST_CONTEXT)
+
+
 def for_target(recipe: Recipe, layer_bytes: int, layers: int, own: float = 0.0) -> Recipe:
     """The recipe with the budget that lets `--kv-memory` hold `--target-tokens`, in the place of these two.
 
@@ -95,7 +116,7 @@ def for_target(recipe: Recipe, layer_bytes: int, layers: int, own: float = 0.0) 
     """
     assert recipe.target_tokens is not None
     assert recipe.kv_memory is not None
-    least = (recipe.window or 0) / (recipe.context or LONGEST_CONTEXT) if limits(recipe) else 1 / layers
+    least = least_share(recipe) if limits(recipe) else 1 / layers
     least = math.ceil(least * 1e6) / 1e6
     fits = parse_bytes(recipe.kv_memory) / layer_bytes  # tokens of one layer
     share = math.floor((fits / recipe.target_tokens - own) / layers * 1e6) / 1e6
@@ -104,7 +125,8 @@ def for_target(recipe: Recipe, layer_bytes: int, layers: int, own: float = 0.0) 
         raise RecipeError(f"{asked}: the dense model holds {int(fits / (layers + own)):,}; nothing needs to go")
     if share < least:
         most = int(fits / (layers * least + own))
-        what = f"every layer limited to {recipe.window} tokens" if limits(recipe) else "one attention layer left"
+        shortest = round(least * (recipe.context or LONGEST_CONTEXT))
+        what = f"every layer limited to {shortest} tokens" if limits(recipe) else "one attention layer left"
         less = "a smaller --window or " if limits(recipe) else ""
         raise RecipeError(f"{asked} is out of reach: {most:,} fit with {what}; give {less}more --kv-memory")
     return recipe.model_copy(update={"kv_budget": f"{share:.4%}", "target_tokens": None, "kv_memory": None})
@@ -186,9 +208,11 @@ def counts(recipe: Recipe, num_blocks: int, sliding: int = 0, cached: Cached | N
 def _limited_within(recipe: Recipe, num_blocks: int, cached: Cached | None) -> int:
     """Attention layers that have to be limited or removed for the recipe's share of the KV cache."""
     assert recipe.kv_budget is not None
-    left = (recipe.window or 0) / (recipe.context or LONGEST_CONTEXT)
+    context = recipe.context or LONGEST_CONTEXT
+    left = (recipe.window or 0) / context
+    least = least_share(recipe) if limits(recipe) else left
     share = parse_share(recipe.kv_budget, "kv-budget")
-    count = layers_within(share, num_blocks, left)
+    count, at_least = layers_within(share, num_blocks, left), layers_within(share, num_blocks, least)
     if cached is not None:
         used = cached.full + cached.limited * left
         if used <= share * cached.dense:
@@ -196,14 +220,14 @@ def _limited_within(recipe: Recipe, num_blocks: int, cached: Cached | None) -> i
                 f"--kv-budget {recipe.kv_budget}: the checkpoint keeps {used / cached.dense:.1%} of the dense model's "
                 "KV cache already; ask for less, or --heal it"
             )
-        count = math.ceil((used - share * cached.dense) / (1 - left) - 1e-9)
+        count = at_least = math.ceil((used - share * cached.dense) / (1 - left) - 1e-9)
         num_blocks = math.ceil(cached.full)
-    if count > num_blocks:
+    if at_least > num_blocks:
         raise RecipeError(
-            f"--kv-budget {recipe.kv_budget}: with every layer limited to {recipe.window} of {recipe.context} tokens, "
-            f"{left:.1%} stays; give a smaller --window"
+            f"--kv-budget {recipe.kv_budget}: with every layer limited to {round(least * context)} of {context} "
+            f"tokens, {least:.1%} stays; give a smaller --window"
         )
-    return count
+    return min(count, num_blocks)
 
 
 def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> None:
@@ -271,6 +295,9 @@ def _refuse_with_narrower_ffns(recipe: Recipe, amounts: list[str]) -> None:
     for other, given in {"--fuse": recipe.fuse, "--recovery-aware": recipe.recovery_aware}.items():
         if given:
             raise RecipeError(f"{flag} makes ordinary weights, judged as they are; leave {other} out (--effort quick)")
+    for other, asked in {"--task": recipe.task, "--copying": recipe.copying}.items():
+        if asked:
+            raise RecipeError(f"{flag} chooses by gradients on calibration text; leave {other} out")
     if recipe.search != "rank":
         raise RecipeError(f"{flag} has a search of its own; leave --search {recipe.search} out (--effort quick)")
 

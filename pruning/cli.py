@@ -91,10 +91,11 @@ def draw_curve(
         measured: Budgets measured beside the smallest one; the others are predicted.
         recipe: How to choose.
     """
-    from pruning.request import checked
+    from pruning.request import Request, checked, within_memory
 
     reporter = Reporter()
     request = checked(model, recipe, reporter)
+    request = Request(request.source, within_memory(request, reporter, exports=False), request.wanted)
     from pruning.curve import curve
 
     curve(request, output, measured=measured, reporter=reporter)
@@ -119,6 +120,8 @@ def score_units(
     from pruning.request import checked, units_to_score
 
     reporter = Reporter()
+    if recipe.memory is not None:
+        raise RecipeError("--memory plans a window plan; for scores give --stream")
     bare = recipe.model_copy(update={"emulation": recipe.emulation or "none"})
     request = checked(model, bare, reporter)
     kinds = units_to_score(request.recipe, units)

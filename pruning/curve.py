@@ -11,11 +11,11 @@ from pruning.console import Reporter, quiet_libraries
 from pruning.errors import RecipeError
 from pruning.export.report import curve_table, write_curve
 from pruning.forward import parallel
-from pruning.models.loading import DenseModel, load_model
+from pruning.models.loading import DenseModel
 from pruning.recipe import Recipe, by_head
 from pruning.request import Request
 from pruning.search import heads
-from pruning.stages import calibrate, forwards, journal_of, judges_of
+from pruning.stages import calibrate, forwards, journal_of, judges_of, opened
 from pruning.windows.plans import BUDGETS, Choice
 from pruning.workdir import Journal
 
@@ -44,7 +44,7 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
     if not by_head(recipe):
         raise RecipeError("plan draws the curve of windows; leave out what chooses by another way (sweep removes)")
     with reporter.stage("load"):
-        dense = load_model(request.source, recipe.dtype, recipe.device)
+        dense = opened(request.source, recipe)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
     journal = journal_of(None, dense, recipe)
@@ -55,7 +55,7 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
     with reporter.stage("measure"):
         document = {
             "shoal_version": __version__, "model": dense.name, "context": recipe.context, "window": recipe.window,
-            "row_tokens": held_out.shape[1], "recipe": recipe.model_dump(mode="json"),
+            "windows": _sizes(choice), "row_tokens": held_out.shape[1], "recipe": recipe.model_dump(mode="json"),
             **_points(dense, recipe, choice, held_out, measured, journal, reporter),
         }  # fmt: skip
     journal.discard()
@@ -72,18 +72,19 @@ def _points(
 ) -> dict[str, Any]:  # fmt: skip
     """The dense model's figures and a point for each budget, the smallest cache first."""
     figures = windows.Measured(dense, recipe, held_out, journal, reporter)
-    shares = [share for share in BUDGETS if share > choice.left]
-    plans: dict[heads.Full, float] = {choice.kept: choice.share(choice.kept)}  # every layer limited
+    least = choice.smallest
+    shares = [share for share in BUDGETS if share > choice.share(least)]
+    plans: dict[heads.HeadPlan, float] = {least: choice.share(least)}
     plans |= {plan: choice.share(plan) for plan in map(choice.plan, shares)}
-    ends = figures.loss({}), figures.loss(choice.limits.but_for(choice.kept).served)
-    whole = max(choice.first_order(choice.kept), 1e-9)
+    ends = figures.loss({}), figures.loss(choice.limits.by(least).served)
+    whole = max(choice.first_order(least), 1e-9)
     chosen = _spread(len(plans) - 1, measured)
     points = []
     for number, (plan, share) in enumerate(plans.items()):
-        limits_of_plan = choice.limits.but_for(plan)
+        limits_of_plan = choice.limits.by(plan)
         point: dict[str, Any] = {
             "kv_share": share,
-            "full_heads": len(plan),
+            "full_heads": len(plan.full),
             "heads": choice.total,
             "limited_layers": len(limits_of_plan.served),
             "mixed_layers": len(limits_of_plan.full_heads()),
@@ -96,6 +97,12 @@ def _points(
         points.append(point)
         reporter.say(f"{share:.1%} of the KV cache: perplexity {point['predicted_ratio']:.4f} times dense, predicted")
     return {"dense_loss": ends[0], "codes_dense": figures.codes({}), "points": points}
+
+
+def _sizes(choice: Choice) -> str:
+    """The windows that plans are made of, for people."""
+    sizes = sorted(heads.positions(next(iter(choice.limits.served.values())), size) for size in choice.scores)
+    return "windows of " + " or ".join(f"{size:,}" for size in sizes)
 
 
 def _spread(count: int, wanted: int) -> set[int]:

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from pruning import stages, windows
-from pruning.budget import Counts
+from pruning.budget import WINDOW_SIZES, Counts
 from pruning.console import LEAST_SECONDS, Reporter, duration
 from pruning.families import head_dim
+from pruning.forward.evaluator import Evaluator
 from pruning.importance import metric
 from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
 from pruning.recipe import Recipe, by_head, limits
+from pruning.search import heads
 from pruning.search.selection import SHORTLIST
 from pruning.variants import REMOVED, narrows
 
@@ -31,6 +33,8 @@ CAUSAL = 0.9  # time of a multiply-add of causal attention, in that of one of a 
 LOSS = 1.4  # time of the logits and their cross-entropy, in that of the logits
 GATES = 3.4  # a forward that is made again for its gradient, and the gradient, in forwards
 GATES_LOSS = 3.0
+ATTENTION_GRADIENT = 4.0  # of attention to one more size of window, twice forward and once back
+SMALLER = 3  # plans that tell what smaller windows cost, with the dense model
 GENERATION = 5.0  # of a token that the model writes, in that of one that it reads
 FIT = 2.0  # of fitting adapters, in forwards
 COMPENSATION = 6.0
@@ -98,14 +102,17 @@ def stages_of(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:
 
 
 def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
-    context, length = recipe.context or 0, recipe.row_tokens
+    length = recipe.row_tokens
     rows = -(-recipe.fit_tokens // length)
     tried = min(rows, windows.SINK_ROWS)
     judged = rows + (windows.CODE_PROMPTS if recipe.codes else 0)
     limit = size.blocks(tried, length) + CANDIDATES * size.limited(tried, length)
-    held = max(1, windows.HELD_OUT_TOKENS // context)
+    held, context = windows.held_out_rows(recipe)
     asked = size.blocks(windows.MEASURED_PROMPTS, context // 2)
     score = limit + _scoring(recipe, size, judged, length, size.layers)
+    if recipe.window_sizes == "several":
+        score += (len(WINDOW_SIZES) - 1) * ATTENTION_GRADIENT * MASKED * size.attention(judged, length)
+        score += SMALLER * size.forward(max(1, round(judged * heads.ENDS_SHARE)), length)
     measured = size.forward(held, context) + asked  # of one plan
     if not by_head(recipe):
         return {"score": score + _bisection(recipe, size, held, context), "export": 2 * measured}
@@ -170,6 +177,9 @@ def announce(dense: DenseModel, recipe: Recipe, wanted: Counts, reporter: Report
     with stages.forwards(dense, recipe):
         fitting = timed if recipe.fit_precision == "auto" else timed_forward(dense)
     seconds = in_seconds(stages_of(recipe, wanted, size), size, timed, fitting, recipe)
+    if recipe.stream:
+        once = size.layers * timed_reading(dense)
+        seconds = {name: each + once * readings(recipe).get(name, 0) for name, each in seconds.items()}
     if dry_run:
         seconds = {name: each for name, each in seconds.items() if name in ("calibrate", "score")}
     reporter.expect(seconds)
@@ -218,9 +228,40 @@ def timed_forward(dense: DenseModel) -> float:
     """Seconds of a forward of `TIMED_TOKENS` tokens; the less of two, after a short one that is not counted."""
     config, generator = dense.model.config, torch.Generator().manual_seed(0)
     tokens = min(TIMED_TOKENS, config.max_position_embeddings)
-    row = torch.randint(config.vocab_size, (1, tokens), generator=generator).to(dense.model.device)
+    row = torch.randint(config.vocab_size, (1, tokens), generator=generator)
+    if not dense.residency.keeps_blocks:
+        return _by_a_block(dense, row) * TIMED_TOKENS / tokens
+    row = row.to(dense.model.device)
     dense.model(row[:, :16])
     return min(_seconds(dense, row), _seconds(dense, row)) * TIMED_TOKENS / tokens
+
+
+def _by_a_block(dense: DenseModel, row: torch.Tensor) -> float:
+    """Seconds of a forward of int64 [1, T], from one block's; the less of two."""
+    evaluator, size = Evaluator(dense.model, dense.family, row, residency=dense.residency), size_of(dense)
+    hidden, arguments = evaluator.embedded([0])[0]
+    taken = []
+    with dense.residency.block(0):
+        for _ in range(2):
+            start = time.perf_counter()
+            float(evaluator.run_block(0, hidden, arguments[0], {})[0, -1, 0])  # waits for an accelerator
+            taken.append(time.perf_counter() - start)
+    blocks = size.blocks(1, row.shape[1])
+    return min(taken) * size.layers * (blocks + row.shape[1] * size.head_weights) / blocks
+
+
+def timed_reading(dense: DenseModel) -> float:
+    """Seconds until a block is there, read from disk and converted."""
+    start = time.perf_counter()
+    with dense.residency.block(0):
+        return time.perf_counter() - start
+
+
+def readings(recipe: Recipe) -> dict[str, int]:
+    """How often the stages of a window plan read all blocks from disk: for sinks and limits, gates, and figures."""
+    judges = 2 if recipe.codes else 1
+    measured = 2 * TRIED_PLANS if recipe.kv_budget is None else 0
+    return {"score": 2 + judges * 2 * recipe.draws + measured, "export": 0 if measured else 4}
 
 
 def _seconds(dense: DenseModel, row: torch.Tensor) -> float:

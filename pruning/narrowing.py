@@ -1,26 +1,23 @@
 """A plan of narrower FFNs: which units each loses first, what that costs, and how narrow each gets for a budget."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from pruning.console import Reporter
 from pruning.errors import RecipeError
+from pruning.finite import check_numbers
 from pruning.forward.evaluator import Evaluator
-from pruning.importance import Sampling
+from pruning.importance import Scores
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import shape_of, weight_bytes
 from pruning.plan import Plan, Sublayer, Unit, parse_share
 from pruning.recipe import Recipe
-from pruning.search.selection import Judge, Selection, score
+from pruning.search.selection import Selection
 from pruning.search.widths import widths
 from pruning.variants.narrow import NARROW, multiple_of
-from pruning.variants.narrow_fit import Narrowing, narrowings
-
-LEAST_SCORE = 0.1  # of the median: what a layer costs at least that lost nothing, or gained, in its trial
+from pruning.variants.narrow_fit import Elimination, narrowings
 
 
 def excess_bytes(dense: DenseModel, recipe: Recipe) -> int:
@@ -62,8 +59,8 @@ def uniform(dense: DenseModel, recipe: Recipe, blocks: Sequence[int]) -> int:
     )
 
 
-def candidates(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> dict[Sublayer, Narrowing]:
-    """The order in which every FFN that may be narrowed loses its units, and all of them at one width.
+def candidates(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> dict[Sublayer, Elimination]:
+    """The order in which every FFN that may be narrowed loses its units, and what that is predicted to cost.
 
     Args:
         dense: The model, left as it is.
@@ -76,57 +73,46 @@ def candidates(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Repo
     """
     evaluator = Evaluator(dense.model, dense.family, tokens)
     blocks = [block for block in range(len(evaluator.blocks)) if block not in recipe.keep]
-    return narrowings(evaluator, blocks, uniform(dense, recipe, blocks), reporter)
+    uniform(dense, recipe, blocks)
+    return narrowings(evaluator, blocks, recipe.seed, reporter)
 
 
 def choose(
-    dense: DenseModel, recipe: Recipe, found: Mapping[Sublayer, Narrowing], judges: Sequence[Judge], reporter: Reporter
+    dense: DenseModel, recipe: Recipe, found: Mapping[Sublayer, Elimination], reporter: Reporter
 ) -> tuple[Selection, dict[Sublayer, Tensor]]:
-    """Give every FFN the width that costs least.
-
-    An FFN of n units is predicted to lose what its trial lost, times the share of its output that n units miss over the
-    share that the trial missed: losses of one layer are small, and grow as the square of what is missed.
+    """Give every FFN the width that costs least by the prediction of its elimination.
 
     Args:
         dense: The model, left as it is.
         recipe: Resolved.
         found: From `candidates`.
-        judges: What plans are judged by, with the trials in place.
         reporter: For progress.
 
     Returns:
-        The FFNs that lose units, the cheapest first, with the scores of all; and the numbers of the units that each of
-        them keeps, int64 [n].
+        The FFNs that lose units, the cheapest first, with what each would cost at the one width that meets the budget;
+        and the numbers of the units that each of them keeps, int64 [n].
 
     Raises:
         RecipeError: The budget is out of reach.
     """
-    units = [Unit(sublayer.block, "ffn") for sublayer in found]
-    scores = score(judges, units, recipe.metric, Sampling(recipe.seed, recipe.draws, len(units)), reporter)
-    losses = {unit.sublayers[0]: value for unit, value in scores[""].values.items()}
-    curves = predicted(found, losses)
+    curves = {sublayer.block: {n: each.loss(n) for n in possible(len(each.order))} for sublayer, each in found.items()}
     each = {sublayer.block: unit_bytes(dense, sublayer) for sublayer in found}
     chosen = widths(curves, each, excess_bytes(dense, recipe))
     if chosen is None:
         raise RecipeError(f"--weight-budget {recipe.weight_budget} is out of reach: FFNs alone do not save it")
-    kept = {s: found[s].elimination.kept(chosen[s.block]) for s in found if s.block in chosen}
-    order = sorted((Unit(sublayer.block, "ffn") for sublayer in kept), key=lambda unit: losses[unit.sublayers[0]])
-    total = sum(curves[block][n] for block, n in chosen.items())
-    reporter.say(f"predicted loss increase: {total:.4f} nats per token, before FFNs are fitted to each other")
-    return Selection(order, scores), kept
+    one = uniform(dense, recipe, list(curves))
+    costs = {Unit(block, "ffn"): curve[one] for block, curve in curves.items()}
+    check_numbers({str(unit): cost for unit, cost in costs.items()}, "the predicted cost")
+    kept = {s: found[s].kept(chosen[s.block]) for s in found if s.block in chosen}
+    order = sorted((Unit(sublayer.block, "ffn") for sublayer in kept), key=costs.__getitem__)
+    total, even = sum(curves[block][n] for block, n in chosen.items()), sum(costs.values())
+    reporter.say(
+        f"predicted loss increase: {total:.4f} nats per token ({even:.4f} with {one} units in every FFN), "
+        "each FFN alone"
+    )
+    return Selection(order, {"": Scores(costs)}), kept
 
 
 def described(plan: Plan) -> str:
     """One line for people."""
     return "narrowing FFNs to units: " + ", ".join(f"ffn.{block} {units}" for block, units in plan.units.items())
-
-
-def predicted(found: Mapping[Sublayer, Narrowing], losses: Mapping[Sublayer, float]) -> dict[int, dict[int, float]]:
-    """Block -> units left -> predicted loss, in the unit of the trials' losses."""
-    least = LEAST_SCORE * statistics.median(abs(loss) for loss in losses.values())
-    curves: dict[int, dict[int, float]] = {}
-    for sublayer, each in found.items():
-        errors: Any = each.elimination.errors
-        rate = max(losses[sublayer], least) / each.trial_error if each.trial_error else 0.0
-        curves[sublayer.block] = {units: rate * errors[units] for units in possible(max(errors))}
-    return curves

@@ -22,13 +22,11 @@ from pruning.export.writing import copy_companions
 from pruning.families import Family
 from pruning.finite import check_numbers
 from pruning.forward import parallel
-from pruning.forward.blocks import Residency
 from pruning.forward.evaluator import Evaluator
-from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, metric
 from pruning.models.chain import continued
 from pruning.models.checkpoint import Manifest, verify, write_manifest
-from pruning.models.loading import DenseModel, load_model
+from pruning.models.loading import DenseModel
 from pruning.models.sizes import describe_bytes, predicted_bytes
 from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind
 from pruning.recipe import Recipe, by_head, emulation_kind, limits
@@ -47,6 +45,7 @@ from pruning.stages import (
     healing_state,
     journal_of,
     judges_of,
+    opened,
     plan_of,
     recovered,
     shares_weights,
@@ -80,7 +79,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     source, recipe, wanted = request.source, request.recipe, request.wanted
     num_blocks, context = source.num_blocks, recipe.context or 0
     with reporter.stage("load"):
-        dense = load_model(source, recipe.dtype, recipe.device)
+        dense = opened(source, recipe)
     if recipe.heal != "none":
         healing_precision(dense, recipe)
     announce(dense, recipe, wanted, reporter, dry_run=dry_run)
@@ -96,13 +95,12 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         measured = windows.Measured(dense, recipe, held_out, exact, reporter)
         single = by_head(recipe) and wanted != Counts()
         narrower = narrowing.candidates(dense, recipe, tokens, reporter) if narrows(recipe.kind) else {}
-        trials = {sublayer: each.trial for sublayer, each in narrower.items()} or None
         prepared: Mapping[Sublayer, Any] | None = None
         with nullcontext() if single else windows.as_before(dense, recipe, tokens):
             found = windows.limited(dense, recipe, tokens, reporter) if limits(recipe) else None
-            judges = judges_of(dense, recipe, tokens, journal, reporter, found=found, trials=trials)
+            judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
             if narrower:
-                chosen, prepared = narrowing.choose(dense, recipe, narrower, judges, reporter)
+                chosen, prepared = narrowing.choose(dense, recipe, narrower, reporter)
             elif found is not None and single:
                 chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
             else:
@@ -115,12 +113,14 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
     units = {sublayer.block: len(kept) for sublayer, kept in (prepared or {}).items()} if narrower else None
-    plan = plan_of(gone, num_blocks, recipe, before, found.full_heads() if found else None, units)
-    what = f"limiting to {recipe.window} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
+    plan = plan_of(gone, num_blocks, recipe, before, found, units)
+    what = f"limiting to {windows.listed(plan)} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
     reporter.say(narrowing.described(plan) if narrower else what + ", ".join(map(str, gone)))
     if plan.full_heads:
         full = [f"{block}.{head}" for block, heads in sorted(plan.full_heads.items()) for head in heads]
         reporter.say("but for the KV heads " + ", ".join(full))
+    if plan.windows:
+        reporter.say("with windows of " + ", ".join(f"{size} in {block}" for block, size in plan.windows.items()))
     sizes = predicted_bytes(dense, plan, context, fused=recipe.fuse)
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
@@ -149,6 +149,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             quality["ffn_units"] = {str(block): units for block, units in sorted(plan.units.items())}
         if plan.full_heads:
             quality["full_heads"] = {str(block): list(heads) for block, heads in sorted(plan.full_heads.items())}
+        if plan.windows:
+            quality["windows"] = {str(block): size for block, size in sorted(plan.windows.items())}
         manifest = Manifest(
             shoal_version=pruning.__version__,
             base={"model": dense.name, "weight_hash": dense.weight_hash, "dtype": str(dense.model.dtype)[6:]},
@@ -266,19 +268,15 @@ def score(request: Request, output: Path | None, *, units: Sequence[UnitKind], r
     quiet_libraries()
     parallel.start()
     source, recipe = request.source, request.recipe
-    residency: Residency | None = None
     with reporter.stage("load"):
-        if recipe.stream:
-            dense, residency = open_streamed(source, recipe.dtype, recipe.device)
-        else:
-            dense = load_model(source, recipe.dtype, recipe.device)
+        dense = opened(source, recipe)
     with reporter.stage("calibrate"):
         tokens, _ = calibrate(dense, recipe, reporter)
     every = [Unit(b, kind) for kind in units for b in range(source.num_blocks) if b not in recipe.keep]
     sampling = Sampling(recipe.seed, recipe.draws, max(1, len(every) // 3))
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(output, dense, recipe)
-        judges = judges_of(dense, recipe, tokens, journal, reporter, residency)
+        judges = judges_of(dense, recipe, tokens, journal, reporter)
         scores = selection.score(judges, every, recipe.metric, sampling, reporter)
     if parallel.process()[0] == 0:
         print(score_table(scores[""].values, scores[""].errors, metric(recipe.metric).unit))

@@ -60,6 +60,7 @@ class Plan:
         window: Positions that a limited layer keeps.
         full_heads: Block of a limited layer -> KV heads of it that keep every token; absent: none.
         units: Block of a narrower FFN -> units that it keeps.
+        windows: Block of a limited layer -> positions that it keeps; absent: `window`.
     """
 
     num_blocks: int
@@ -69,6 +70,7 @@ class Plan:
     window: int = 0
     full_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     units: Mapping[int, int] = field(default_factory=dict)
+    windows: Mapping[int, int] = field(default_factory=dict)
 
     def blocks_kept(self) -> list[int]:
         """Blocks of which at least one sublayer does something, in order."""
@@ -148,8 +150,12 @@ def parse_share(share: str, what: str) -> float:
     return float(match[1]) / 100
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, flag: str = "kv-memory") -> int:
     """Turn `16GiB` or `500MB` into bytes.
+
+    Args:
+        text: As typed.
+        flag: Where, for the message.
 
     Raises:
         RecipeError: Not a size over 0 with its unit.
@@ -157,7 +163,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip())
     size = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2])))
     if size < 1:
-        raise RecipeError(f"--kv-memory {text!r} is not a size such as 16GiB or 500MB")
+        raise RecipeError(f"--{flag} {text!r} is not a size such as 16GiB or 500MB")
     return size
 
 
@@ -171,17 +177,16 @@ def shortest(savings: Sequence[int], wanted: int) -> int | None:
     return None
 
 
-def kv_bytes_of_request(head_bytes: int, full: int, limited: int, window: int, context: int) -> int:
+def kv_bytes_of_request(head_bytes: int, full: int, limited: Mapping[int, int], context: int) -> int:
     """KV cache bytes of one request.
 
     Args:
         head_bytes: Of one token in one KV head: 2 (K and V) · head dim · dtype bytes.
         full: KV heads, of all layers together, that keep every token.
-        limited: KV heads that keep a window.
-        window: Its positions.
+        limited: Positions of a window -> KV heads that keep them.
         context: L, tokens of the request.
     """
-    return head_bytes * (full * context + limited * min(window, context))
+    return head_bytes * (full * context + sum(count * min(size, context) for size, count in limited.items()))
 
 
 def lowest(scores: Mapping[Unit, float], count: int, among: Sequence[Unit]) -> list[Unit]:

@@ -129,6 +129,13 @@ class Recipe(BaseModel):
         SELECTION,
         Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
     ] = None
+    window_sizes: Annotated[
+        Literal["one", "several"] | None,
+        SELECTION,
+        Field(
+            description="Windows of one size, or also half and twice as long, by layer; one where --window is given."
+        ),
+    ] = None
     window_by: Annotated[
         Literal["auto", "layer", "head"],
         SELECTION,
@@ -242,6 +249,15 @@ class Recipe(BaseModel):
         CALIBRATION,
         Field(ge=8, description="Tokens in one calibration row: 256, or 1024 (the context, if less) for windows."),
     ] = None
+    held_out_tokens: Annotated[
+        int | None,
+        CALIBRATION,
+        Field(
+            ge=64,
+            description="For windows: tokens the result is measured on, 8192 (a context, if more); with fewer than a "
+            "context, windows are measured shorter by the same factor.",
+        ),
+    ] = None
     seed: Annotated[int, CALIBRATION, Field(description="Seed of everything drawn.")] = 0
     dtype: Annotated[
         Dtype,
@@ -252,8 +268,15 @@ class Recipe(BaseModel):
         ),
     ] = "auto"
     stream: Annotated[
-        bool, OUTPUT, Field(description="Score with the blocks read from disk one at a time (`score` only).")
+        bool,
+        OUTPUT,
+        Field(description="Read the blocks from disk one at a time, for windows and `score`; see --memory."),
     ] = False
+    memory: Annotated[
+        str | None,
+        OUTPUT,
+        Field(description="What the run may take, such as 20GiB: it streams where the model does not fit as a whole."),
+    ] = None
     device: Annotated[str, OUTPUT, Field(description="cpu, cuda, cuda:1 or auto.")] = "auto"
     format: Annotated[
         Literal["shoal", "plan", "nemotron-nas", "gguf", "llama"],

@@ -15,14 +15,18 @@ from pruning.families import head_dim, own_window
 from pruning.importance import metric
 from pruning.models.chain import Earlier
 from pruning.models.finding import Source, find_model
-from pruning.plan import KINDS, Kind, Sublayer, UnitKind
+from pruning.models.memory import Work, needed
+from pruning.models.weight_files import weight_files
+from pruning.plan import KINDS, Kind, Sublayer, UnitKind, parse_bytes
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits
 from pruning.texts.reading import read_text
-from pruning.variants import REMOVED, cache_of, changes_weights, full_heads_of, narrows, row, variant
+from pruning.variants import REMOVED, cache_of, changes_weights, full_heads_of, narrows, positions_of, row, variant
 from pruning.workdir import check_output
 
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2}
-"""Of a dtype that keys and values are cached in; others: 4."""
+"""Of a dtype that keys and values are cached in, or that is computed in; others: 4."""
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+HELD_OUT_TOKENS = 8192  # that a window plan is measured on at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,12 @@ def checked_export(
     Raises:
         UserError: What is wrong with it.
     """
-    if recipe.stream:
-        raise RecipeError("--stream scores only: run `prune-export score`, or leave it out")
     if output is not None:
         check_output(output, overwrite)
     if recipe.format in ("nemotron-nas", "gguf") and 0 not in recipe.keep and not narrows(recipe.kind):
         recipe = recipe.model_copy(update={"keep": [0, *recipe.keep]})  # these formats need block 0's attention
-    return checked(model, recipe, reporter, again=True)
+    request = checked(model, recipe, reporter, again=True)
+    return Request(request.source, within_memory(request, reporter, exports=True), request.wanted)
 
 
 def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = False) -> Request:
@@ -76,11 +79,13 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
                           f"a Shapley value, or leave {flag} out")  # fmt: skip
     if recipe.metric == "task-shapley" and not any(holds_questions(parse_task(text)[0]) for text in recipe.task):
         raise RecipeError("--importance task-shapley needs --task FILE with multiple-choice questions")
-    if recipe.stream and scorer.target.startswith("pruning.importance.gradient"):
-        raise RecipeError(f"--importance {recipe.metric} needs the whole model; leave --stream out")
+    if recipe.stream and recipe.recovery_aware:
+        raise RecipeError("--recovery-aware fits emulations, which needs the whole model; leave --stream out")
     if recipe.stream and recipe.fit_precision != "auto":
         raise RecipeError("--stream computes in --dtype; leave --fit-precision out")
     check(recipe)
+    if recipe.memory is not None:
+        parse_bytes(recipe.memory, "memory")
     _check_texts(recipe)
     plan_alone = limits(recipe) and not format_named(recipe.format).weights
     source = find_model(model, reporter, weights_stay=plan_alone)
@@ -90,6 +95,7 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
     if source.earlier is not None:
         recipe = _on_top(source.earlier, recipe, model, again=again)
     recipe = resolved(recipe, source.positions)
+    _check_held_out(recipe)
     if recipe.target_tokens is not None:
         recipe = _for_target(source, recipe, reporter)
     cached = _cached(source)
@@ -127,6 +133,86 @@ def units_to_score(recipe: Recipe, asked: Sequence[UnitKind]) -> Sequence[UnitKi
     return asked or (["attention"] if only_attention else KINDS)
 
 
+def within_memory(request: Request, reporter: Reporter, *, exports: bool) -> Recipe:
+    """The recipe that streams where it has to for `--memory`, or was asked to; what cannot stream is refused.
+
+    Args:
+        request: Checked.
+        reporter: For progress.
+        exports: Whether a checkpoint is written.
+
+    Raises:
+        RecipeError: The memory is too small, or the request cannot stream.
+    """
+    source, recipe = request.source, request.recipe
+    reason = _needs_the_whole(request) if exports else None
+    if recipe.stream and reason is not None:
+        raise RecipeError(f"--stream holds one block at a time, and {reason}; leave it out")
+    if recipe.memory is None:
+        return recipe
+    if not limits(recipe):
+        raise RecipeError(f"--memory is planned for windows only, and this asks for {recipe.kind}; leave it out")
+    needs = needed(weight_files(source.directory), source.family, _work(source, recipe))
+    given = parse_bytes(recipe.memory, "memory")
+    about = f"--memory {recipe.memory}: about {_gib(needs.whole)} with the whole model, {_gib(needs.streamed)} streamed"
+    if needs.whole <= given and not recipe.stream:
+        reporter.say(f"{about}; the model is loaded as a whole")
+        return recipe
+    if reason is not None:
+        raise RecipeError(f"{about}, and {reason}; give more memory, or ask for less")
+    if needs.streamed > given:
+        raise RecipeError(f"{about}; give more, or lower --context, --held-out-tokens and --sequence-length")
+    reporter.say(f"{about}; blocks are read from disk one at a time")
+    return recipe.model_copy(update={"stream": True})
+
+
+def _needs_the_whole(request: Request) -> str | None:
+    """Why the request cannot be carried out block by block; None where it can."""
+    source, recipe = request.source, request.recipe
+    if source.earlier is not None:
+        return f"{source.name} is pruned already, which only loads as a whole"
+    if not limits(recipe):
+        return f"--emulation {recipe.kind} changes weights, which needs the whole model"
+    if recipe.heal != "none":
+        return f"--heal {recipe.heal} trains, which needs the whole model"
+    if (flag := weight_changing_flag(recipe, request.wanted)) is not None:
+        return f"{flag} changes weights, which needs the whole model"
+    files = weight_files(source.directory)
+    if recipe.dtype != "auto" and files.dtypes != {STORED.get(recipe.dtype)}:
+        return f"--dtype {recipe.dtype} writes weights anew, which needs the whole model"
+    if len(files.dtypes) > 1:
+        return f"the weights of {source.name} have several dtypes, which are written anew"
+    return None
+
+
+def _work(source: Source, recipe: Recipe) -> Work:
+    """What a window plan runs through the model."""
+    assert recipe.context is not None
+    measured = min(recipe.context, recipe.held_out_tokens or recipe.context)
+    held = max(measured, recipe.held_out_tokens or HELD_OUT_TOKENS)
+    return Work(
+        itemsize=NUMBER_BYTES.get(recipe.dtype, 4), row=recipe.row_tokens, rows=max(recipe.fit_tokens, held),
+        measured=measured, hidden=source.hidden_size, ffn=int(source.config.intermediate_size),
+        layers=source.num_blocks,
+    )  # fmt: skip
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _check_held_out(recipe: Recipe) -> None:
+    """Refuse a number of held-out tokens that is not used as it says."""
+    if recipe.held_out_tokens is None:
+        return
+    if not limits(recipe):
+        raise RecipeError(f"--held-out-tokens is for windows, and this asks for {recipe.kind}; leave it out")
+    changed = recipe.compensate or recipe.recalibrate or recipe.heal != "none"
+    if changed and recipe.held_out_tokens < (recipe.context or 0):
+        raise RecipeError(f"--held-out-tokens {recipe.held_out_tokens} is less than the context of {recipe.context} "
+                          "tokens, at which a plan with changed weights is measured; give more")  # fmt: skip
+
+
 def _on_top(earlier: Earlier, recipe: Recipe, model: str, *, again: bool) -> Recipe:
     """The recipe for a checkpoint: what was changed is left alone, and what is limited has one window.
 
@@ -151,7 +237,10 @@ def _on_top(earlier: Earlier, recipe: Recipe, model: str, *, again: bool) -> Rec
     if recipe.ffn and not others and not recipe.attention:
         kinds = ["ffn"]
     update: dict[str, Any] = {"keep": sorted({*recipe.keep, *earlier.changed(kinds)})}
-    return recipe.model_copy(update=update | ({"window": earlier.window} if earlier.whole else {}))
+    if earlier.whole:
+        sizes = recipe.window_sizes or earlier.manifest.recipe.get("window_sizes")
+        update |= {"window": earlier.window, "window_sizes": sizes}
+    return recipe.model_copy(update=update)
 
 
 def _cached(source: Source) -> Cached | None:
@@ -160,9 +249,11 @@ def _cached(source: Source) -> Cached | None:
         return None
     changed = len(source.earlier.changed(["attention"]))
     own = sum(own_window(source.config, block) is not None for block in range(source.num_blocks))
-    entries = source.earlier.entries.values()
-    full = sum(len(full_heads_of(entry)) for entry in entries) / source.config.num_key_value_heads
-    limited = changed - full if source.earlier.whole else 0
+    each, usual = source.config.num_key_value_heads, source.earlier.window or 1
+    entries = [entry for sublayer, entry in source.earlier.entries.items() if sublayer.kind == "attention"]
+    full = sum(len(full_heads_of(entry)) for entry in entries) / each
+    windows = [(positions_of(entry) or 0) * (each - len(full_heads_of(entry))) for entry in entries]
+    limited = sum(windows) / (each * usual) if source.earlier.whole else 0
     return Cached(source.num_blocks - changed - own + full, limited, source.earlier.manifest.num_blocks - own)
 
 

@@ -22,10 +22,11 @@ from pruning.export.formats import format_named
 from pruning.export.untouched import links_to
 from pruning.families import has_biases
 from pruning.forward import parallel
-from pruning.forward.blocks import Residency
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, Scores
-from pruning.models.loading import DenseModel
+from pruning.models.finding import Source
+from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
 from pruning.recipe import Recipe, by_head, emulation_kind, limits
@@ -36,7 +37,8 @@ from pruning.request import weight_changing_flag
 from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
-from pruning.variants import REMOVED, cache_of, row
+from pruning.texts.shipped import rows_held_out, rows_to_choose_on
+from pruning.variants import REMOVED, cache_of, narrows, row
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -48,6 +50,13 @@ SEARCH_BATCH_TOKENS = 2048
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
+def opened(source: Source, recipe: Recipe) -> DenseModel:
+    """The model, in memory as a whole or block by block as it is needed."""
+    if recipe.stream:
+        return open_streamed(source, recipe.dtype, recipe.device)[0]
+    return load_model(source, recipe.dtype, recipe.device)
+
+
 def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
     """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] and [m, T']."""
     if limits(recipe):
@@ -56,6 +65,9 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
     tokens = recipe.fit_tokens + HELD_OUT_WINDOWS * length
     if recipe.calibration:
         rows = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
+    elif narrows(recipe.kind):
+        chosen = rows_to_choose_on(dense.tokenizer, length, -(-recipe.fit_tokens // length))
+        return chosen, rows_held_out(dense.tokenizer, length, HELD_OUT_WINDOWS)
     elif recipe.stream:
         rows = standard_library(dense.tokenizer, tokens, length, recipe.seed)
     else:
@@ -66,28 +78,27 @@ def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Te
 
 def judges_of(
     dense: DenseModel, recipe: Recipe, tokens: Tensor, journal: Journal, reporter: Reporter,
-    residency: Residency | None = None, found: windows.Limits | None = None,
-    trials: Mapping[Sublayer, nn.Module] | None = None,
+    found: windows.Limits | None = None,
 ) -> list[Judge]:  # fmt: skip
     """What plans are judged on: tasks, calibration text, or two halves of it of different domains, crosswise.
 
     In the last case each half is judged with emulations that were fitted on the other. With `--copying`, repeated
     windows of the same text judge as well: layers that copy from the context cost little on text, and their work is
     what no map of a single token brings back. Where attention is limited, every judge has the windows in place, of the
-    size for rows of calibration text. `trials` are what takes the place of each sublayer, where that is known.
+    size for rows of calibration text.
     """
     limiting: list[Judge] = []
     if limits(recipe):
         found = found or windows.limited(dense, recipe, tokens, reporter)
-        limiting = windows.judges(dense, recipe, tokens, found, journal, reporter, residency)
-    settings: dict[str, Any] = {"state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": residency}
+        limiting = windows.judges(dense, recipe, tokens, found, journal, reporter)
+    settings: dict[str, Any] = {
+        "state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": dense.residency
+    }  # fmt: skip
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
 
     def judge(name: str, rows: Tensor, fit: Tensor | None) -> Judge:
         evaluator = Evaluator(dense.model, dense.family, rows, **settings)
-        if trials is not None:
-            return Judge(name, evaluator, 1.0, lambda base: trials, _identity(recipe, tokens))
         if fit is None:
             return Judge(name, evaluator)
         adapters = _adapters(dense, recipe, fit[:fitted], reporter)
@@ -139,7 +150,7 @@ def _task_judge(dense: DenseModel, recipe: Recipe, task: str, text: Judge, setti
 
 def _identity(recipe: Recipe, tokens: Tensor) -> str:
     """Digest of what adapters depend on besides the model."""
-    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {recipe.weight_budget} {tuple(tokens.shape)}"
+    settings = f"{recipe.kind} {recipe.rank} {recipe.sources} {tuple(tokens.shape)}"
     return hashlib.sha256(settings.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
@@ -243,8 +254,9 @@ def _within_loss(
     """The longest start of `order` whose emulated plan stays inside the loss budget, by bisection."""
     bound = recipe.max_loss_increase
     assert bound is not None
-    fitting = Evaluator(dense.model, dense.family, tokens)
-    judging = Evaluator(dense.model, dense.family, held_out, max(1, SEARCH_BATCH_TOKENS // held_out.shape[1]))
+    fitting = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
+    batch = max(1, SEARCH_BATCH_TOKENS // held_out.shape[1])
+    judging = Evaluator(dense.model, dense.family, held_out, batch, residency=dense.residency)
     before = float(judging.loss({}).mean())
     fits, fails = 0, len(order) + 1
     while fails - fits > 1:
@@ -263,11 +275,11 @@ def _within_loss(
 
 def plan_of(
     gone: Sequence[Unit], num_blocks: int, recipe: Recipe, before: Mapping[Sublayer, EmulationKind] | None = None,
-    full_heads: Mapping[int, tuple[int, ...]] | None = None, units: Mapping[int, int] | None = None,
+    found: windows.Limits | None = None, units: Mapping[int, int] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan: sublayers of a block that goes as a whole share another's weights or are not emulated, others are.
 
-    What earlier runs limited (`before`) is a part of it.
+    What earlier runs limited (`before`) is a part of it. `found` are the limits of its layers, where they are known.
     """
     removed: dict[Sublayer, EmulationKind] = dict(before or {})
     for unit in gone:
@@ -276,8 +288,9 @@ def plan_of(
             kind = REMOVED
         removed |= dict.fromkeys(unit.sublayers, kind)
     plan = Plan(
-        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0, full_heads or {},
-        units or {},
+        num_blocks, dict(sorted(removed.items())), recipe.rank, recipe.sources, recipe.window or 0,
+        found.full_heads() if found else {}, units or {},
+        {block: size for block, size in found.windows().items() if size != recipe.window} if found else {},
     )  # fmt: skip
     if not any(cache_of(plan.removed.get(Sublayer(b, "attention"))) != "none" for b in range(num_blocks)):
         raise RecipeError("no attention layer would be left; protect some with --keep, or ask for less")
@@ -320,7 +333,7 @@ def recovered(
     prepared: Mapping[Sublayer, Any] | None = None,
 ) -> Recovery | Fusion:  # fmt: skip
     """Adapters, or the changes of kept weights that take their place."""
-    evaluator = Evaluator(dense.model, dense.family, tokens)
+    evaluator = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
     recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
     how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
     with forwards(dense, recipe):
@@ -375,7 +388,7 @@ def healed(
         state=healing_state(output), scope=scope,
     )  # fmt: skip
     if found is not None:
-        recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, recipe))
+        recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, found))
     return recovery, record
 
 

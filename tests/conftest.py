@@ -221,8 +221,8 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
             evaluator, plan.removed, plan.rank, Reporter(), biased=has_biases(model.config)
         )
     elif plan.units:
-        found = narrowings(evaluator, plan.units, max(plan.units.values()), Reporter())
-        kept = {sublayer: each.elimination.kept(plan.units[sublayer.block]) for sublayer, each in found.items()}
+        found = narrowings(evaluator, plan.units, 0, Reporter())
+        kept = {sublayer: each.kept(plan.units[sublayer.block]) for sublayer, each in found.items()}
         recovery = recover(evaluator, plan.removed, plan.rank, Reporter(), compensated=False, prepared=kept)
     else:
         emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources, plan.window)

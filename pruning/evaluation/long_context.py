@@ -16,6 +16,8 @@ from pruning.evaluation.choice import FORWARD_TOKENS
 from pruning.evaluation.paired import bootstrap, wilson
 from pruning.evaluation.text import final_states, logits_of
 from pruning.evaluation.wanted import LongTasks
+from pruning.forward.blocks import Gone
+from pruning.forward.evaluator import Evaluator
 from pruning.texts.long_context import LongPrompt, filler, long_prompts
 from pruning.texts.reading import read_text
 
@@ -67,6 +69,28 @@ def score(
                 if advance:
                     advance()
     return [scores[i] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def score_plan(
+    evaluator: Evaluator, prompts: Sequence[LongPrompt], plan: Gone, advance: Callable[[], None] | None = None
+) -> list[LongScore]:
+    """Score prompts under a plan, block by block.
+
+    Args:
+        evaluator: Of the model, on the prompts, one in each batch.
+        prompts: Of any lengths.
+        plan: What takes the place of sublayers.
+        advance: Called once a prompt.
+    """
+    scores: dict[int, LongScore] = {}
+    norm = evaluator.model.get_submodule(evaluator.family.norm)
+    for numbers in evaluator.rounds(list(range(len(prompts)))):
+        for number, (hidden,) in evaluator.finals(numbers, [plan]):
+            scores[number] = _score(evaluator.model, prompts[number], norm(hidden)[0, :-1])
+            if advance:
+                advance()
+    return [scores[number] for number in range(len(prompts))]
 
 
 def _score(model: PreTrainedModel, prompt: LongPrompt, states: Tensor) -> LongScore:

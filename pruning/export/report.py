@@ -93,7 +93,8 @@ def task_rows(manifest: Manifest) -> list[tuple[str, ...]]:
 def _what_went(manifest: Manifest) -> str:
     """What became of the sublayers, in a few words."""
     states = [state_of(kind) for kind in manifest.removed.values()]
-    window = manifest.recipe.get("window")
+    *others, last = map(str, _windows(manifest))
+    window = f"{', '.join(others)} or {last}" if others else last
     full = sum(len(heads) for heads in manifest.quality.get("full_heads", {}).values())
     but_for = f" (but for {full} of their KV heads)" if full else ""
     parts = [f"{states.count('limited')} limited to the last {window} tokens{but_for}"] if "limited" in states else []
@@ -101,6 +102,20 @@ def _what_went(manifest: Manifest) -> str:
     gone = len(states) - states.count("limited") - states.count("narrowed")
     parts += [f"{gone} removed"] if gone else []
     return f"{' and '.join(parts)}, of {2 * manifest.num_blocks} sublayers,"
+
+
+def _windows(manifest: Manifest) -> list[int | None]:
+    """Sizes of the windows of limited layers."""
+    usual, own = manifest.recipe.get("window"), manifest.quality.get("windows", {})
+    limited = [name.partition(".")[2] for name, kind in manifest.removed.items() if state_of(kind) == "limited"]
+    return sorted({own.get(block, usual) for block in limited}) or [usual]
+
+
+def _sizes(manifest: Manifest) -> str:
+    """The windows that are not as most."""
+    own = [f"{block}: {size}" for block, size in manifest.quality.get("windows", {}).items()]
+    usual = manifest.recipe.get("window")
+    return f"Windows by block, where they are not of {usual} tokens: {', '.join(own)}.\n\n" if own else ""
 
 
 def _full_heads(manifest: Manifest) -> str:
@@ -129,7 +144,7 @@ def write_card(directory: Path, manifest: Manifest) -> None:
         f"{_what_went(manifest)} by Shoal {manifest.shoal_version}.\n\n"
         "One letter a block: K kept, L limited to a window, N narrower, E emulated, - removed.\n\n"
         f"    attention  {strip(manifest, 'attention')}\n    ffn        {strip(manifest, 'ffn')}\n\n"
-        f"{_full_heads(manifest)}{_units(manifest)}"
+        f"{_sizes(manifest)}{_full_heads(manifest)}{_units(manifest)}"
         f"| | dense | pruned | ratio |\n|---|---|---|---|\n{table}\n\n"
         f"Serve it: `{serving}`. Made by:\n\n    {command(manifest)}\n",
         encoding="utf-8",
@@ -257,7 +272,7 @@ def write_curve(directory: Path, document: Mapping[str, Any]) -> None:
     rows = _curve_rows(document)
     tables = [{"title": "Budgets", "head": CURVE_HEAD, "rows": rows}]
     lead = (
-        f"A request of {document['context']:,} tokens, windows of {document['window']:,}; perplexity on held-out rows "
+        f"A request of {document['context']:,} tokens, {document['windows']}; perplexity on held-out rows "
         f"of {document['row_tokens']:,} tokens. Any budget: prune-export MODEL --output DIR --kv-budget SHARE."
     )
     made_by = f"prune-export plan {shlex.quote(str(document['model']))}"

@@ -1,7 +1,7 @@
 """One block, one sublayer: run with a part of it removed, or with what emulates that, in a residual stream."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -60,24 +60,6 @@ class _Held(Emulation):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.held
-
-
-class Residency:
-    """Where the parts of a model are: here, all in memory. `streaming.Streamed` loads them when they are needed."""
-
-    keeps_blocks = True
-
-    def block(self, index: int) -> AbstractContextManager[None]:
-        """Hold a block in memory inside the `with`."""
-        return nullcontext()
-
-    def embedding(self) -> AbstractContextManager[None]:
-        """Hold what comes before block 0."""
-        return nullcontext()
-
-    def head(self) -> AbstractContextManager[None]:
-        """Hold what comes after the last block."""
-        return nullcontext()
 
 
 class Blocks:

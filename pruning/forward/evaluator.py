@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from pruning.families import Family
 from pruning.forward import parallel
-from pruning.forward.blocks import Arguments, Blocks, Gone, Residency, Taps
+from pruning.forward.blocks import Arguments, Blocks, Gone, Taps
 from pruning.forward.objective import Head, Objective
 from pruning.forward.streams import State, describe, only, tile
 from pruning.models.modeling import emulation_in, sources_of
+from pruning.models.residency import Residency
 from pruning.plan import KINDS, Sublayer
 from pruning.variants.taps import Tap
 from pruning.workdir import Journal
@@ -140,7 +141,7 @@ class Evaluator(Blocks):
         table = torch.zeros(len(plans), self.windows, dtype=torch.float64)
         plans = [self.complete(plan) for plan in plans]
         order = sorted(range(len(plans)), key=lambda p: (min(plans[p], default=_LAST), p))
-        for numbers in self._rounds():
+        for numbers in self.rounds():
             tensors = 1 + self.family.parallel + len(self.sources(plans))
             for group in self._groups(order, numbers, tensors):
                 for number, rows in self._group_rows(numbers, [plans[p] for p in group], objective):
@@ -169,7 +170,7 @@ class Evaluator(Blocks):
         if objective != "loss":
             self._remember_dense(numbers)
         computed = []
-        for number, finals in self._finals(numbers, plans):
+        for number, finals in self.finals(numbers, plans):
             rows = self._score(finals, number, objective)
             computed.append(rows.tolist())
             yield number, rows
@@ -206,8 +207,8 @@ class Evaluator(Blocks):
     def walk(self, visit: Visitor, gone: Gone | None = None) -> None:
         """Run one subnetwork and show every kept sublayer's input and output to `visit`."""
         gone = self.complete(gone or {})
-        for numbers in self._rounds():
-            streams = self._embedded(numbers)
+        for numbers in self.rounds():
+            streams = self.embedded(numbers)
             taps: dict[int, Taps] = {number: {} for number in numbers}
             for index in range(len(self.blocks)):
                 with self.residency.block(index):
@@ -224,10 +225,14 @@ class Evaluator(Blocks):
                             hidden = after
                         streams[number] = hidden, kwargs
 
-    def _rounds(self) -> list[list[int]]:
-        """Batches that go through the blocks together: one at a time, or all when blocks come from disk."""
-        mine = self.mine()
-        return [[number] for number in mine] if self.residency.keeps_blocks else [mine]
+    def rounds(self, numbers: list[int] | None = None) -> list[list[int]]:
+        """Batches that go through the blocks together: one at a time, or all when blocks come from disk.
+
+        Args:
+            numbers: Of these; by default of those that this process computes.
+        """
+        some = self.mine() if numbers is None else numbers
+        return [[number] for number in some] if self.residency.keeps_blocks else [some]
 
     def _groups(self, order: list[int], numbers: list[int], tensors: int) -> list[list[int]]:
         size = tensors * self.model.config.hidden_size * self.model.dtype.itemsize
@@ -235,13 +240,14 @@ class Evaluator(Blocks):
         many = max(1, self.state_bytes // max(1, held))
         return [order[first : first + many] for first in range(0, len(order), many)]
 
-    def _embedded(self, numbers: list[int]) -> dict[int, tuple[Tensor, Arguments]]:
+    def embedded(self, numbers: list[int]) -> dict[int, tuple[Tensor, Arguments]]:
+        """Batch number -> what enters block 0, float [b, T, D], and what the model gives to every block."""
         with self.residency.embedding():
             return {number: self.embed(self.batches[number]) for number in numbers}
 
-    def _finals(self, numbers: list[int], plans: Sequence[Gone]) -> Iterator[tuple[int, list[Tensor]]]:
+    def finals(self, numbers: list[int], plans: Sequence[Gone]) -> Iterator[tuple[int, list[Tensor]]]:
         """For every batch, what leaves the last block under each plan, [b, T, D]."""
-        entering = self._embedded(numbers)
+        entering = self.embedded(numbers)
         arguments = {number: kwargs for number, (_, kwargs) in entering.items()}
         states = {number: [State(hidden, list(range(len(plans))))] for number, (hidden, _) in entering.items()}
         del entering
@@ -327,7 +333,7 @@ class Evaluator(Blocks):
     def _remember_dense(self, numbers: list[int]) -> None:
         missing = [number for number in numbers if number not in self._dense]
         if missing:
-            for number, finals in self._finals(missing, [{}]):
+            for number, finals in self.finals(missing, [{}]):
                 self._dense[number] = finals[0], self._head.normaliser(finals[0])
 
     def _score(self, finals: list[Tensor], number: int, objective: Objective) -> Tensor:

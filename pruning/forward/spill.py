@@ -76,6 +76,12 @@ class Spilled(Sequence[Tensor]):
         self._places.append(self._write(self._end, tensor))
         self._end += tensor.nbytes
 
+    def pop(self) -> Tensor:
+        """Take the last tensor out."""
+        last = self[-1]
+        self._end = self._places.pop()[0]
+        return last
+
     def copy(self) -> "Spilled":
         """The same tensors in a file of their own."""
         other = Spilled(self._end)

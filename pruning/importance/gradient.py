@@ -8,7 +8,7 @@ from torch import Tensor
 from pruning.console import Reporter, Step
 from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator
-from pruning.forward.gates import sublayer_gradients
+from pruning.forward.gates import each_sublayer_gradients
 from pruning.importance import Sampling, Scores
 from pruning.plan import KINDS, Unit
 
@@ -48,8 +48,8 @@ def _gradients(evaluator: Evaluator, gate: float, units: Sequence[Unit], step: S
         for sublayer in unit.sublayers:
             gates[sublayer.block, KINDS.index(sublayer.kind)] = gate
     table = torch.zeros(evaluator.windows, *gates.shape, dtype=torch.float64)
-    for number in evaluator.mine():
-        table[evaluator.span(number)] = sublayer_gradients(evaluator, gates, number)
+    for number, part in each_sublayer_gradients(evaluator, gates):
+        table[evaluator.span(number)] = part
         step.advance()
     return parallel.gather(table)
 

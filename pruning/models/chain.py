@@ -46,9 +46,11 @@ class Earlier:
 
     @property
     def window(self) -> int | None:
-        """Positions that limited layers keep; None where none is limited."""
+        """The usual window of limited layers, positions; None where none is limited."""
         sizes = [found.positions(entry) for entry in self.entries.values() if (found := of_entry(entry)) is not None]
-        return next((size for size in sizes if size is not None), None)
+        known = [size for size in sizes if size is not None]
+        usual = self.manifest.recipe.get("window")
+        return (int(usual) if usual else known[0]) if known else None
 
     def in_dense(self, sublayer: Sublayer) -> Sublayer:
         """A sublayer by its number in the dense model."""
@@ -78,7 +80,7 @@ def earlier_of(directory: Path, fields: Mapping[str, Any]) -> Earlier:
     """
     manifest = verify(directory)
     entries: dict[Sublayer, Mapping[str, Any]] = {}
-    in_place, sizes = True, set()
+    in_place, limited = True, False
     for index, block in enumerate(fields["block_configs"]):
         for kind in KINDS:
             entry, sublayer = block[kind], Sublayer(index, kind)
@@ -93,12 +95,11 @@ def earlier_of(directory: Path, fields: Mapping[str, Any]) -> Earlier:
                     "prune the dense model again"
                 )
             in_place = in_place and found is not None and found.in_place and not found.changes_weights
-            sizes.add(None if found is None else found.positions(entry))
+            limited = limited or (found is not None and found.positions(entry) is not None)
     gone = {name for name, kind in manifest.removed.items() if kind in (REMOVED, FUSED)}
     dense = range(manifest.num_blocks)
     blocks = [block for block in dense if not all(f"{kind}.{block}" in gone for kind in KINDS)]
-    limited = sizes - {None}
-    if len(blocks) != len(fields["block_configs"]) or len(limited) > 1 or (limited and not in_place):
+    if len(blocks) != len(fields["block_configs"]) or (limited and not in_place):
         raise ModelError(f"{directory}: layers of several kinds were changed in it; prune the dense model again")
     known = set(manifest.removed)
     if {str(Sublayer(blocks[each.block], each.kind)) for each in entries} - known:

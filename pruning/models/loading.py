@@ -18,6 +18,7 @@ from pruning.models.chain import Earlier, emulations_of
 from pruning.models.checkpoint import combined, hash_each
 from pruning.models.finding import DEQUANTISED, Source, find_model
 from pruning.models.modeling import register_models
+from pruning.models.residency import Residency
 from pruning.plan import Sublayer
 from pruning.variants.base import Emulation
 
@@ -33,6 +34,7 @@ class DenseModel:
         hashes: SHA-256 of each of them, by name, where it was kept.
         earlier: What earlier runs made of it, where it is a checkpoint.
         limits: The modules by which earlier runs limited layers of the dense model, which is loaded without them.
+        residency: Where the weights are.
     """
 
     name: str
@@ -44,6 +46,7 @@ class DenseModel:
     hashes: Mapping[str, str] = field(default_factory=dict)
     earlier: Earlier | None = None
     limits: Mapping[Sublayer, Emulation] = field(default_factory=dict)
+    residency: Residency = field(default_factory=Residency)
 
     @property
     def limitable(self) -> list[int]:

@@ -1,5 +1,6 @@
 """Bytes of weights and KV cache, before and after."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -96,16 +97,20 @@ def saved_bytes(
     return {sublayer: saved(sublayer, kind) for sublayer, kind in removed.items()}
 
 
-def kv_heads(plan: Plan, each: int) -> tuple[int, int]:
-    """KV heads, of all layers together, that keep every token of a request, and those that keep a window.
+def kv_heads(plan: Plan, each: int) -> tuple[int, dict[int, int]]:
+    """KV heads, of all layers together, that keep every token of a request, and how many keep a window of each size.
 
     Args:
         plan: The plan.
         each: K, KV heads of one layer.
     """
-    caches = [cache_of(plan.removed.get(Sublayer(block, "attention"))) for block in range(plan.num_blocks)]
-    mixed = sum(len(heads) for heads in plan.full_heads.values())
-    return caches.count("full") * each + mixed, caches.count("window") * each - mixed
+    full, limited = 0, Counter[int]()
+    for block in range(plan.num_blocks):
+        cache, mixed = cache_of(plan.removed.get(Sublayer(block, "attention"))), len(plan.full_heads.get(block, ()))
+        full += each if cache == "full" else mixed
+        if cache == "window":
+            limited[plan.windows.get(block, plan.window)] += each - mixed
+    return full, dict(limited)
 
 
 def predicted_bytes(dense: DenseModel, plan: Plan, context: int, *, fused: bool = False) -> dict[str, int]:
@@ -125,8 +130,8 @@ def predicted_bytes(dense: DenseModel, plan: Plan, context: int, *, fused: bool 
         "kv_per_token_dense": head * each * plan.num_blocks,
         "kv_per_token": head * full,
         "context": context,
-        "kv_request_dense": kv_bytes_of_request(head, each * plan.num_blocks, 0, 0, context),
-        "kv_request": kv_bytes_of_request(head, full, limited, plan.window, context),
+        "kv_request_dense": kv_bytes_of_request(head, each * plan.num_blocks, {}, context),
+        "kv_request": kv_bytes_of_request(head, full, limited, context),
     }
 
 

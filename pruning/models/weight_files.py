@@ -70,6 +70,12 @@ def header_of(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+def data_start(path: Path) -> int:
+    """Where the tensors of a safetensors file begin, which its offsets count from."""
+    with path.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
 def weight_files(directory: Path) -> WeightFiles:
     """The files that transformers and vLLM load a directory from: those of the index, else the single one.
 

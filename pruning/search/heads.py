@@ -1,4 +1,4 @@
-"""Which KV heads keep every token when the others are limited: scored by gates, tried as plans, improved by exchange.
+"""What it costs to limit each KV head to each size of window: scored by gates.
 
 What a model fetches from far away sits in single KV heads. A plan names the heads that stay full; a layer of which all
 stay is left as it is, one of which none stays is limited whole.
@@ -7,8 +7,8 @@ Source: retrieval heads, arXiv 2404.15574; gates by head, arXiv 2410.10819. Ther
     is read off.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 from pruning.console import Reporter
 from pruning.finite import check_numbers
 from pruning.forward import parallel
-from pruning.forward.gates import head_gradients
+from pruning.forward.gates import each_head_gradients
 from pruning.forward.streams import describe
 from pruning.plan import Sublayer
 from pruning.search.selection import Judge, weights_by_share
 from pruning.variants.window import Window
+from pruning.variants.window_fit import resized
 
 Head = tuple[int, int]
 """Block and KV head."""
@@ -32,13 +33,12 @@ Full = frozenset[Head]
 Limits = Mapping[Sublayer, Window]
 
 REACH = 0.5  # of the way from limited to full that scores are taken on
-SHORTLIST = 6  # heads outside of a plan that exchange tries at a time, and heads inside that it tries to do without
-ROUNDS = 4  # exchanges, at most
+ENDS_SHARE = 1 / 3  # of each judge's rows, that tell what smaller windows cost in all
 
 
 @dataclass(frozen=True, slots=True)
 class HeadScores:
-    """What limiting each KV head costs, first order, in nats/token of the first judge.
+    """What limiting each KV head to one size of window costs, first order, in nats/token of the first judge.
 
     Attributes:
         heads: float64 [L, K], the judges' sum as `weigh` makes it; 0 where nothing is limited.
@@ -51,44 +51,121 @@ class HeadScores:
     by_judge: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """What becomes of every KV head.
+
+    Attributes:
+        full: Heads that keep every token.
+        sizes: Block, and its window's share of the usual one, where it is another.
+    """
+
+    full: Full
+    sizes: tuple[tuple[int, float], ...] = ()
+
+    def size(self, block: int) -> float:
+        """Of a block's window, as a share of the usual one."""
+        return dict(self.sizes).get(block, 1.0)
+
+
 def score(
-    judges: Sequence[Judge], limits: Limits, samples: int, reporter: Reporter, reach: float = REACH
-) -> HeadScores:
-    """Score all heads at once: minus the gradient of the loss by a gate on each, between limited (0) and full (1).
+    judges: Sequence[Judge], limits: Limits, samples: int, reporter: Reporter, reach: float = REACH,
+    sizes: Sequence[float] = (1.0,),
+) -> dict[float, HeadScores]:  # fmt: skip
+    """Score all heads at once: what they lose by a gate on each, between limited (0) and full (1).
 
     All gates go together from `reach` to 0; the integral on the way is a Gauss-Legendre sum of `samples` points, so
     that the scores of all heads sum to what this way costs. Budgets are small, so the half of the way is taken that
     is near their plans: on WikiText it chose better than the whole way (docs/decisions/windows.md).
+
+    The same backward pass tells the gradient by every other size of window. A smaller one costs more than a gradient at
+    the usual one sees, so its scores get the scale of what it costs to limit all heads to it, which is measured.
+
+    Args:
+        judges: The first is the text.
+        limits: Every layer that may be limited, with the usual window.
+        samples: Points on the way.
+        reporter: For progress.
+        reach: Where the way begins.
+        sizes: Shares of the usual window to score, 1 among them.
+
+    Returns:
+        Size -> scores; a larger window never costs a head more.
 
     Source: Aumann and Shapley, Values of Non-Atomic Games, 1974; integrated gradients, arXiv 1703.01365.
     """
     nodes, weights = numpy.polynomial.legendre.leggauss(samples)
     gates = [reach * (1 - float(node)) / 2 for node in nodes]
     found: dict[str, Tensor] = {}
-    evaluators = [judge.evaluator.view([], limits) for judge in judges]
+    among = {sublayer: window.among([positions(window, size) for size in sizes]) for sublayer, window in limits.items()}
+    evaluators = [judge.evaluator.view([], among) for judge in judges]
     described = describe(limits)
     steps = samples * sum(len(evaluator.mine()) for evaluator in evaluators)
     with reporter.progress("gates by head", steps) as step:
         for judge, evaluator in zip(judges, evaluators, strict=True):
-            key = ["heads", evaluator.text, described, samples, reach]
+            key = ["heads", evaluator.text, described, samples, reach, list(sizes)]
             known = evaluator.journal.recall(key)
             if parallel.everywhere(known is not None):
                 found[judge.name] = torch.tensor(known, dtype=torch.float64)
                 continue
-            config = evaluator.model.config
-            shape = len(evaluator.blocks), int(config.num_key_value_heads)
+            shape = len(evaluator.blocks), int(evaluator.model.config.num_key_value_heads), 1 + len(sizes)
             table = torch.zeros(evaluator.windows, *shape, dtype=torch.float64)
             for gate, weight in zip(gates, weights, strict=True):
-                for number in evaluator.mine():
-                    part = head_gradients(evaluator, torch.full(shape, gate), number)
-                    table[evaluator.span(number)] -= part * float(weight) / 2 * reach
+                start = torch.zeros(shape)
+                start[..., 0], start[..., 1 + sizes.index(1.0)] = gate, 1 - gate
+                for number, part in each_head_gradients(evaluator, start):
+                    table[evaluator.span(number)] += part * float(weight) / 2 * reach
                     step.advance()
-            found[judge.name] = parallel.gather(table).mean(0)
+            mean = parallel.gather(table).mean(0)
+            found[judge.name] = mean[..., 1:] - mean[..., :1]
             check_numbers(_named(found[judge.name]), f"gates by head on {judge.name}")
             evaluator.journal.keep(key, found[judge.name].tolist())
-    tables = [found[judge.name] for judge in judges]
-    layers = [table.sum(1) for table in tables]
-    return HeadScores(weigh(judges, tables, _positive(tables)), weigh(judges, layers, _positive(layers)), found)
+    scaled = {
+        judge.name: found[judge.name] * _scales(judge, limits, sizes, found[judge.name], reporter) for judge in judges
+    }
+    return _by_size(judges, sizes, scaled)
+
+
+def positions(window: Window, size: float) -> int:
+    """Positions of a share of a window."""
+    return window.size if size == 1 else max(2, int(window.size * size))
+
+
+def _scales(judge: Judge, limits: Limits, sizes: Sequence[float], table: Tensor, reporter: Reporter) -> Tensor:
+    """What the scores [L, K, S] of each size are multiplied with, [S]: 1 for the usual window and larger ones."""
+    scales = torch.ones(len(sizes), dtype=torch.float64)
+    smaller = [number for number, size in enumerate(sizes) if size < 1]
+    if not smaller:
+        return scales
+    part = judge.evaluator.part(ENDS_SHARE)
+    plans = [{}, limits, *(resized_by(limits, sizes[number]) for number in smaller)]
+    with reporter.progress("smaller windows", len(plans) * len(part.mine())) as step:
+        dense, usual, *others = part.values(plans, advance=step.advance).mean(1).tolist()
+    positive = table.clamp_min(0).flatten(0, 1).sum(0)
+    for number, loss in zip(smaller, others, strict=True):
+        if min(usual - dense, loss - dense, float(positive[number])) > 0:
+            wanted = positive[sizes.index(1.0)] * (loss - dense) / (usual - dense)
+            scales[number] = wanted / positive[number]
+    return scales
+
+
+def _by_size(
+    judges: Sequence[Judge], sizes: Sequence[float], found: Mapping[str, Tensor]
+) -> dict[float, HeadScores]:  # fmt: skip
+    """Scores by size from those of each judge [L, K, S]; the shares of judges are those at the usual window."""
+    usual = [found[judge.name][..., sizes.index(1.0)] for judge in judges]
+    heads_in_all, layers_in_all = _positive(usual), _positive([table.sum(1) for table in usual])
+    scores: dict[float, HeadScores] = {}
+    more: HeadScores | None = None
+    for size in sorted(sizes, reverse=True):
+        own = {judge.name: found[judge.name][..., sizes.index(size)] for judge in judges}
+        tables = list(own.values())
+        heads = weigh(judges, tables, heads_in_all)
+        layers = weigh(judges, [table.sum(1) for table in tables], layers_in_all)
+        if more is not None:
+            heads, layers = heads.maximum(more.heads), layers.maximum(more.layers)
+        scores[size] = more = HeadScores(heads, layers, own)
+    return scores
 
 
 def _positive(tables: Sequence[Tensor]) -> list[float]:
@@ -109,33 +186,45 @@ def weigh(judges: Sequence[Judge], costs: Sequence[Tensor], everything: Sequence
 
 def _named(table: Tensor) -> dict[str, float]:
     return {
-        f"attention.{block} head {head}": value
+        f"attention.{block} head {head}": sum(values)
         for block, row in enumerate(table.tolist())
-        for head, value in enumerate(row)
+        for head, values in enumerate(row)
     }
 
 
-def best_heads(scores: HeadScores, free: Collection[Head], count: int, ranks: int = 1) -> Full:
-    """At most `count` heads of `free` that cost most to limit; ties by position.
+def options(
+    scores: Mapping[float, HeadScores], block: int, free: Sequence[int], ranks: int = 1, *, whole: bool = False
+) -> list[tuple[float, float, tuple[int, ...]]]:
+    """What may become of a layer: each number of its heads, those that cost most, full, the others limited to a size.
 
     Args:
-        scores: Of all heads.
-        free: Those to choose from.
-        count: How many.
+        scores: Of all sizes.
+        block: Of the layer.
+        free: Its heads to choose from; others stay limited to the usual window.
         ranks: Tensor-parallel ranks, each of which is to have as many full heads of a layer as the others. Heads are
             then taken together, one of each rank.
+        whole: Full are all of them or none.
+
+    Returns:
+        (cost of the limited ones, size, heads that are full); that all are is the last.
     """
-    each = scores.heads.shape[1]
-    bundles: list[list[Head]] = []
-    for block in sorted({block for block, _ in free}):
-        own = _ranked(scores, [head for head in free if head[0] == block])
-        of_ranks = [[head for head in own if head[1] * ranks // each == rank] for rank in range(ranks)]
-        bundles += [list(bundle) for bundle in zip(*of_ranks, strict=False)]
-    bundles.sort(key=lambda bundle: (-sum(float(scores.heads[head]) for head in bundle), bundle))
-    return frozenset(head for bundle in bundles[: count // ranks] for head in bundle)
+    each = next(iter(scores.values())).heads.shape[1]
+    found: list[tuple[float, float, tuple[int, ...]]] = []
+    for size, of_size in scores.items():
+        if size != 1 and len(free) < each:
+            continue
+        own = ranked(of_size, [(block, head) for head in free])
+        of_ranks = [[head for _, head in own if head * ranks // each == rank] for rank in range(ranks)]
+        bundles = list(zip(*of_ranks, strict=False))
+        for count in range(0, len(bundles), max(1, len(bundles)) if whole else 1):
+            full = tuple(sorted(head for bundle in bundles[:count] for head in bundle))
+            cost = sum(float(of_size.heads[block, head]) for head in free if head not in full)
+            found.append((cost, size, full))
+    return [*found, (0.0, 1.0, tuple(sorted(free)))]
 
 
-def _ranked(scores: HeadScores, free: Collection[Head]) -> list[Head]:
+def ranked(scores: HeadScores, free: Collection[Head]) -> list[Head]:
+    """Heads that cost most to limit first; ties by position."""
     return sorted(free, key=lambda each: (-float(scores.heads[each]), each))
 
 
@@ -143,6 +232,16 @@ def best_layers(scores: HeadScores, free: Collection[int], count: int) -> Full:
     """All heads of the `count` blocks of `free` that cost most to limit."""
     ranked = sorted(free, key=lambda block: (-float(scores.layers[block]), block))
     return frozenset((block, head) for block in ranked[:count] for head in range(scores.heads.shape[1]))
+
+
+def resized_by(limits: Limits, size: float) -> dict[Sublayer, Window]:
+    """Every limit with a share of its window."""
+    return {sublayer: resized(window, positions(window, size)) for sublayer, window in limits.items()}
+
+
+def sized(limits: Limits, plan: HeadPlan) -> dict[Sublayer, Window]:
+    """Every limit with the window that the plan says."""
+    return {each: resized_by({each: window}, plan.size(each.block))[each] for each, window in limits.items()}
 
 
 def limited(limits: Limits, full: Full) -> dict[Sublayer, Window]:
@@ -153,74 +252,3 @@ def limited(limits: Limits, full: Full) -> dict[Sublayer, Window]:
         if len(kept) < window.kv_heads:
             out[sublayer] = window if tuple(kept) == window.full else window.with_heads(kept)
     return out
-
-
-@dataclass
-class Trial:
-    """Plans measured by their judges; each once.
-
-    Attributes:
-        judges: Texts.
-        limits: Every layer that may be limited, limited.
-        reporter: For progress.
-    """
-
-    judges: Sequence[Judge]
-    limits: Limits
-    reporter: Reporter
-    _known: dict[Full, float] = field(default_factory=dict)
-    _modules: dict[tuple[Sublayer, tuple[int, ...]], Window] = field(default_factory=dict)
-    _ends: list[Tensor] = field(default_factory=list)
-
-    def costs(self, plans: Iterable[Full], what: str) -> list[float]:
-        """Increase of the judges' losses, as `weigh` makes one cost of them, nats/token of the first judge."""
-        plans = list(plans)
-        missing = [plan for plan in dict.fromkeys(plans) if plan not in self._known]
-        if missing:
-            asked = [self._gone(plan) for plan in missing]
-            batches = sum(len(judge.evaluator.mine()) for judge in self.judges)
-            with self.reporter.progress(what, (len(missing) + 2 * (not self._ends)) * batches) as step:
-                if not self._ends:
-                    ends = [{}, limited(self.limits, frozenset())]
-                    self._ends = [judge.evaluator.values(ends, advance=step.advance).mean(1) for judge in self.judges]
-                costs = [
-                    judge.evaluator.values(asked, advance=step.advance).mean(1) - dense
-                    for judge, (dense, _) in zip(self.judges, self._ends, strict=True)
-                ]
-            found = weigh(self.judges, costs, [float(limited - dense) for dense, limited in self._ends]).tolist()
-            check_numbers({str(number): cost for number, cost in enumerate(found)}, what)
-            self._known |= dict(zip(missing, found, strict=True))
-        return [self._known[plan] for plan in plans]
-
-    def _gone(self, plan: Full) -> dict[Sublayer, Window]:
-        """The plan's limits; equal ones are the same modules, so that plans share what they have in common."""
-        made = limited(self.limits, plan)
-        return {each: self._modules.setdefault((each, window.full), window) for each, window in made.items()}
-
-
-def exchange(trial: Trial, start: Full, scores: HeadScores, free: Collection[Head]) -> Full:
-    """Swap single heads while that makes the plan cheaper.
-
-    Each round adds each of the best heads outside and leaves out each of the least heads inside, measures these plans,
-    and then tries the best additions with the best omissions.
-
-    Source: the exchange algorithm for subsets, Fedorov 1972. Inferred: the shortlists, by first-order scores.
-    """
-    plan = start
-    for number in range(1, ROUNDS + 1):
-        ranked = _ranked(scores, free)
-        outside = [head for head in ranked if head not in plan][:SHORTLIST]
-        inside = [head for head in reversed(ranked) if head in plan][:SHORTLIST]
-        added = [plan | {head} for head in outside]
-        less = [plan - {head} for head in inside]
-        before, *costs = trial.costs([plan, *added, *less], f"exchange, round {number}")
-        gains = sorted(zip(costs[: len(added)], outside, strict=True))[:3]
-        losses = sorted(zip(costs[len(added) :], inside, strict=True))[:3]
-        swapped = [plan - {old} | {new} for _, new in gains for _, old in losses]
-        after, best = min(zip(trial.costs(swapped, f"exchange, round {number}"), swapped, strict=True),
-                          key=lambda each: each[0])  # fmt: skip
-        if after >= before:
-            break
-        trial.reporter.say(f"exchange: {before:.4f} -> {after:.4f} nats/token")
-        plan = best
-    return plan

@@ -1,12 +1,14 @@
 """Which units an FFN keeps, what leaving the others out costs, and its output projection for those that stay.
 
-With c [N, F] what enters the output projection W [D, F] and H = c'c, leaving a unit out and refitting W for the rest
-adds w_j'w_j / [H^-1]_jj to the squared error of the FFN's output, exactly. Units go by that cost, some at a time, and
-H^-1 follows. One order of a layer serves all its widths.
+With c [N, F] what enters the output projection W [D, F], H = c'c / N and S what the next words feel of an error of the
+FFN's output (`forward/sensitivity.py`), leaving units out and refitting W for the rest costs half of
+sum_ij H_ij (w_i - w'_i)' S (w_j - w'_j) nats per token, to second order. One unit more costs
+w_j' S w_j / (2 [H^-1]_jj), exactly that sum. Units go by that cost, some at a time, and H^-1 follows. One order of a
+layer serves all its widths.
 
 Source: Optimal Brain Surgeon (Hassibi and Stork 1993) on the output projection's inputs, as in SparseGPT (arXiv
-    2301.00774); a width for each layer: Adapt-Pruner (arXiv 2502.03460). Inferred: tokens weighted by the inverse mean
-    square of the stream, as everywhere here.
+    2301.00774); the two moments as factors: K-FAC (arXiv 1503.05671); a width for each layer: Adapt-Pruner (arXiv
+    2502.03460). Inferred: tokens weighted by the inverse mean square of the stream, as everywhere here.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.plan import KINDS, Sublayer
-from pruning.regression import HeldOutMoments, solve, token_weights
+from pruning.regression import HeldOutMoments, token_weights
 from pruning.variants.base import Job
 from pruning.variants.narrow import Narrow, multiple_of, narrowed
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from pruning.forward.blocks import Arguments, Taps
     from pruning.forward.evaluator import Evaluator
 
-RIDGE = 1e-3  # of the Gram matrix, by the units' own scales
+RIDGE = 0.3  # of the Gram matrix, by the units' own scales: without, what units have in common is overrated
+GRADIENT_TOKENS = 8192  # that the sensitivities are measured on
 CHUNKS = 8  # in which as many units go as a width loses at a time
 
 
@@ -37,33 +40,21 @@ class Elimination:
 
     Attributes:
         order: All units, the first to go first, int64 [F].
-        errors: Units left -> squared error of the FFN's output, refitted, as a share of its square; 0 for all of them.
+        errors: Units left -> squared error of the FFN's output, refitted, as a share of `square`; 0 for all of them.
+        square: Of the output of all units, in the metric that units were chosen by.
     """
 
     order: Tensor
     errors: Mapping[int, float]
+    square: float
 
     def kept(self, units: int) -> Tensor:
         """The numbers of the last `units` units, ascending."""
         return self.order[len(self.order) - units :].sort().values
 
-
-@dataclass(frozen=True, slots=True)
-class Narrowing:
-    """How one FFN can be narrowed.
-
-    Attributes:
-        elimination: The order of its units.
-        trial: The FFN of the width that layers are compared by, refitted on the dense model's own stream.
-    """
-
-    elimination: Elimination
-    trial: Narrow
-
-    @property
-    def trial_error(self) -> float:
-        """What the trial loses, as a share of the FFN's output."""
-        return self.elimination.errors[self.trial.projection.in_features]
+    def loss(self, units: int) -> float:
+        """Predicted increase of the loss where so many units stay, nats per token (from `narrowings`)."""
+        return self.errors[units] * self.square / 2
 
 
 def eliminate(gram: Tensor, weight: Tensor, chunk: int) -> Elimination:
@@ -97,21 +88,7 @@ def eliminate(gram: Tensor, weight: Tensor, chunk: int) -> Elimination:
         order.append(left[gone])
         rows, inverse, left = rows[stay] - cross @ lost, inverse[stay][:, stay] - cross @ update, left[stay]
         errors[len(left)] = total / square if square else 0.0
-    return Elimination(torch.cat(order), errors)
-
-
-def refit(gram: Tensor, weight: Tensor, units: Tensor) -> Tensor:
-    """The output projection [D, n] of some units that is nearest to that of all of them.
-
-    Args:
-        gram: H of all units, [F, F] float64.
-        weight: W of all units, [D, F].
-        units: Those that stay, int64 [n].
-    """
-    missing = weight.double().clone()
-    missing[:, units] = 0
-    change = solve(gram[units][:, units], gram[units] @ missing.T, RIDGE)
-    return (weight[:, units].double() + change.T).to(weight.dtype)
+    return Elimination(torch.cat(order), errors, square)
 
 
 @contextmanager
@@ -135,30 +112,39 @@ def _ffn_of(evaluator: "Evaluator", block: int) -> tuple[nn.Module, str, nn.Line
     return ffn, family.ffn_output, projection
 
 
-@torch.no_grad()
 def narrowings(
-    evaluator: "Evaluator", blocks: Collection[int], trial: int, reporter: "Reporter"
-) -> dict[Sublayer, Narrowing]:
+    evaluator: "Evaluator", blocks: Collection[int], seed: int, reporter: "Reporter"
+) -> dict[Sublayer, Elimination]:
     """The order in which FFNs lose their units, on the dense model's own stream; one Gram matrix at a time.
 
     Args:
         evaluator: Of the dense model, on the calibration tokens.
         blocks: Whose FFNs may be narrowed.
-        trial: Units of the FFNs that layers are compared by.
+        seed: Of the words that gradients are taken for.
         reporter: For progress.
     """
-    found: dict[Sublayer, Narrowing] = {}
+    from pruning.forward.sensitivity import sensitivities
+
+    projections = {block: _ffn_of(evaluator, block)[2] for block in blocks}
+    felt = sensitivities(evaluator, projections, GRADIENT_TOKENS, seed, reporter)
+    with torch.no_grad():
+        return _walked(evaluator, felt, reporter)
+
+
+def _walked(evaluator: "Evaluator", felt: Mapping[int, Tensor], reporter: "Reporter") -> dict[Sublayer, Elimination]:
+    """The orders, with what the next words feel of each FFN's output, [D, D]."""
+    found: dict[Sublayer, Elimination] = {}
     embedded = [evaluator.embed(batch) for batch in evaluator.batches]
     streams, arguments = [hidden for hidden, _ in embedded], [given for _, given in embedded]
     taps: list[Taps] = [{} for _ in streams]
-    last = max(blocks, default=-1)
+    last = max(felt, default=-1)
     with reporter.progress("units", last + 1) as step:
         for index in range(last + 1):
             with evaluator.residency.block(index):
                 for kind in KINDS:
                     sublayer = Sublayer(index, kind)
-                    if kind == "ffn" and index in blocks:
-                        found[sublayer] = _narrowing(evaluator, sublayer, streams, arguments, taps, trial)
+                    if kind == "ffn" and index in felt:
+                        found[sublayer] = _order(evaluator, sublayer, streams, arguments, taps, felt[index])
                         continue
                     for number, hidden in enumerate(streams):
                         given = arguments[number][index]
@@ -169,27 +155,26 @@ def narrowings(
     return found
 
 
-def _narrowing(
+def _order(
     evaluator: "Evaluator", sublayer: Sublayer, streams: list[Tensor], arguments: Sequence["Arguments"],
-    taps: Sequence["Taps"], trial: int,
-) -> Narrowing:  # fmt: skip
+    taps: Sequence["Taps"], felt: Tensor,
+) -> Elimination:  # fmt: skip
     """The order of one FFN's units; takes the streams through it, in place."""
-    ffn, output, projection = _ffn_of(evaluator, sublayer.block)
-    size = projection.in_features
+    _, _, projection = _ffn_of(evaluator, sublayer.block)
+    size, count = projection.in_features, 0
     gram = torch.zeros(size, size, dtype=torch.float64)
     for number, hidden in enumerate(streams):
         with _entering(projection) as seen:
             after = evaluator.run_and_tap(sublayer, hidden, arguments[number][sublayer.block], None, taps[number])
         streams[number] = after
         rows = seen[0].flatten(0, -2).float() * token_weights(after).to(after.device, torch.float32).sqrt()[:, None]
+        count += len(rows)
         with torch.autocast(rows.device.type, enabled=False):
             gram += (rows.T @ rows).double().cpu()
-    weight = projection.weight.detach()
-    elimination = eliminate(gram, weight.cpu(), max(1, multiple_of(size) // CHUNKS))
-    units = elimination.kept(trial)
-    made = narrowed(ffn, output, evaluator.model.config, units)
-    made.projection.weight.data = refit(gram, weight.cpu(), units).to(weight.device)
-    return Narrowing(elimination, made)
+    values, vectors = torch.linalg.eigh(felt)
+    root = values.clamp_min(0).sqrt()[:, None] * vectors.T  # S = root' root
+    weight = root @ projection.weight.detach().double().cpu()
+    return eliminate(gram / count, weight, max(1, multiple_of(size) // CHUNKS))
 
 
 @torch.no_grad()
@@ -198,7 +183,9 @@ def refitted(job: Job) -> Narrow:
 
     It aims at the dense stream after the FFN, so it also mends what was lost before; where a norm follows the FFN, at
     what all of its units put out. With r the residual and c [N, n] what the units give, fits r ≈ c ΔW by ridge towards
-    the weights as they are, and takes it where the error on held-out windows falls.
+    the weights as they are, and takes it where the error on held-out windows falls. A token counts by the inverse mean
+    square of the dense stream and of what is amiss with it: where a massive activation came or went too early, errors
+    are a hundred times the stream.
     """
     evaluator, family = job.evaluator, job.evaluator.family
     ffn, output, projection = _ffn_of(evaluator, job.sublayer.block)
@@ -214,7 +201,9 @@ def refitted(job: Job) -> Narrow:
         entering = seen[0][..., units]
         goal = whole if after is not None else (target.float() - x.float()) / scale
         residual = goal.float() - made.projection(entering).float()
-        moments.add_windows(first, entering.float(), residual, token_weights(target).view(target.shape[:-1]))
+        amiss = residual.square().mean(-1).double() * scale**2
+        weights = 1 / (1 / token_weights(target).view(target.shape[:-1]) + amiss)
+        moments.add_windows(first, entering.float(), residual, weights)
         first += len(target)
     correction = moments.correction()
     if correction is not None:

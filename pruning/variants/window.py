@@ -40,7 +40,8 @@ class Window(Emulation):
 
     Attributes:
         kv_heads: K.
-        gates: Per KV head, [b, K]: 1 attends as the layer did, 0 as limited, between them a mixture; None: as limited.
+        sizes: Windows that gates mix.
+        gates: Per KV head, [b, K, 1 + sizes]: weights of full attention and of each window; None: as limited.
         sink_key: [K, d], or absent.
         sink_value: [K, d], or absent.
 
@@ -52,6 +53,7 @@ class Window(Emulation):
     def __init__(self, size: int, kv_heads: int, head_dim: int, sink: bool, full: Sequence[int] = ()) -> None:
         super().__init__()
         self.size, self.kv_heads, self.sink, self.full = size, kv_heads, sink, tuple(full)
+        self.sizes: tuple[int, ...] = (size,)
         self.gates: Tensor | None = None
         if sink:
             self.sink_key = nn.Parameter(torch.zeros(kv_heads, head_dim))
@@ -68,10 +70,16 @@ class Window(Emulation):
         made.full = tuple(full)
         return made
 
-    def gated(self, gates: Tensor) -> "Window":
-        """The same limit between full attention and itself, for each KV head; gates [b, K]."""
+    def among(self, sizes: Sequence[int]) -> "Window":
+        """The same limit whose gates mix full attention and windows of these sizes."""
         made: Window = shallow_copy(self)
-        made.gates = gates
+        made.sizes = tuple(sizes)
+        return made
+
+    def gated(self, gates: Tensor) -> "Window":
+        """A mixture of full attention and of each of `sizes`, for each KV head; gates [b, K (1 + sizes)]."""
+        made: Window = shallow_copy(self)
+        made.gates = gates.view(len(gates), self.kv_heads, 1 + len(self.sizes))
         return made
 
     def entry(self) -> dict[str, Any]:
@@ -191,14 +199,16 @@ def _gated(module: Any, query: Tensor, key: Tensor, value: Tensor, attend: Calla
     """Attention [b, H, T, d] between full and limited, on a text that starts here and has not been cached."""
     limit: Window = module.emulation
     assert limit.gates is not None
-    full = attend(query, key, value, None)
-    if limit.sink:
-        here = (torch.arange(key.shape[2], device=key.device) % limit.size == 0)[:, None]
-        key = torch.where(here, module.sink_key[:, None].to(key), key)
-        value = torch.where(here, module.sink_value[:, None].to(value), value)
-    limited = attend(query, key, value, limit.size)
     gates = limit.gates.repeat_interleave(query.shape[1] // key.shape[1], 1)[..., None, None]
-    return limited + gates * (full - limited)
+    out = gates[:, :, 0] * attend(query, key, value, None)
+    for number, size in enumerate(limit.sizes, 1):
+        planted = key, value
+        if limit.sink:
+            here = (torch.arange(key.shape[2], device=key.device) % size == 0)[:, None]
+            constants = (module.sink_key, key), (module.sink_value, value)
+            planted = tuple(torch.where(here, sink[:, None].to(own), own) for sink, own in constants)
+        out = out + gates[:, :, number] * attend(query, *planted, size)
+    return out
 
 
 def _sliding(

@@ -55,23 +55,27 @@ def limits(
     sums: dict[Sublayer, dict[str, list[float]]] = {sublayer: {} for sublayer in wanted}
     last = max((sublayer.block for sublayer in wanted), default=-1)
     trial = min(size, max(2, min(batch.shape[1] for batch in evaluator.batches) // LEAST_WINDOWS))
+    read = evaluator.sources([])
     with torch.no_grad(), reporter.progress("limits", len(evaluator.batches) * (last + 1)) as step:
-        for batch in evaluator.batches:
-            hidden, arguments = evaluator.embed(batch)
-            taps: Taps = {}
+        for together in evaluator.rounds(list(range(len(evaluator.batches)))):
+            streams = evaluator.embedded(together)
+            taps: dict[int, Taps] = {number: {} for number in together}
             for index in range(last + 1):
                 with evaluator.residency.block(index):
-                    for kind in KINDS:
-                        sublayer = Sublayer(index, kind)
-                        after = evaluator.run_and_tap(sublayer, hidden, arguments[index], None, taps)
-                        if sublayer in sums:
-                            for name, sink in candidates[index].items():
-                                window = made(evaluator, trial, sink)
-                                limited = evaluator.run_sublayer(sublayer, hidden, arguments[index], window)
-                                _add(sums[sublayer].setdefault(name, [0.0, 0.0]), hidden, after, limited)
-                        hidden = after
-                taps.clear()
-                step.advance()
+                    for number, (hidden, arguments) in streams.items():
+                        for kind in KINDS:
+                            sublayer = Sublayer(index, kind)
+                            after = evaluator.run_and_tap(sublayer, hidden, arguments[index], None, taps[number])
+                            if sublayer in sums:
+                                for name, sink in candidates[index].items():
+                                    window = made(evaluator, trial, sink)
+                                    limited = evaluator.run_sublayer(sublayer, hidden, arguments[index], window)
+                                    _add(sums[sublayer].setdefault(name, [0.0, 0.0]), hidden, after, limited)
+                            hidden = after
+                        streams[number] = hidden, arguments
+                        if not read:
+                            taps[number].clear()
+                        step.advance()
     for sublayer, each in sums.items():
         errors = {name: total / count for name, (total, count) in each.items()}
         best = min(errors, key=lambda name: errors[name])
@@ -100,7 +104,7 @@ def made(evaluator: "Evaluator", size: int, sink: tuple[Tensor, Tensor] | None) 
     with torch.device("meta"):
         window = Window(size, int(config.num_key_value_heads), head_dim(config), sink is not None)
     if sink is not None:
-        place = {"device": evaluator.model.device, "dtype": evaluator.model.dtype}
+        place = {"device": sink[0].device, "dtype": evaluator.model.dtype}
         state = {"sink_key": sink[0].to(**place), "sink_value": sink[1].to(**place)}
         window.load_state_dict(state, assign=True)
     window.requires_grad_(False)
@@ -119,7 +123,8 @@ def first_tokens(evaluator: "Evaluator") -> list[dict[str, tuple[Tensor, Tensor]
     tokens = torch.cat([ordinary, torch.tensor([] if bos is None else [bos], dtype=ordinary.dtype)])
     found: list[dict[str, tuple[Tensor, Tensor] | None]] = []
     with torch.no_grad():
-        hidden, arguments = evaluator.embed(tokens[:, None])
+        with evaluator.residency.embedding():
+            hidden, arguments = evaluator.embed(tokens[:, None])
         for index, block in enumerate(evaluator.blocks):
             tap = Tap()
             with evaluator.residency.block(index):

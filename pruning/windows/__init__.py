@@ -14,20 +14,22 @@ from torch import Tensor
 
 from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
-from pruning.evaluation.long_context import score
-from pruning.forward.blocks import Residency, removed
+from pruning.evaluation.long_context import score_plan
+from pruning.forward.blocks import removed
 from pruning.forward.evaluator import Evaluator
 from pruning.forward.streams import describe
 from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
-from pruning.plan import Sublayer
+from pruning.plan import Plan, Sublayer
 from pruning.recipe import Recipe
+from pruning.request import HELD_OUT_TOKENS
 from pruning.search import heads
 from pruning.search.selection import Judge
 from pruning.texts.calibration import from_files, last_windows, other_windows
 from pruning.texts.long_context import KEYS, LongPrompt, code_prompts
 from pruning.texts.reading import read_text
 from pruning.texts.shipped import rows_held_out, rows_to_choose_on
+from pruning.variants import cache_of
 from pruning.variants.window import Window
 from pruning.variants.window_fit import limits, resized
 from pruning.workdir import Journal
@@ -36,7 +38,6 @@ SINK_ROWS = 2  # rows that decide which sink each layer has
 CODE_PROMPTS = 2  # that plans are judged by
 TOKENS_FOR_A_CODE = 96  # of a prompt, at least; eight codes at most
 MEASURED_PROMPTS = 2  # dense and pruned, at the end
-HELD_OUT_TOKENS = 8192
 CODES_FOUND = 0.9  # of those that the dense model finds
 EDGE_TOKENS = 32  # of a row that tell whether it reaches into held-out text
 
@@ -53,20 +54,34 @@ class Limits:
     scored: Mapping[Sublayer, Window]
     served: Mapping[Sublayer, Window]
 
-    def but_for(self, full: heads.Full) -> "Limits":
-        """The same where some KV heads keep every token; without layers of which all do."""
-        return Limits(heads.limited(self.scored, full), heads.limited(self.served, full))
+    def by(self, plan: heads.HeadPlan) -> "Limits":
+        """The same by a plan: without layers of which all KV heads keep every token."""
+        scored, served = (heads.limited(heads.sized(limits, plan), plan.full) for limits in (self.scored, self.served))
+        return Limits(scored, served)
 
     def full_heads(self) -> dict[int, tuple[int, ...]]:
         """Block -> the KV heads of a limited layer that keep every token."""
         return {sublayer.block: window.full for sublayer, window in self.served.items() if window.full}
 
+    def windows(self) -> dict[int, int]:
+        """Block -> positions that its limited KV heads keep."""
+        return {sublayer.block: window.size for sublayer, window in self.served.items()}
+
+
+def listed(plan: Plan) -> str:
+    """The sizes of a plan's windows, for people."""
+    found = {
+        plan.windows.get(each.block, plan.window) for each, kind in plan.removed.items() if cache_of(kind) == "window"
+    }
+    *others, last = map(str, sorted(found))
+    return f"{', '.join(others)} or {last}" if others else last
+
 
 def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Rows to choose on, int64 [n, T], and rows as long as the context to judge the result by, int64 [m, L]."""
     assert recipe.context is not None
-    length, context, tokens = recipe.row_tokens, recipe.context, recipe.fit_tokens
-    rows, held = -(-tokens // length), max(1, HELD_OUT_TOKENS // context)
+    length, tokens = recipe.row_tokens, recipe.fit_tokens
+    rows, (held, context) = -(-tokens // length), held_out_rows(recipe)
     if recipe.calibration:
         found = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
         return found, last_windows(recipe.calibration, dense.tokenizer, held, context)
@@ -78,20 +93,32 @@ def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return found[:rows], rows_held_out(dense.tokenizer, context, held)
 
 
+def held_out_rows(recipe: Recipe) -> tuple[int, int]:
+    """How many rows the result is measured on, and their tokens: a context, or all tokens where they are fewer."""
+    assert recipe.context is not None
+    tokens = recipe.held_out_tokens or max(recipe.context, HELD_OUT_TOKENS)
+    return max(1, tokens // recipe.context), min(tokens, recipe.context)
+
+
 def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter) -> Limits:
     """Limit every attention layer that sees all tokens, with the sink, or none, that suits it, as those before."""
-    evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], batch_size=1)
+    evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], 1, residency=dense.residency)
     wanted = [Sublayer(block, "attention") for block in dense.limitable]
     size = _scored_size(recipe, rows)
-    found: dict[Sublayer, Window] = {sublayer: resized(window, size) for sublayer, window in dense.limits.items()}
-    found |= {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
-    return Limits(found, as_served(found, recipe))
-
-
-def _scored_size(recipe: Recipe, rows: Tensor) -> int:
+    new = {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
+    scored = {each: resized(limit, _scored_size(recipe, rows, limit.size)) for each, limit in dense.limits.items()}
     assert recipe.window is not None
+    return Limits(
+        scored | new, {**dense.limits, **{each: resized(limit, recipe.window) for each, limit in new.items()}}
+    )
+
+
+def _scored_size(recipe: Recipe, rows: Tensor, served: int | None = None) -> int:
+    """Positions for these rows of a window that keeps so many of the context."""
+    served = served or recipe.window
+    assert served is not None
     assert recipe.context is not None
-    return max(2, recipe.window * rows.shape[1] // recipe.context)
+    return max(2, served * rows.shape[1] // recipe.context)
 
 
 @contextmanager
@@ -100,15 +127,14 @@ def as_before(dense: DenseModel, recipe: Recipe, rows: Tensor) -> Iterator[None]
     blocks = blocks_of(dense.model, dense.family)
     with ExitStack() as stack:
         for sublayer, window in dense.limits.items():
-            limited = resized(window, _scored_size(recipe, rows))
+            limited = resized(window, _scored_size(recipe, rows, window.size))
             stack.enter_context(removed(blocks[sublayer.block], dense.family, sublayer.kind, limited))
         yield
 
 
-def as_served(scored: Mapping[Sublayer, Any], recipe: Recipe) -> dict[Sublayer, Any]:
+def as_served(scored: Mapping[Sublayer, Any], found: Limits) -> dict[Sublayer, Any]:
     """Limits with windows for the context."""
-    assert recipe.window is not None
-    return {sublayer: resized(window, recipe.window) for sublayer, window in scored.items()}
+    return {sublayer: resized(window, found.served[sublayer].size) for sublayer, window in scored.items()}
 
 
 def others(dense: DenseModel, recipe: Recipe, tokens: int, rows: Tensor, held_out: Tensor) -> Tensor:
@@ -124,15 +150,14 @@ def others(dense: DenseModel, recipe: Recipe, tokens: int, rows: Tensor, held_ou
 
 
 def judges(
-    dense: DenseModel, recipe: Recipe, rows: Tensor, found: Limits, journal: Journal, reporter: Reporter,
-    residency: Residency | None = None,
-) -> list[Judge]:  # fmt: skip
+    dense: DenseModel, recipe: Recipe, rows: Tensor, found: Limits, journal: Journal, reporter: Reporter
+) -> list[Judge]:
     """What plans are judged by: loss on text, and NLL of codes that were hidden far before they are asked for.
 
     Perplexity hardly sees what is fetched from far away. Each cost counts where it is positive: that a limit makes one
     of the two better is no reason to limit it.
     """
-    settings: dict[str, Any] = {"journal": journal, "residency": residency, "batch_size": 1}
+    settings: dict[str, Any] = {"journal": journal, "residency": dense.residency, "batch_size": 1}
     windows = dict(found.scored)
 
     def adapters(base: Sequence[Sublayer]) -> Mapping[Sublayer, Window]:
@@ -184,7 +209,7 @@ class Measured:
     Args:
         dense: The model, left as it is.
         recipe: Resolved.
-        held_out: Rows as long as the context, int64 [m, L].
+        held_out: Rows as long as the context, int64 [m, L]; or shorter, with windows shorter by the same factor.
         journal: Losses already measured.
         reporter: For progress.
     """
@@ -192,26 +217,36 @@ class Measured:
     def __init__(
         self, dense: DenseModel, recipe: Recipe, held_out: Tensor, journal: Journal | None, reporter: Reporter
     ) -> None:
-        self._evaluator = Evaluator(dense.model, dense.family, held_out, 1, journal=journal)
+        self._evaluator = Evaluator(
+            dense.model, dense.family, held_out, 1, journal=journal, residency=dense.residency
+        )  # fmt: skip
+        self._length = held_out.shape[1]
         self._dense, self._recipe, self._reporter = dense, recipe, reporter
         self._codes: dict[tuple[str, ...], dict[str, float] | None] = {}
 
     def loss(self, limits_of_plan: Mapping[Sublayer, Window]) -> float:
         """Nats/token; of the dense model where nothing is limited."""
-        return float(self._evaluator.loss(limits_of_plan).mean())
+        return float(self._evaluator.loss(self._in_rows(limits_of_plan)).mean())
+
+    def _in_rows(self, limits_of_plan: Mapping[Sublayer, Window]) -> Mapping[Sublayer, Window]:
+        """Limits with windows for the rows that are measured on."""
+        context = self._recipe.context or 0
+        if self._length >= context:
+            return limits_of_plan
+        return {
+            sublayer: resized(window, max(2, window.size * self._length // context))
+            for sublayer, window in limits_of_plan.items()
+        }
 
     def codes(self, limits_of_plan: Mapping[Sublayer, Window]) -> dict[str, float] | None:
         """As `found_codes`."""
+        limits_of_plan = self._in_rows(limits_of_plan)
         key = tuple(describe(limits_of_plan))
         asked = ["codes", key, self._recipe.seed, self._evaluator.text]  # the text tells which files hide the codes
         if (known := self._evaluator.journal.recall(asked)) is not None:
             self._codes[key] = known
         if key not in self._codes:
-            with ExitStack() as stack:
-                for sublayer, window in limits_of_plan.items():
-                    block = self._evaluator.blocks[sublayer.block]
-                    stack.enter_context(removed(block, self._dense.family, sublayer.kind, window))
-                self._codes[key] = found_codes(self._dense, self._recipe, self._reporter)
+            self._codes[key] = found_codes(self._dense, self._recipe, self._reporter, limits_of_plan)
             self._evaluator.journal.keep(asked, self._codes[key])
         return self._codes[key]
 
@@ -229,18 +264,27 @@ class Measured:
 
 
 @torch.inference_mode()
-def found_codes(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> dict[str, float] | None:
-    """How many hidden codes the model in memory finds, of how many, and their NLL in nats/token; None: none hidden.
+def found_codes(
+    dense: DenseModel, recipe: Recipe, reporter: Reporter, limits_of_plan: Mapping[Sublayer, Window] | None = None
+) -> dict[str, float] | None:
+    """How many hidden codes the model finds, of how many, and their NLL in nats/token; None: none hidden.
 
-    Prompts are half as long as the context, so that what is asked for lies outside of every window.
+    Prompts are half as long as the rows that are measured on, so that what is asked for lies outside of every window.
+
+    Args:
+        dense: The model, dense or cut.
+        recipe: Resolved.
+        reporter: For progress.
+        limits_of_plan: What takes the place of attention sublayers.
     """
-    assert recipe.context is not None
-    length = recipe.context // 2
+    length = held_out_rows(recipe)[1] // 2
     prompts = _prompts(dense, recipe, length, MEASURED_PROMPTS, recipe.seed + 3, reporter)
     if not prompts:
         return None
     with reporter.progress("hidden codes", len(prompts)) as step:
-        scores = score(dense.model, prompts, step.advance)
+        tokens = torch.stack([prompt.tokens for prompt in prompts])
+        evaluator = Evaluator(dense.model, dense.family, tokens, 1, residency=dense.residency)
+        scores = score_plan(evaluator, prompts, limits_of_plan or {}, step.advance)
     return {
         "length": length,
         "found": sum(sum(each.found) for each in scores),

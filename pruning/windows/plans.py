@@ -1,15 +1,18 @@
-"""Which KV heads keep every token: a plan for any budget, or the smallest that loses little, from one scoring."""
+"""What becomes of every KV head: a plan for any budget, or the smallest that loses little, from one scoring."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from pruning.budget import WINDOW_SIZES
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.importance import Scores
 from pruning.models.loading import DenseModel
-from pruning.plan import Unit, layers_within, parse_share
+from pruning.plan import Sublayer, Unit, parse_share
 from pruning.recipe import Recipe
-from pruning.search import heads
+from pruning.search import exchange, heads
+from pruning.search.knapsack import cheapest
 from pruning.search.selection import Judge, Selection
 from pruning.windows import Limits, Measured
 
@@ -21,23 +24,25 @@ LOSS_INCREASE = 0.01  # nats per token, allowed where nothing else is asked for
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Scores of all KV heads, from which a plan for any budget follows.
+    """Scores of all KV heads at all sizes of windows, from which a plan for any budget follows.
 
     Attributes:
-        scores: What limiting each head costs.
-        limits: Every layer that may be limited, limited.
+        scores: Size, as a share of the usual window -> what limiting each head to it costs.
+        limits: Every layer that may be limited, limited to the usual window.
         free: Heads that may be limited; the others were before.
         kept: Heads of layers that stay as they are.
-        left: Share of its cache that a limited head keeps.
+        window: The usual one, positions.
+        context: L, tokens of a request.
         by: "head", or "auto": whole layers where they cost little more.
         ranks: Tensor-parallel ranks that have as many full heads of a layer each.
     """
 
-    scores: heads.HeadScores
+    scores: Mapping[float, heads.HeadScores]
     limits: Limits
     free: heads.Full
     kept: heads.Full
-    left: float
+    window: int
+    context: int
     by: str
     ranks: int = 1
 
@@ -48,16 +53,28 @@ class Choice:
         """Score all heads."""
         assert recipe.window is not None
         assert recipe.context is not None
-        scores = heads.score(judges, found.scored, recipe.draws, reporter)
-        each = range(scores.heads.shape[1])
+        several = recipe.window_sizes == "several"
+        sizes = tuple(size for size in WINDOW_SIZES if size * recipe.window < recipe.context) if several else (1.0,)
+        scores = heads.score(judges, found.scored, recipe.draws, reporter, sizes=sizes)
+        each = range(scores[1.0].heads.shape[1])
         whole = [block for block in dense.limitable if block in recipe.keep]
         free = {block: tuple(each) for block in dense.limitable if block not in whole}
         free |= {sublayer.block: found.served[sublayer].full for sublayer in dense.limits}
         return cls(
             scores, found, frozenset((block, head) for block, some in free.items() for head in some),
-            frozenset((block, head) for block in whole for head in each), recipe.window / recipe.context,
+            frozenset((block, head) for block in whole for head in each), recipe.window, recipe.context,
             "head" if dense.limits else recipe.window_by, min(recipe.tensor_parallel, len(each)),
         )  # fmt: skip
+
+    @property
+    def left(self) -> float:
+        """Share of its cache that a head with the usual window keeps."""
+        return self.window / self.context
+
+    @property
+    def usual(self) -> heads.HeadScores:
+        """Scores at the usual window."""
+        return self.scores[1.0]
 
     @property
     def blocks(self) -> list[int]:
@@ -65,39 +82,84 @@ class Choice:
         return sorted({block for block, _ in self.free})
 
     @property
+    def each(self) -> int:
+        """KV heads of a layer."""
+        return int(self.usual.heads.shape[1])
+
+    @property
     def total(self) -> int:
         """KV heads of all layers that may be limited or stay."""
-        return len(self.limits.served) * self.scores.heads.shape[1]
+        return len(self.limits.served) * self.each
 
-    def plan(self, budget: float) -> heads.Full:
-        """The heads that keep every token within a share of the KV cache: single ones, or those of whole layers.
+    @property
+    def smallest(self) -> heads.HeadPlan:
+        """Everything limited, to the smallest windows."""
+        size = min(self.scores)
+        alone = [block for block in self.blocks if sum(each == block for each, _ in self.free) == self.each]
+        return heads.HeadPlan(self.kept, tuple((block, size) for block in alone if size != 1))
+
+    def plan(self, budget: float) -> heads.HeadPlan:
+        """The heads that keep every token, and the windows of the others, within a share of the KV cache.
 
         Every head more that is split off costs time, so whole layers are taken where by first order they lose little.
+
+        Raises:
+            RecipeError: The smallest windows take more.
         """
-        full = max(0, self.total - layers_within(budget, self.total, self.left) - len(self.kept))
-        single = self.kept | heads.best_heads(self.scores, self.free, full, self.ranks)
+        single = self._within(budget, whole=False)
         if self.by == "head":
             return single
-        layers = self.kept | heads.best_layers(self.scores, self.blocks, full // self.scores.heads.shape[1])
+        layers = self._within(budget, whole=True)
         return layers if self.predicted(layers) <= WHOLE_LAYERS_MAY_LOSE * self.predicted(single) else single
 
-    def predicted(self, plan: heads.Full) -> float:
+    def _within(self, budget: float, *, whole: bool) -> heads.HeadPlan:
+        of_block = {block: [head for each, head in sorted(self.free) if each == block] for block in self.blocks}
+        options = {
+            block: heads.options(self.scores, block, free, self.ranks, whole=whole) for block, free in of_block.items()
+        }
+
+        items = [
+            [(cost, self._kept(block, size, len(full))) for cost, size, full in some] for block, some in options.items()
+        ]
+        others = [sublayer.block for sublayer in self.limits.served if sublayer.block not in options]
+        fixed = sum(self._kept(block, 1.0, sum(each == block for each, _ in self.kept)) for block in others)
+        chosen = cheapest(items, budget * self.total - fixed)
+        if chosen is None:
+            raise RecipeError(
+                f"{budget:.1%} of the KV cache is out of reach: {self.share(self.smallest):.1%} stay with every layer "
+                "limited; give a smaller --window"
+            )
+        taken = {block: options[block][number] for block, number in zip(options, chosen, strict=True)}
+        full = frozenset((block, head) for block, (_, _, some) in taken.items() for head in some)
+        sizes = [(block, size) for block, (_, size, some) in taken.items() if size != 1 and len(some) < self.each]
+        return heads.HeadPlan(self.kept | full, tuple(sizes))
+
+    def predicted(self, plan: heads.HeadPlan) -> float:
         """What a plan costs by first order, nats/token."""
-        return sum(float(self.scores.heads[each]) for each in sorted(self.free - plan))
+        return sum(
+            float(self.scores[plan.size(block)].heads[block, head]) for block, head in sorted(self.free - plan.full)
+        )
 
-    def first_order(self, plan: heads.Full) -> float:
+    def first_order(self, plan: heads.HeadPlan) -> float:
         """What a plan costs on the text alone by first order, nats/token."""
-        text = next(iter(self.scores.by_judge.values())).clamp_min(0)
-        return sum(float(text[each]) for each in sorted(self.free - plan))
+        text = {size: next(iter(of_size.by_judge.values())).clamp_min(0) for size, of_size in self.scores.items()}
+        return sum(float(text[plan.size(block)][block, head]) for block, head in sorted(self.free - plan.full))
 
-    def share(self, plan: heads.Full) -> float:
+    def share(self, plan: heads.HeadPlan) -> float:
         """Share of the KV cache that a plan keeps."""
-        return (len(plan) + (self.total - len(plan)) * self.left) / self.total
+        blocks = [sublayer.block for sublayer in self.limits.served]
+        full = Counter(block for block, _ in plan.full)
+        return sum(self._kept(block, plan.size(block), full[block]) for block in blocks) / self.total
 
-    def selection(self, plan: heads.Full) -> tuple[Selection, Limits]:
+    def _kept(self, block: int, size: float, full: int) -> float:
+        """Cache of a layer with so many full heads, in that of one head that keeps every token."""
+        window = heads.positions(self.limits.served[Sublayer(block, "attention")], size)
+        return full + (self.each - full) * window / self.context
+
+    def selection(self, plan: heads.HeadPlan) -> tuple[Selection, Limits]:
         """The limited layers, least first, with the scores of all; and their limits."""
-        limits = self.limits.but_for(plan)
-        layers = {Unit(block, "attention"): float(self.scores.layers[block]) for block in self.blocks}
+        limits = self.limits.by(plan)
+        layers = {Unit(block, "attention"): float(self.usual.layers[block]) for block in self.blocks}
         chosen = [unit for unit in layers if unit.sublayers[0] in limits.served]
         return Selection(sorted(chosen, key=lambda unit: layers[unit]), {"": Scores(layers)}), limits
 
@@ -119,21 +181,27 @@ def choose(
     else:
         plan = smallest(choice, recipe.max_loss_increase or LOSS_INCREASE, measured, reporter)
     if recipe.search == "exchange":
-        plan = heads.exchange(heads.Trial(judges, found.scored, reporter), plan, choice.scores, choice.free)
+        plan = exchanged(choice, plan, judges, reporter)
     return choice.selection(plan)
 
 
-def smallest(choice: Choice, bound: float, measured: Measured, reporter: Reporter) -> heads.Full:
+def exchanged(choice: Choice, plan: heads.HeadPlan, judges: Sequence[Judge], reporter: Reporter) -> heads.HeadPlan:
+    """The plan after exchanges of single heads; windows keep the sizes that they have."""
+    trial = exchange.Trial(judges, heads.sized(choice.limits.scored, plan), reporter)
+    return replace(plan, full=exchange.exchange(trial, plan.full, choice.usual, choice.free))
+
+
+def smallest(choice: Choice, bound: float, measured: Measured, reporter: Reporter) -> heads.HeadPlan:
     """The plan with the smallest KV cache that is as good as `bound` asks; from a likely budget, one step at a time.
 
     Raises:
         RecipeError: No plan is.
     """
-    shares = [share for share in BUDGETS if share > choice.left]
+    shares = [share for share in BUDGETS if share >= choice.share(choice.smallest)]
 
     def good(number: int) -> bool:
         reporter.say(f"{shares[number]:.0%} of the KV cache:")
-        return measured.as_good(choice.limits.but_for(choice.plan(shares[number])).served, bound)
+        return measured.as_good(choice.limits.by(choice.plan(shares[number])).served, bound)
 
     at = min(range(len(shares)), key=lambda number: abs(shares[number] - LIKELY_BUDGET))
     if good(at):

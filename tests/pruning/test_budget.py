@@ -38,7 +38,7 @@ def test_the_plan_of_the_budget_holds_the_tokens_and_one_layer_less_would_not(me
     limited = counts(recipe, LAYERS).attention
 
     def needed(limited: int) -> float:
-        request = kv_bytes_of_request(LAYER_BYTES, LAYERS - limited, limited, 64, CONTEXT)
+        request = kv_bytes_of_request(LAYER_BYTES, LAYERS - limited, {64: limited}, CONTEXT)
         return (request / CONTEXT + own * LAYER_BYTES) * tokens
 
     assert needed(limited) <= parse_bytes(memory) < needed(limited - 1)
@@ -48,7 +48,7 @@ def test_the_plan_of_the_budget_holds_the_tokens_and_one_layer_less_would_not(me
     ("keys", "tokens", "memory", "says"),
     [
         ({}, 20_000, "1GiB", "the dense model holds 23,301; nothing needs to go"),
-        ({}, 200_000, "1GiB", r"out of reach: 186,413 fit with every layer limited to 1024 tokens; give a smaller"),
+        ({}, 400_000, "1GiB", r"out of reach: 372,827 fit with every layer limited to 512 tokens; give a smaller"),
         ({"emulation": "low-rank"}, 700_000, "1GiB", r"out of reach: 699,036 fit with one attention layer left; give"),
     ],
 )
@@ -58,7 +58,7 @@ def test_what_needs_nothing_and_what_is_out_of_reach(keys, tokens, memory, says)
 
 
 def test_the_ends_of_the_reach_are_inside():
-    assert counts(for_target(target(186_413, "1GiB"), LAYER_BYTES, LAYERS), LAYERS).attention == LAYERS
+    assert counts(for_target(target(372_827, "1GiB"), LAYER_BYTES, LAYERS), LAYERS).attention == LAYERS
     low_rank = for_target(target(699_036, "1GiB", emulation="low-rank"), LAYER_BYTES, LAYERS)
     assert counts(low_rank, LAYERS).attention == LAYERS - 1
     assert counts(for_target(target(23_302, "1GiB"), LAYER_BYTES, LAYERS), LAYERS).attention == 1

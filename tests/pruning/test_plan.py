@@ -32,9 +32,9 @@ def test_a_share_is_rounded_to_the_nearest_count(total, share):
 @given(st.integers(1, 128), st.data())
 def test_kv_ratio_is_the_ratio_of_kept_attention_layers(blocks, data):
     kept = data.draw(st.integers(1, blocks))
-    dense = kv_bytes_of_request(1536, blocks, 0, 0, 100)
-    assert kv_bytes_of_request(1536, kept, 0, 0, 100) * blocks == dense * kept
-    assert kv_bytes_of_request(1536, kept, blocks - kept, 25, 100) * 4 * blocks == dense * (3 * kept + blocks)
+    dense = kv_bytes_of_request(1536, blocks, {}, 100)
+    assert kv_bytes_of_request(1536, kept, {}, 100) * blocks == dense * kept
+    assert kv_bytes_of_request(1536, kept, {25: blocks - kept}, 100) * 4 * blocks == dense * (3 * kept + blocks)
 
 
 @given(st.integers(1, 12), st.data())

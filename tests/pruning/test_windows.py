@@ -1,6 +1,7 @@
 """Windows from the command line: what a budget means, how layers are chosen, what is measured and written."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,14 +14,19 @@ from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator
 from pruning.importance import Sampling
 from pruning.models.checkpoint import verify
+from pruning.models.memory import Work, needed
+from pruning.models.plan_file import PLAN, read_plan
+from pruning.models.weight_files import weight_files
 from pruning.plan import Unit, layers_within
 from pruning.recipe import Recipe
 from pruning.search.selection import Judge, score
 from pruning.texts.calibration import from_files
-from tests.conftest import losses, pico_model, tokens
+from pruning.workdir import cache_directory
+from tests.conftest import losses, pico_model, pico_tokenizer, tokens
 from tests.conftest import run_prune_export as run
 
 WINDOWS = ["--context", "256", "--kv-budget", "60%"]
+SMALL = [*WINDOWS, "--calibration-tokens", "512", "--held-out-tokens", "256"]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +53,15 @@ def test_the_defaults_keep_a_third_of_the_cache_at_most():
 
 
 def test_a_small_budget_gets_a_smaller_window_so_that_some_heads_stay_full():
-    sizes = {budget: resolved(Recipe(kv_budget=budget), 8192).window for budget in ("50%", "20%", "15%", "10%")}
-    assert sizes == {"50%": 1024, "20%": 1024, "15%": 704, "10%": 448}
-    assert resolved(Recipe(kv_budget="10%", window=512), 8192).window == 512
-    assert resolved(Recipe(kv_budget="10%"), 256).window == 15
+    budgets = ("50%", "20%", "15%", "10%")
+    one = {budget: resolved(Recipe(kv_budget=budget, window_sizes="one"), 8192).window for budget in budgets}
+    assert one == {"50%": 1024, "20%": 1024, "15%": 704, "10%": 448}
+    several = {budget: resolved(Recipe(kv_budget=budget), 8192).window for budget in budgets}
+    assert several == {"50%": 1024, "20%": 1024, "15%": 1024, "10%": 640}
+    asked = resolved(Recipe(kv_budget="10%", window=512), 8192)
+    assert (asked.window, asked.window_sizes) == (512, "one")
+    assert resolved(Recipe(kv_budget="10%"), 256).window == 21
+    assert resolved(Recipe(kv_budget="10%", search="greedy"), 8192).window_sizes == "one"
     for budget, size in (("15%", 704), ("10%", 448)):
         assert 90 - layers_within(float(budget[:-1]) / 100, 90, size / 8192) >= 4
 
@@ -82,7 +93,9 @@ def test_prunes_to_windows_and_measures_at_the_context(monkeypatch, pico_directo
     assert manifest.recipe["window"] == 32
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model(torch.arange(8)[None]).logits.isfinite().all()
-    assert "limited to the last 32 tokens" in (output / "README.md").read_text()
+    sizes = {manifest.recipe["window"], *manifest.quality.get("windows", {}).values()}
+    assert all(str(size) in (output / "README.md").read_text() for size in sizes)
+    assert "limited to the last " in (output / "README.md").read_text()
     assert "codes hidden in 128 tokens" in capsys.readouterr().err
 
 
@@ -187,3 +200,89 @@ def test_scores_of_windows_are_of_attention(monkeypatch, pico_directory, long_te
     printed = capsys.readouterr().out
     assert printed.count("attention.") == 6
     assert "ffn." not in printed
+
+
+def made_by(monkeypatch, model, output, *flags):
+    shutil.rmtree(cache_directory() / "searches", ignore_errors=True)  # what was measured would be known
+    assert run(monkeypatch, model, "--output", output, *flags) == 0
+    return output
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("shoal", "bfloat16"), ("plan", "float32")])
+def test_a_streamed_plan_is_that_of_the_whole_model(monkeypatch, long_text, tmp_path, form, dtype):
+    dense = tmp_path / "dense"
+    pico_model("llama").to(getattr(torch, dtype)).save_pretrained(dense, max_shard_size="300KB")
+    pico_tokenizer().save_pretrained(dense)
+    flags = ["--calibration", long_text, *SMALL, "--format", form]
+    whole = made_by(monkeypatch, dense, tmp_path / "whole", *flags)
+    streamed = made_by(monkeypatch, dense, tmp_path / "streamed", *flags, "--stream")
+    first, second = read(whole), read(streamed)
+    assert second.removed == first.removed
+    assert second.sizes == first.sizes
+    assert second.base == first.base
+    assert second.quality["full_heads"] == first.quality["full_heads"]
+    for name in ("dense_loss", "pruned_loss"):
+        assert second.quality[name] == pytest.approx(first.quality[name], abs=1e-6)
+    assert second.quality["codes"] == pytest.approx(first.quality["codes"], rel=1e-5)
+    (scores,) = first.importance.values()
+    assert next(iter(second.importance.values())) == pytest.approx(scores, rel=1e-4, abs=1e-7)
+    if form == "shoal":
+        names = sorted(path.name for path in dense.glob("*.safetensors"))
+        assert len(names) > 1
+        assert all((streamed / name).samefile(dense / name) for name in names)
+
+
+def read(directory):
+    return read_plan(directory / PLAN).document.manifest if (directory / PLAN).exists() else verify(directory)
+
+
+def test_what_cannot_stream_is_refused_in_one_line(monkeypatch, pico_directory, long_text, tmp_path, capsys):
+    base = ["--calibration", long_text, "--context", "256", "--output", tmp_path / "out", "--stream"]
+    for flags, why in (
+        (["--attention", "2", "--emulation", "low-rank"], "low-rank changes weights"),
+        (["--compensate", "--emulation", "window"], "--compensate changes weights"),
+        (["--heal", "adapters", "--heal-steps", "1"], "--heal adapters trains"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16 writes weights anew"),
+    ):
+        assert run(monkeypatch, pico_directory(), *base, *flags) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert why in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_planned_before_it_is_used(monkeypatch, pico_directory, long_text, tmp_path, capsys):
+    base = ["--calibration", long_text, *SMALL]
+    memory = {}
+    for number, given in enumerate(("8GiB", "600MiB")):
+        code = run(monkeypatch, pico_directory(), "--output", tmp_path / str(number), *base, "--memory", given)
+        memory[given] = code, capsys.readouterr().err
+    assert memory["8GiB"][0] == 0
+    assert "the model is loaded as a whole" in memory["8GiB"][1]
+    assert memory["600MiB"][0] == 2
+    (line,) = [line for line in memory["600MiB"][1].splitlines() if line.startswith("error:")]
+    assert "--memory 600MiB: about" in line
+    assert not (tmp_path / "1").exists()
+    assert run(monkeypatch, pico_directory(), "--output", tmp_path / "2", *base, "--memory", "much") == 2
+    assert "--memory 'much' is not a size" in capsys.readouterr().err
+
+
+def test_a_model_larger_than_the_memory_is_streamed(monkeypatch, long_text, tmp_path, capsys):
+    dense = tmp_path / "dense"
+    pico_model("llama", num_hidden_layers=24, hidden_size=256, intermediate_size=2048).save_pretrained(dense)
+    pico_tokenizer().save_pretrained(dense)
+    needs = needed(weight_files(dense), FAMILIES["llama"], Work(4, 256, 512, 256, 256, 2048, 24))
+    assert needs.streamed < needs.whole - 2**20
+    between = f"{(needs.streamed + needs.whole) / 2 / 2**20:.0f}MiB"
+    flags = ["--calibration", long_text, *SMALL, "--memory", between, "--format", "plan"]
+    assert run(monkeypatch, dense, "--output", tmp_path / "out", *flags) == 0
+    assert "blocks are read from disk one at a time" in capsys.readouterr().err
+    assert run(monkeypatch, dense, "--output", tmp_path / "no", *flags, "--heal", "adapters") == 2
+    assert "--heal adapters trains, which needs the whole model; give more memory" in capsys.readouterr().err
+
+
+def test_fewer_held_out_tokens_than_a_context_shorten_the_windows(monkeypatch, pico_directory, long_text, tmp_path):
+    flags = ["--calibration", long_text, *WINDOWS, "--calibration-tokens", "512", "--held-out-tokens", "128"]
+    quality = read(made_by(monkeypatch, pico_directory(), tmp_path / "out", *flags)).quality
+    assert quality["row_tokens"] == 128
+    if "codes" in quality:
+        assert quality["codes"]["length"] == 64

@@ -32,7 +32,7 @@ def test_mixtures_of_experts_are_refused_before_any_work(
     monkeypatch, pico_directory, text, tmp_path, capsys, model_type
 ):
     hashed: list[object] = []
-    monkeypatch.setattr("pruning.forward.streaming.hash_files", hashed.append)
+    monkeypatch.setattr("pruning.forward.streaming.hash_each", hashed.append)
     saved = tmp_path / "scores.json"
     flags = ["--stream", "--calibration", text, "--calibration-tokens", 256, "--sequence-length", 32]
     assert run_prune_export(monkeypatch, "score", pico_directory(model_type), *flags, "--output", saved) == 2

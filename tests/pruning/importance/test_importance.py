@@ -131,7 +131,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pico, tmp_path
     whole = scores(name, evaluator(None)).values
     path = tmp_path / "journal"
     broken = evaluator(path)
-    finals, calls = broken._finals, 0
+    finals, calls = broken.finals, 0
 
     def dies(*arguments):
         nonlocal calls
@@ -140,7 +140,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pico, tmp_path
             raise Killed
         return finals(*arguments)
 
-    broken._finals = dies
+    broken.finals = dies
     with pytest.raises(Killed):
         scores(name, broken)
     with path.open("a") as file:
@@ -158,7 +158,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pico, tmp_path
         ran += 1
         return finals(*arguments)
 
-    again._finals = counted
+    again.finals = counted
     assert scores(name, again).values == whole
     assert ran == 0
 

@@ -2,20 +2,24 @@
 
 import itertools
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pruning import windows
 from pruning.console import Reporter
+from pruning.errors import RecipeError
 from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator
 from pruning.models.checkpoint import verify
 from pruning.plan import Sublayer
-from pruning.search import heads
+from pruning.search import exchange, heads
 from pruning.search.selection import Judge
 from pruning.variants.window_fit import limits
+from pruning.windows.plans import Choice
 from tests.conftest import pico_model, run_prune_export, tokens
 
 FREE = range(6)
@@ -27,17 +31,17 @@ def trial():
     evaluator = Evaluator(model, FAMILIES["llama"], tokens(4, 64), 2)
     every = [Sublayer(block, "attention") for block in FREE]
     found = {one: each.window for one, each in limits(evaluator, every, 8, Reporter()).items()}
-    return heads.Trial([Judge("text", evaluator)], found, Reporter())
+    return exchange.Trial([Judge("text", evaluator)], found, Reporter())
 
 
 @pytest.fixture(scope="module")
 def scores(trial):
-    return heads.score(trial.judges, trial.limits, 1, Reporter())
+    return heads.score(trial.judges, trial.limits, 1, Reporter())[1.0]
 
 
 def test_scores_of_all_heads_sum_to_what_limiting_all_costs(trial):
     dense, limited = trial.judges[0].evaluator.values([{}, trial.limits]).mean(1).tolist()
-    fine = heads.score(trial.judges, trial.limits, 12, Reporter(), reach=1.0)
+    fine = heads.score(trial.judges, trial.limits, 12, Reporter(), reach=1.0)[1.0]
     found = fine.by_judge["text"]
     assert float(found.sum()) == pytest.approx(limited - dense, rel=1e-3)
     assert fine.heads.tolist() == found.clamp_min(0).tolist()
@@ -55,7 +59,7 @@ def test_judges_of_any_scale_count_by_their_weight():
 def test_a_gate_that_is_open_or_shut_is_the_plan(trial):
     evaluator, window = trial.judges[0].evaluator, trial.limits[Sublayer(2, "attention")]
     one_full = {Sublayer(2, "attention"): window.with_heads([1])}
-    gates = torch.tensor([[0.0, 1.0]]).expand(2, -1)
+    gates = torch.tensor([0.0, 1.0, 1.0, 0.0]).expand(2, -1)  # of each head: full, window
     assert evaluator.loss(one_full).tolist() == pytest.approx(
         evaluator.loss({Sublayer(2, "attention"): window.gated(gates)}).tolist(), abs=1e-6
     )
@@ -68,38 +72,107 @@ def test_a_plan_leaves_out_layers_that_keep_all_heads(trial):
     assert made[Sublayer(1, "attention")].full == ()
 
 
-def test_the_best_are_the_dearest(scores):
-    chosen = heads.best_heads(scores, list(itertools.product(FREE, range(2))), 5)
-    assert len(chosen) == 5
-    rest = set(itertools.product(FREE, range(2))) - chosen
-    assert min(scores.heads[head] for head in chosen) >= max(scores.heads[head] for head in rest)
+def choice_of(trial, scores, **settings):
+    found = windows.Limits(trial.limits, trial.limits)
+    every = frozenset(itertools.product(FREE, range(2)))
+    return Choice(
+        scores, found, **{"free": every, "kept": frozenset(), "window": 8, "context": 64, "by": "head"} | settings
+    )
+
+
+def test_the_best_are_the_dearest(trial, scores):
+    plan = choice_of(trial, {1.0: scores}).plan((5 + 7 / 8) / 12)
+    assert len(plan.full) == 5
+    rest = set(itertools.product(FREE, range(2))) - plan.full
+    assert min(scores.heads[head] for head in plan.full) >= max(scores.heads[head] for head in rest)
     assert {block for block, _ in heads.best_layers(scores, [1, 4], 1)} <= {1, 4}
 
 
-def test_tensor_parallel_ranks_have_as_many_full_heads_of_a_layer(scores):
-    both = list(itertools.product(FREE, range(2)))
-    chosen = heads.best_heads(scores, both, 5, ranks=2)
+def test_tensor_parallel_ranks_have_as_many_full_heads_of_a_layer(trial, scores):
+    chosen = choice_of(trial, {1.0: scores}, ranks=2).plan((5 + 7 / 8) / 12).full
     assert len(chosen) == 4
     assert {block for block, head in chosen if head == 0} == {block for block, head in chosen if head == 1}
     totals = {block: float(scores.heads[block].sum()) for block in FREE}
     assert {block for block, _ in chosen} == set(sorted(FREE, key=totals.get)[-2:])
-    assert heads.best_heads(scores, both, 5) != chosen
+
+
+def test_no_plan_of_the_same_bytes_costs_less(trial):
+    sizes = (0.5, 1.0, 2.0)
+    scores = heads.score(trial.judges, trial.limits, 1, Reporter(), sizes=sizes)
+    assert (scores[0.5].heads >= scores[1.0].heads).all()
+    assert (scores[1.0].heads >= scores[2.0].heads).all()
+    choice = choice_of(trial, scores)
+    plan = choice.plan(0.3)
+    assert choice.share(plan) <= 0.3
+    options = {block: heads.options(scores, block, [0, 1]) for block in FREE}
+    drawn = random.Random(0)
+    for _ in range(2000):
+        some = {block: drawn.choice(each) for block, each in options.items()}
+        full = frozenset((block, head) for block, (_, _, kept) in some.items() for head in kept)
+        other = heads.HeadPlan(full, tuple((block, size) for block, (_, size, _) in some.items() if size != 1))
+        if choice.share(other) <= 0.3:
+            assert choice.predicted(plan) <= choice.predicted(other) + 1e-6
+    with pytest.raises(RecipeError, match=r"6.2% stay with every layer limited"):
+        choice.plan(0.05)
+
+
+def test_smaller_windows_cost_what_they_were_measured_to_cost(trial):
+    scores = heads.score(trial.judges, trial.limits, 1, Reporter(), sizes=(0.5, 1.0, 2.0))
+    part = trial.judges[0].evaluator.part(heads.ENDS_SHARE)
+    dense, usual, small = part.values([{}, trial.limits, heads.resized_by(trial.limits, 0.5)]).mean(1).tolist()
+    if dense < usual < small:
+        sums = [float(scores[size].by_judge["text"].clamp_min(0).sum()) for size in (0.5, 1.0)]
+        assert sums[0] / sums[1] == pytest.approx((small - dense) / (usual - dense), rel=1e-6)
+    else:
+        assert scores[0.5].by_judge["text"].isfinite().all()
+
+
+def test_windows_of_several_sizes_reach_the_checkpoint(monkeypatch, pico_directory, tmp_path):
+    text, output = tmp_path / "long.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 200)
+    options = ["--context", "256", "--kv-budget", "12%", "--calibration", text, "--window-sizes", "several"]
+    assert run_prune_export(monkeypatch, pico_directory(), "--output", output, *options) == 0
+    manifest = verify(output)
+    assert manifest.recipe["window_sizes"] == "several"
+    usual = manifest.recipe["window"]
+    entries = [block["attention"] for block in json.loads((output / "config.json").read_text())["block_configs"]]
+    kept = sum(
+        256 * len(entry["window"].get("full_heads", []))
+        + entry["window"]["size"] * (2 - len(entry["window"].get("full_heads", [])))
+        if "window" in entry
+        else 2 * 256
+        for entry in entries
+    )
+    assert manifest.sizes["kv_request"] * 12 * 256 == manifest.sizes["kv_request_dense"] * kept
+    assert kept <= 0.12 * 12 * 256
+    own = {
+        str(block): entry["window"]["size"] for block, entry in enumerate(entries) if entry["window"]["size"] != usual
+    }
+    assert manifest.quality.get("windows", {}) == own
+    assert set(own.values()) <= {usual // 2, 2 * usual}
+    card = (output / "README.md").read_text()
+    assert all(f"{block}: {size}" in card for block, size in own.items())
+    again = tmp_path / "again"
+    assert run_prune_export(
+        monkeypatch, output, "--output", again, "--kv-budget", "8%", "--calibration", text, "--context", "256"
+    ) in (0, 2)
 
 
 def test_exchange_swaps_one_head_at_a_time_for_a_cheaper_plan(trial, scores):
     worst = frozenset(sorted(itertools.product(FREE, range(2)), key=lambda head: float(scores.heads[head]))[:3])
-    found = heads.exchange(trial, worst, scores, list(itertools.product(FREE, range(2))))
+    found = exchange.exchange(trial, worst, scores, list(itertools.product(FREE, range(2))))
     before, after = trial.costs([worst, found], "plans")
     assert len(found) == len(worst)
     assert after < before
-    again = heads.exchange(trial, found, scores, list(itertools.product(FREE, range(2))))
+    again = exchange.exchange(trial, found, scores, list(itertools.product(FREE, range(2))))
     assert trial.costs([again], "plans")[0] <= after
 
 
 def test_full_heads_reach_the_checkpoint_and_its_figures(monkeypatch, pico_directory, tmp_path):
     text, output = tmp_path / "long.txt", tmp_path / "out"
     text.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 200)
-    options = ["--context", "256", "--kv-budget", "40%", "--window-by", "head", "--calibration", text]
+    options = ["--context", "256", "--kv-budget", "40%", "--window-by", "head", "--window-sizes", "one"]
+    options += ["--calibration", text]
     assert run_prune_export(monkeypatch, pico_directory(), "--output", output, *options) == 0
     manifest = verify(output)
     entries = [block["attention"] for block in json.loads((output / "config.json").read_text())["block_configs"]]

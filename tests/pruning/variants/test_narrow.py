@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM
 from pruning.console import Reporter
 from pruning.families import FAMILIES, output_projection
 from pruning.forward.evaluator import Evaluator
+from pruning.forward.sensitivity import sensitivities
 from pruning.models.checkpoint import verify
 from pruning.plan import Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import recover
-from pruning.regression import token_weights
+from pruning.regression import HeldOutMoments, token_weights
 from pruning.search.widths import widths
 from pruning.variants.narrow import narrowed
-from pruning.variants.narrow_fit import RIDGE, eliminate, narrowings, refit
+from pruning.variants.narrow_fit import RIDGE, eliminate, narrowings
 from tests.conftest import BLOCKS, check_exported_equals_masked, pico_model, tokens
 from tests.conftest import run_prune_export as run
 
@@ -70,10 +71,14 @@ def test_unit_costs_add_up_where_the_gram_matrix_is_diagonal(seed, chunk):
 
 @given(st.integers(0, 999), st.integers(1, 11))
 @settings(max_examples=25, deadline=None)
-def test_the_refit_is_never_worse_than_none(seed, kept):
+def test_the_refit_is_never_worse_than_none_on_calibration_rows(seed, kept):
     x, weight = rows(seed, 60, 12), rows(seed + 1, 5, 12)
     units = eliminate(x.T @ x, weight, 2).kept(kept)
-    mended = refit(x.T @ x, weight, units)
+    missing = x @ weight.T - x[:, units] @ weight[:, units].T
+    moments = HeldOutMoments.zeros(kept, 5)
+    moments.add_windows(0, x[:, units].view(10, 6, kept), missing.view(10, 6, 5), torch.ones(10, 6))
+    change = moments.correction()
+    mended = weight[:, units] + (0 if change is None else change.T)
     assert error(x, weight, units, mended) <= error(x, weight, units, weight[:, units]) * (1 + 1e-9)
 
 
@@ -97,7 +102,7 @@ def test_the_fitted_output_is_nearer_to_the_dense_stream_than_without_a_refit(mo
     evaluator = Evaluator(model, family, tokens(40))
     output = output_projection(family, "ffn")
     sublayer = Sublayer(2, "ffn")
-    units = narrowings(evaluator, [2], 96, Reporter())[sublayer].elimination.kept(96)
+    units = narrowings(evaluator, [2], 0, Reporter())[sublayer].kept(96)
     found = recover(evaluator, {sublayer: "narrow"}, 0, Reporter(), compensated=False, prepared={sublayer: units})
     plain = narrowed(evaluator.blocks[2].get_submodule(family.ffn), output, model.config, units)
 
@@ -193,6 +198,7 @@ def test_other_formats_hold_what_they_can(to, pico_directory, text, tmp_path, mo
         ([], "error: --emulation narrow needs --weight-budget, such as 90%"),
         (["--weight-budget", "80%", "--fuse"], "leave --fuse out"),
         (["--weight-budget", "80%", "--search", "greedy"], "leave --search greedy out"),
+        (["--weight-budget", "80%", "--copying", "1"], "leave --copying out"),
         (["--weight-budget", "80%", "--format", "plan"], "holds no weights"),
     ],
 )
@@ -227,8 +233,29 @@ def test_a_narrowed_model_is_that_of_its_plan():
     model, family = pico_model("llama"), FAMILIES["llama"]
     evaluator = Evaluator(model, family, tokens())
     plan = Plan(BLOCKS, {Sublayer(1, "ffn"): "narrow"}, units={1: 96})
-    units = narrowings(evaluator, [1], 96, Reporter())[Sublayer(1, "ffn")].elimination.kept(96)
+    units = narrowings(evaluator, [1], 0, Reporter())[Sublayer(1, "ffn")].kept(96)
     found = recover(evaluator, plan.removed, 0, Reporter(), compensated=False, prepared={Sublayer(1, "ffn"): units})
     before = evaluator.loss(found.emulations)
     apply_recovery(model, family, plan, found)
     torch.testing.assert_close(Evaluator(model, family, tokens()).loss({}), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere"])
+def test_sensitivities_predict_the_divergence_of_a_small_error(model_type):
+    """Half of e'Se, with S for errors over the stream's mean square, is KL(dense || changed) for random errors."""
+    model, family, ids = pico_model(model_type), FAMILIES[model_type], tokens(48)
+    evaluator = Evaluator(model, family, ids, 4)
+    projection = evaluator.blocks[1].get_submodule(f"{family.ffn}.{family.ffn_output}")
+    felt = sensitivities(evaluator, {1: projection}, 10**6, 0, Reporter())[1]
+    hidden, arguments = evaluator.embed(ids)
+    for block in range(2):
+        hidden = evaluator.run_block(block, hidden, arguments[block], {})
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * 0.01
+    noise *= hidden.square().mean(-1, keepdim=True).sqrt()
+    dense = model(ids).logits[:, :-1].log_softmax(-1)
+    handle = projection.register_forward_hook(lambda _, __, output: output + noise)
+    changed = model(ids).logits[:, :-1].log_softmax(-1)
+    handle.remove()
+    divergence = float((dense.exp() * (dense - changed)).sum(-1).mean())
+    assert divergence == pytest.approx(0.01**2 * float(felt.trace()) / 2, rel=0.2)
