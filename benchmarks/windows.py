@@ -21,7 +21,7 @@ import torch
 from machine import machine
 
 from pruning import windows
-from pruning.budget import counts, resolved
+from pruning.budget import SMALLER_SIZES_UNDER, counts, resolved
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.long_context import score
 from pruning.evaluation.paired import bootstrap
@@ -93,7 +93,8 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
     rows, _ = calibrate(dense, recipe, reporter)
     found = windows.limited(dense, recipe, rows, reporter)
     judges = windows.judges(dense, recipe, rows, found, journal_of(None, dense, recipe), reporter)
-    choice = Choice.of(dense, recipe, judges, found, reporter)
+    smaller = any(parse_share(budget, "budgets") < SMALLER_SIZES_UNDER for budget in options.budgets)
+    choice = Choice.of(dense, recipe, judges, found, reporter, smaller=smaller)
     scored = time.process_time() - start
     for budget in options.budgets:
         for how in options.choosers:

@@ -14,6 +14,8 @@ NARROW_TOKENS = 65536  # for narrower FFNs: a refit has as many regressors as th
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 WINDOW_SIZES = (0.5, 1.0, 2.0)  # of the usual window, that layers may have where one size is not asked for
+SMALLER_SIZES_UNDER = 0.2  # of the cache; above, half a window saves less than it seems to (decisions/windows.md)
+SMALLER_SIZES_FROM = 0.02  # nats per token that are allowed
 LIMITED_SHARE = 0.85  # of a small budget, that the usual window takes at most where windows have several sizes
 SMALL_BUDGET, SMALL_WINDOW = 0.2, 0.6  # the same for windows of one size, under this share of the cache
 WINDOW_MULTIPLE = 64
@@ -93,6 +95,13 @@ def check(recipe: Recipe) -> None:
     for flag, share in (("kv-budget", recipe.kv_budget), ("weight-budget", recipe.weight_budget)):
         if share is not None:
             parse_share(share, flag)
+
+
+def takes_smaller_windows(recipe: Recipe) -> bool:
+    """Whether what is asked for may want windows smaller than the usual one."""
+    if recipe.kv_budget is not None:
+        return parse_share(recipe.kv_budget, "kv-budget") < SMALLER_SIZES_UNDER
+    return (recipe.max_loss_increase or 0) >= SMALLER_SIZES_FROM
 
 
 def least_share(recipe: Recipe) -> float:

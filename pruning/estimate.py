@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from pruning import stages, windows
-from pruning.budget import WINDOW_SIZES, Counts
+from pruning.budget import Counts, takes_smaller_windows
 from pruning.console import LEAST_SECONDS, Reporter, duration
 from pruning.families import head_dim
 from pruning.forward.evaluator import Evaluator
@@ -22,7 +22,6 @@ from pruning.importance import metric
 from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
 from pruning.recipe import Recipe, by_head, limits
-from pruning.search import heads
 from pruning.search.selection import SHORTLIST
 from pruning.variants import REMOVED, narrows
 
@@ -34,7 +33,6 @@ LOSS = 1.4  # time of the logits and their cross-entropy, in that of the logits
 GATES = 3.4  # a forward that is made again for its gradient, and the gradient, in forwards
 GATES_LOSS = 3.0
 ATTENTION_GRADIENT = 4.0  # of attention to one more size of window, twice forward and once back
-SMALLER = 3  # plans that tell what smaller windows cost, with the dense model
 GENERATION = 5.0  # of a token that the model writes, in that of one that it reads
 FIT = 2.0  # of fitting adapters, in forwards
 COMPENSATION = 6.0
@@ -111,8 +109,8 @@ def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
     asked = size.blocks(windows.MEASURED_PROMPTS, context // 2)
     score = limit + _scoring(recipe, size, judged, length, size.layers)
     if recipe.window_sizes == "several":
-        score += (len(WINDOW_SIZES) - 1) * ATTENTION_GRADIENT * MASKED * size.attention(judged, length)
-        score += SMALLER * size.forward(max(1, round(judged * heads.ENDS_SHARE)), length)
+        score += ATTENTION_GRADIENT * MASKED * size.attention(judged, length)
+        score += takes_smaller_windows(recipe) * _scoring(recipe, size, judged, length, size.layers)
     measured = size.forward(held, context) + asked  # of one plan
     if not by_head(recipe):
         return {"score": score + _bisection(recipe, size, held, context), "export": 2 * measured}

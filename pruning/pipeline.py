@@ -129,7 +129,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         journal.discard()
         return None  # the rest is one process's work
     with reporter.stage("emulate"):
-        recovery = recovered(dense, plan, recipe, tokens, reporter, prepared)
+        recovery = recovered(dense, plan, recipe, tokens, reporter, prepared, found)
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):

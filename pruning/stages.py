@@ -330,24 +330,22 @@ def journal_of(output: Path | None, dense: DenseModel, recipe: Recipe) -> Journa
 
 def recovered(
     dense: DenseModel, plan: Plan, recipe: Recipe, tokens: Tensor, reporter: Reporter,
-    prepared: Mapping[Sublayer, Any] | None = None,
+    prepared: Mapping[Sublayer, Any] | None = None, found: windows.Limits | None = None,
 ) -> Recovery | Fusion:  # fmt: skip
-    """Adapters, or the changes of kept weights that take their place."""
+    """Adapters, or the changes of kept weights that take their place.
+
+    Kept weights are refitted beside limited layers (`found`) that have windows for these rows.
+    """
     evaluator = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
     recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
     how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
     with forwards(dense, recipe):
         if not recipe.fuse:
-            return recover(
-                evaluator,
-                plan.removed,
-                plan.rank,
-                reporter,
-                sources=plan.sources,
-                window=plan.window,
-                prepared=prepared,
-                **how,
-            )
+            recovery = recover(
+                evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, window=plan.window,
+                prepared=found.scored if found else prepared, **how,
+            )  # fmt: skip
+            return replace(recovery, emulations=windows.as_served(recovery.emulations, found)) if found else recovery
         check_fusable(dense.family, plan.removed)
         biased = has_biases(dense.model.config)
         return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, **how)

@@ -33,7 +33,6 @@ Full = frozenset[Head]
 Limits = Mapping[Sublayer, Window]
 
 REACH = 0.5  # of the way from limited to full that scores are taken on
-ENDS_SHARE = 1 / 3  # of each judge's rows, that tell what smaller windows cost in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +77,8 @@ def score(
     that the scores of all heads sum to what this way costs. Budgets are small, so the half of the way is taken that
     is near their plans: on WikiText it chose better than the whole way (docs/decisions/windows.md).
 
-    The same backward pass tells the gradient by every other size of window. A smaller one costs more than a gradient at
-    the usual one sees, so its scores get the scale of what it costs to limit all heads to it, which is measured.
+    The same backward pass tells the gradient by every larger window. A smaller one costs more than a gradient at the
+    usual one sees, so it gets a way of its own.
 
     Args:
         judges: The first is the text.
@@ -94,71 +93,58 @@ def score(
 
     Source: Aumann and Shapley, Values of Non-Atomic Games, 1974; integrated gradients, arXiv 1703.01365.
     """
+    found = _gradients(judges, limits, [size for size in sizes if size >= 1], samples, reach, reporter)
+    for size in sizes:
+        if size < 1:
+            of_size = _gradients(judges, resized_by(limits, size), [1.0], samples, reach, reporter)
+            found |= {(name, size): table for (name, _), table in of_size.items()}
+    return _by_size(judges, sizes, found)
+
+
+def _gradients(
+    judges: Sequence[Judge], limits: Limits, sizes: Sequence[float], samples: int, reach: float, reporter: Reporter
+) -> dict[tuple[str, float], Tensor]:
+    """What each judge loses by each head [L, K] at each size, on the way from `reach` to these limits."""
     nodes, weights = numpy.polynomial.legendre.leggauss(samples)
     gates = [reach * (1 - float(node)) / 2 for node in nodes]
-    found: dict[str, Tensor] = {}
     among = {sublayer: window.among([positions(window, size) for size in sizes]) for sublayer, window in limits.items()}
     evaluators = [judge.evaluator.view([], among) for judge in judges]
     described = describe(limits)
     steps = samples * sum(len(evaluator.mine()) for evaluator in evaluators)
+    found: dict[tuple[str, float], Tensor] = {}
     with reporter.progress("gates by head", steps) as step:
         for judge, evaluator in zip(judges, evaluators, strict=True):
             key = ["heads", evaluator.text, described, samples, reach, list(sizes)]
             known = evaluator.journal.recall(key)
             if parallel.everywhere(known is not None):
-                found[judge.name] = torch.tensor(known, dtype=torch.float64)
-                continue
-            shape = len(evaluator.blocks), int(evaluator.model.config.num_key_value_heads), 1 + len(sizes)
-            table = torch.zeros(evaluator.windows, *shape, dtype=torch.float64)
-            for gate, weight in zip(gates, weights, strict=True):
-                start = torch.zeros(shape)
-                start[..., 0], start[..., 1 + sizes.index(1.0)] = gate, 1 - gate
-                for number, part in each_head_gradients(evaluator, start):
-                    table[evaluator.span(number)] += part * float(weight) / 2 * reach
-                    step.advance()
-            mean = parallel.gather(table).mean(0)
-            found[judge.name] = mean[..., 1:] - mean[..., :1]
-            check_numbers(_named(found[judge.name]), f"gates by head on {judge.name}")
-            evaluator.journal.keep(key, found[judge.name].tolist())
-    scaled = {
-        judge.name: found[judge.name] * _scales(judge, limits, sizes, found[judge.name], reporter) for judge in judges
-    }
-    return _by_size(judges, sizes, scaled)
-
-
-def positions(window: Window, size: float) -> int:
-    """Positions of a share of a window."""
-    return window.size if size == 1 else max(2, int(window.size * size))
-
-
-def _scales(judge: Judge, limits: Limits, sizes: Sequence[float], table: Tensor, reporter: Reporter) -> Tensor:
-    """What the scores [L, K, S] of each size are multiplied with, [S]: 1 for the usual window and larger ones."""
-    scales = torch.ones(len(sizes), dtype=torch.float64)
-    smaller = [number for number, size in enumerate(sizes) if size < 1]
-    if not smaller:
-        return scales
-    part = judge.evaluator.part(ENDS_SHARE)
-    plans = [{}, limits, *(resized_by(limits, sizes[number]) for number in smaller)]
-    with reporter.progress("smaller windows", len(plans) * len(part.mine())) as step:
-        dense, usual, *others = part.values(plans, advance=step.advance).mean(1).tolist()
-    positive = table.clamp_min(0).flatten(0, 1).sum(0)
-    for number, loss in zip(smaller, others, strict=True):
-        if min(usual - dense, loss - dense, float(positive[number])) > 0:
-            wanted = positive[sizes.index(1.0)] * (loss - dense) / (usual - dense)
-            scales[number] = wanted / positive[number]
-    return scales
+                costs = torch.tensor(known, dtype=torch.float64)
+            else:
+                shape = len(evaluator.blocks), int(evaluator.model.config.num_key_value_heads), 1 + len(sizes)
+                table = torch.zeros(evaluator.windows, *shape, dtype=torch.float64)
+                for gate, weight in zip(gates, weights, strict=True):
+                    start = torch.zeros(shape)
+                    start[..., 0], start[..., 1 + sizes.index(1.0)] = gate, 1 - gate
+                    for number, part in each_head_gradients(evaluator, start):
+                        table[evaluator.span(number)] += part * float(weight) / 2 * reach
+                        step.advance()
+                mean = parallel.gather(table).mean(0)
+                costs = mean[..., 1:] - mean[..., :1]
+                check_numbers(_named(costs), f"gates by head on {judge.name}")
+                evaluator.journal.keep(key, costs.tolist())
+            found |= {(judge.name, size): costs[..., number] for number, size in enumerate(sizes)}
+    return found
 
 
 def _by_size(
-    judges: Sequence[Judge], sizes: Sequence[float], found: Mapping[str, Tensor]
+    judges: Sequence[Judge], sizes: Sequence[float], found: Mapping[tuple[str, float], Tensor]
 ) -> dict[float, HeadScores]:  # fmt: skip
-    """Scores by size from those of each judge [L, K, S]; the shares of judges are those at the usual window."""
-    usual = [found[judge.name][..., sizes.index(1.0)] for judge in judges]
+    """Scores by size from what each judge loses [L, K]; the shares of judges are those at the usual window."""
+    usual = [found[judge.name, 1.0] for judge in judges]
     heads_in_all, layers_in_all = _positive(usual), _positive([table.sum(1) for table in usual])
     scores: dict[float, HeadScores] = {}
     more: HeadScores | None = None
     for size in sorted(sizes, reverse=True):
-        own = {judge.name: found[judge.name][..., sizes.index(size)] for judge in judges}
+        own = {judge.name: found[judge.name, size] for judge in judges}
         tables = list(own.values())
         heads = weigh(judges, tables, heads_in_all)
         layers = weigh(judges, [table.sum(1) for table in tables], layers_in_all)
@@ -166,6 +152,11 @@ def _by_size(
             heads, layers = heads.maximum(more.heads), layers.maximum(more.layers)
         scores[size] = more = HeadScores(heads, layers, own)
     return scores
+
+
+def positions(window: Window, size: float) -> int:
+    """Positions of a share of a window."""
+    return window.size if size == 1 else max(2, int(window.size * size))
 
 
 def _positive(tables: Sequence[Tensor]) -> list[float]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pruning.budget import WINDOW_SIZES
+from pruning.budget import SMALLER_SIZES_UNDER, WINDOW_SIZES, takes_smaller_windows
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.importance import Scores
@@ -48,13 +48,16 @@ class Choice:
 
     @classmethod
     def of(
-        cls, dense: DenseModel, recipe: Recipe, judges: Sequence[Judge], found: Limits, reporter: Reporter
-    ) -> "Choice":
-        """Score all heads."""
+        cls, dense: DenseModel, recipe: Recipe, judges: Sequence[Judge], found: Limits, reporter: Reporter,
+        *, smaller: bool | None = None,
+    ) -> "Choice":  # fmt: skip
+        """Score all heads, at windows under the usual one too where `smaller` says so or the recipe may want them."""
         assert recipe.window is not None
         assert recipe.context is not None
         several = recipe.window_sizes == "several"
-        sizes = tuple(size for size in WINDOW_SIZES if size * recipe.window < recipe.context) if several else (1.0,)
+        sizes = [size for size in WINDOW_SIZES if size * recipe.window < recipe.context] if several else [1.0]
+        if not (takes_smaller_windows(recipe) if smaller is None else smaller):
+            sizes = [size for size in sizes if size >= 1]
         scores = heads.score(judges, found.scored, recipe.draws, reporter, sizes=sizes)
         each = range(scores[1.0].heads.shape[1])
         whole = [block for block in dense.limitable if block in recipe.keep]
@@ -114,8 +117,9 @@ class Choice:
 
     def _within(self, budget: float, *, whole: bool) -> heads.HeadPlan:
         of_block = {block: [head for each, head in sorted(self.free) if each == block] for block in self.blocks}
+        scores = {size: each for size, each in self.scores.items() if size >= 1 or budget < SMALLER_SIZES_UNDER}
         options = {
-            block: heads.options(self.scores, block, free, self.ranks, whole=whole) for block, free in of_block.items()
+            block: heads.options(scores, block, free, self.ranks, whole=whole) for block, free in of_block.items()
         }
 
         items = [

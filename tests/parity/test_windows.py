@@ -39,6 +39,7 @@ LONG, SHORT = 260, 50
 LONG_FAMILIES = ("llama", "olmo2")
 MIXED_FAMILIES = ("llama", "cohere", "gemma2", "olmo2")  # the usual block, a parallel one, capped logits, transformers'
 FULL_HEADS = ((1,), (0, 3), (1, 2, 3))  # of 4, layer by layer; runs in the middle, at both ends, at one end
+SIZES = (24, 12, 48)  # of their windows
 EVEN_HEADS = ((1, 2), (0, 3), (1, 3))  # as many of the first two as of the last two
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
 AGAIN = 8
@@ -82,7 +83,7 @@ AttentionInterface.register("planted", planted_attention)
 def limited(
     model_type: str,
     directory: Path,
-    size: int = WINDOW,
+    size: int | tuple[int, ...] = WINDOW,
     sinks: bool = True,
     bare: int | None = 0,
     full_heads: tuple[tuple[int, ...], ...] = (),
@@ -92,7 +93,7 @@ def limited(
     Args:
         model_type: Family.
         directory: Of the checkpoint.
-        size: W.
+        size: W, or that of each limited layer.
         sinks: Whether windows have planted sinks.
         bare: Of the limited layers, the one that has none all the same.
         full_heads: Of each limited layer, the KV heads of 4 that keep every token; empty: none, of 2.
@@ -108,14 +109,15 @@ def limited(
     for order, layer in enumerate(layers):
         sink = sinks and (order != bare or len(layers) == 1)
         full = full_heads[order] if full_heads else ()
-        entry = {"size": size, "sink": sink} | ({"full_heads": list(full)} if full else {})
+        window = size if isinstance(size, int) else size[order]
+        entry = {"size": window, "sink": sink} | ({"full_heads": list(full)} if full else {})
         config["block_configs"][layer]["attention"]["window"] = entry
         attention = getattr(model.get_submodule(family.blocks)[layer], family.attention)
-        attention.limit = size, None, full
+        attention.limit = window, None, full
         if sink:
             shape = model.config.num_key_value_heads, head_dim(model.config)
             pair = [torch.randn(shape, generator=generator) * scale for scale in (0.5, 0.3)]
-            attention.limit = size, pair, full
+            attention.limit = window, pair, full
             names = [f"{family.blocks}.{layer}.{family.attention}.{name}" for name in ("sink_key", "sink_value")]
             tensors |= dict(zip(names, pair, strict=True))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -202,7 +204,7 @@ def test_hits_in_the_prefix_cache_change_nothing(family, made, served):
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> dict[str, tuple[Path, PreTrainedModel]]:
     place = tmp_path_factory.mktemp("mixed")
-    return {name: limited(name, place / name, full_heads=FULL_HEADS) for name in MIXED_FAMILIES}
+    return {name: limited(name, place / name, SIZES, full_heads=FULL_HEADS) for name in MIXED_FAMILIES}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pruning.budget import check, counts, resolved
@@ -286,3 +287,16 @@ def test_fewer_held_out_tokens_than_a_context_shorten_the_windows(monkeypatch, p
     assert quality["row_tokens"] == 128
     if "codes" in quality:
         assert quality["codes"]["length"] == 64
+
+
+def test_what_stays_is_refitted_beside_windows_for_the_rows(monkeypatch, pico_directory, long_text, tmp_path):
+    output = tmp_path / "out"
+    how = ["--emulation", "window", "--context", "256", "--window", "64", "--sequence-length", "64", "--compensate"]
+    how += ["--kv-budget", "30%", "--calibration", long_text]
+    assert run(monkeypatch, pico_directory(), "--output", output, *how) == 0
+    mine, theirs = (load_file(path / "model.safetensors") for path in (output, pico_directory()))
+    changed = {name for name, tensor in theirs.items() if not torch.equal(tensor, mine[name])}
+    assert any(name.endswith("mlp.down_proj.weight") for name in changed)
+    assert not any("self_attn" in name for name in changed)
+    entries = [block["attention"] for block in json.loads((output / "config.json").read_text())["block_configs"]]
+    assert {entry["window"]["size"] for entry in entries if "window" in entry} == {64}

@@ -102,29 +102,26 @@ def test_no_plan_of_the_same_bytes_costs_less(trial):
     assert (scores[0.5].heads >= scores[1.0].heads).all()
     assert (scores[1.0].heads >= scores[2.0].heads).all()
     choice = choice_of(trial, scores)
-    plan = choice.plan(0.3)
-    assert choice.share(plan) <= 0.3
+    plan = choice.plan(0.19)
+    assert choice.share(plan) <= 0.19
     options = {block: heads.options(scores, block, [0, 1]) for block in FREE}
     drawn = random.Random(0)
     for _ in range(2000):
         some = {block: drawn.choice(each) for block, each in options.items()}
         full = frozenset((block, head) for block, (_, _, kept) in some.items() for head in kept)
         other = heads.HeadPlan(full, tuple((block, size) for block, (_, size, _) in some.items() if size != 1))
-        if choice.share(other) <= 0.3:
+        if choice.share(other) <= 0.19:
             assert choice.predicted(plan) <= choice.predicted(other) + 1e-6
     with pytest.raises(RecipeError, match=r"6.2% stay with every layer limited"):
         choice.plan(0.05)
 
 
-def test_smaller_windows_cost_what_they_were_measured_to_cost(trial):
-    scores = heads.score(trial.judges, trial.limits, 1, Reporter(), sizes=(0.5, 1.0, 2.0))
-    part = trial.judges[0].evaluator.part(heads.ENDS_SHARE)
-    dense, usual, small = part.values([{}, trial.limits, heads.resized_by(trial.limits, 0.5)]).mean(1).tolist()
-    if dense < usual < small:
-        sums = [float(scores[size].by_judge["text"].clamp_min(0).sum()) for size in (0.5, 1.0)]
-        assert sums[0] / sums[1] == pytest.approx((small - dense) / (usual - dense), rel=1e-6)
-    else:
-        assert scores[0.5].by_judge["text"].isfinite().all()
+def test_smaller_windows_are_scored_on_a_way_of_their_own(trial):
+    scores = heads.score(trial.judges, trial.limits, 2, Reporter(), sizes=(0.5, 1.0, 2.0))
+    alone = heads.score(trial.judges, heads.resized_by(trial.limits, 0.5), 2, Reporter())[1.0]
+    assert torch.equal(scores[0.5].by_judge["text"], alone.by_judge["text"])
+    whole = heads.score(trial.judges, trial.limits, 2, Reporter())[1.0]
+    assert torch.allclose(scores[1.0].by_judge["text"], whole.by_judge["text"], atol=1e-7)
 
 
 def test_windows_of_several_sizes_reach_the_checkpoint(monkeypatch, pico_directory, tmp_path):

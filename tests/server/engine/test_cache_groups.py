@@ -52,7 +52,10 @@ def configure(tmp_path_factory):
     config = arguments.create_engine_config()
     shape = {"block_size": BLOCK, "head_size": 8, "dtype": torch.float32}
 
-    def make(full: int, limited: int, mixed: tuple[int, ...] = (), *, asynchronous: bool = False, hybrid: bool = True):
+    def make(
+        full: int, limited: int, mixed: tuple[int, ...] = (), *, asynchronous: bool = False, hybrid: bool = True,
+        windows: tuple[int, ...] = (WINDOW,),
+    ):  # fmt: skip
         specs, blocks = {}, []
         kept = [HEADS] * full + [0] * limited + list(mixed)  # full heads of each layer
         for index in range(LAYERS):
@@ -65,11 +68,12 @@ def configure(tmp_path_factory):
                     own = f"{name}.full" if heads < HEADS else name
                     specs[own] = FullAttentionSpec(**shape, num_kv_heads=heads)
                 if heads < HEADS:
-                    entry["window"] = {"size": WINDOW, "sink": True}
+                    window = windows[order % len(windows)]
+                    entry["window"] = {"size": window, "sink": True}
                     if heads:
                         entry["window"]["full_heads"] = sorted((index + head) % HEADS for head in range(heads))
                     own = f"{name}.limited" if heads else name
-                    specs[own] = SlidingWindowSpec(**shape, num_kv_heads=HEADS - heads, sliding_window=WINDOW)
+                    specs[own] = SlidingWindowSpec(**shape, num_kv_heads=HEADS - heads, sliding_window=window)
             blocks.append({"attention": entry, "ffn": {"no_op": False, "emulation": None}})
         config.model_config.hf_config.block_configs = as_fields(blocks)
         config.model_config.max_model_len = LONGEST
@@ -111,7 +115,23 @@ def test_the_pool_and_what_a_request_reserves_are_as_counted(configure, mix, asy
 
 @pytest.mark.parametrize("mix", [*MIXES, *HEAD_MIXES])
 def test_a_request_holds_the_bytes_of_the_plan_but_one_block_a_group(configure, mix):
+    full, limited, mixed = (*mix, ())[:3]
     config, specs = configure(*mix)
+    plan = (full * HEADS + sum(mixed), {WINDOW: limited * HEADS + len(mixed) * HEADS - sum(mixed)})
+    holds_the_bytes_of_the_plan(config, specs, *plan)
+
+
+@pytest.mark.parametrize("full", [2, 5])
+def test_windows_of_several_sizes_take_their_own_bytes(configure, full):
+    sizes = (WINDOW, WINDOW // 2, 2 * WINDOW)
+    config, specs = configure(full, LAYERS - full, windows=sizes)
+    assert {one.window for one in shape_of(config).types} == {None, *sizes}
+    limited = dict.fromkeys(sizes, HEADS * (LAYERS - full) // 3)
+    holds_the_bytes_of_the_plan(config, specs, full * HEADS, limited)
+
+
+def holds_the_bytes_of_the_plan(config, specs, full: int, limited: dict[int, int]) -> None:
+    """A request as long as the longest takes, what so many KV heads take, within a block a group."""
     (made,) = kv_cache_utils.get_kv_cache_configs(config, [dict(specs)], [POOL_BYTES])
     sizes = list(map(heads_of, made.kv_cache_groups))
     made = kv_cache_utils.generate_scheduler_kv_cache_config([made])
@@ -136,8 +156,7 @@ def test_a_request_holds_the_bytes_of_the_plan_but_one_block_a_group(configure, 
         wanted.append(min(tokens, window or tokens) / BLOCK)
     assert all(0 <= mine - theirs <= 1 for mine, theirs in zip(taken, wanted, strict=True)), (taken, wanted)
     assert manager.block_pool.get_num_free_blocks() == made.num_blocks - 1 - sum(taken)
-    full, limited, mixed = (*mix, ())[:3]
-    plan = (full * HEADS + sum(mixed)) * tokens + (limited * HEADS + len(mixed) * HEADS - sum(mixed)) * WINDOW
+    plan = full * tokens + sum(count * min(window, tokens) for window, count in limited.items())
     assert shape_of(config).held(tokens) == plan
     held_tokens = sum(size * count * BLOCK for size, count in zip(sizes, taken, strict=True))
     assert 0 <= held_tokens - plan <= sum(sizes) * BLOCK
