@@ -141,6 +141,11 @@ def windows_qwen(results: Results) -> str:
     return _windows(results, "windows_qwen")
 
 
+def windows_2048(results: Results) -> str:
+    """The same of a shorter context."""
+    return _windows(results, "windows_2048")
+
+
 def _windows(results: Results, file: str) -> str:
     found: Any = results.document(file).get("rows") or {}
     lengths = list(next(iter(found.values()))["codes"]) if found else []
@@ -378,7 +383,7 @@ def written(results: Results) -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        serving, serving_short, serving_windows, serving_windows_short, windows, windows_qwen, latency, latency_windows,
+        serving, serving_short, serving_windows, serving_windows_short, windows, windows_qwen, windows_2048, latency, latency_windows,
         recovery, healing, overhead, quality, choosers, subnetworks, speculation, glance, peers, peers_differ,
         paper, paper_questions, paper_emulation, written,
     )

@@ -15,6 +15,7 @@ LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 WINDOW_SIZES = (0.5, 1.0, 2.0)  # of the usual window, that layers may have where one size is not asked for
 SEVERAL_SIZES_UNDER, SMALLER_SIZES_UNDER = 0.3, 0.2  # of the cache; above, they do not pay (decisions/windows.md)
+LONG_WINDOW = 1024  # but for shorter windows, of which some are too short for what is close by
 SMALL_FROM = 0.02  # nats per token; where so much is allowed, a small share of the cache is likely
 LIMITED_SHARE = 0.85  # of a small budget, that the usual window takes at most where windows have several sizes
 SMALL_BUDGET, SMALL_WINDOW = 0.2, 0.6  # the same for windows of one size, under this share of the cache
@@ -108,11 +109,12 @@ def window_sizes(recipe: Recipe, share: float | None = None) -> tuple[float, ...
         share = parse_share(recipe.kv_budget, "kv-budget")
     elif share is None:
         share = 0.0 if (recipe.max_loss_increase or 0) >= SMALL_FROM else SEVERAL_SIZES_UNDER
-    if recipe.window_sizes == "one" or (recipe.window_sizes == "auto" and share >= SEVERAL_SIZES_UNDER):
-        return (1.0,)
-    sizes = WINDOW_SIZES if share < SMALLER_SIZES_UNDER else [size for size in WINDOW_SIZES if size >= 1]
     assert recipe.window is not None
     assert recipe.context is not None
+    long = recipe.window >= LONG_WINDOW
+    if recipe.window_sizes == "one" or (recipe.window_sizes == "auto" and long and share >= SEVERAL_SIZES_UNDER):
+        return (1.0,)
+    sizes = WINDOW_SIZES if share < SMALLER_SIZES_UNDER else [size for size in WINDOW_SIZES if size >= 1]
     return tuple(size for size in sizes if size * recipe.window < recipe.context)
 
 

@@ -134,7 +134,7 @@ class Recipe(BaseModel):
         SELECTION,
         Field(
             description="Windows of one size, or also half and twice as long, by layer. auto, the default without "
-            "--window: several under 30% of the cache."
+            "--window: several under 30% of the cache, and where windows are under 1,024 tokens."
         ),
     ] = None
     window_by: Annotated[
