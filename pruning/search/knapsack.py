@@ -31,7 +31,7 @@ def cheapest(items: Sequence[Sequence[Option]], capacity: float) -> list[int] | 
     """
     if sum(min(weight for _, weight in options) for options in items) > capacity * (1 + 1e-12):
         return None
-    return parallel.of_first(lambda: _solved(items, capacity))  # type: ignore[no-any-return]
+    return parallel.of_first(lambda: _solved(items, capacity))
 
 
 def _solved(items: Sequence[Sequence[Option]], capacity: float) -> list[int]:
