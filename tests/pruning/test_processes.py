@@ -14,7 +14,7 @@ import pruning
 from tests.conftest import free_port
 
 ASKED = [
-    "--emulation", "window", "--window", "8", "--window-sizes", "several", "--context", "64", "--kv-budget", "17%",
+    "--emulation", "window", "--window", "8", "--window-sizes", "several", "--context", "64", "--kv-budget", "19.9%",
     "--codes", "0", "--format", "plan", "--sequence-length", "32", "--calibration-tokens", "256",
     "--score-tokens", "128", "--held-out-tokens", "256",
 ]  # fmt: skip
