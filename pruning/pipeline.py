@@ -141,9 +141,9 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
             recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter, found)
-        if not parallel.first_goes_on():
-            journal.discard()
-            return None
+    if not parallel.first_goes_on():
+        journal.discard()
+        return None
     with reporter.stage("export"), atomic_directory(output) as directory:
         if found is not None and healing is None and not recovery.weights:
             quality = _measured(measured, limits_of_plan, held_out)
