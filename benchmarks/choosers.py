@@ -2,7 +2,9 @@
 
 python benchmarks/choosers.py smollm2-135m --calibration c4.txt books.txt --judge TEXT --output FILE
 
-Rows are added to the JSON file as they come; the same line again goes on where it stopped.
+With `--windows` each plan is judged a third time, its layers limited to an eighth of a row and not removed, and three
+more searches choose with such windows in place. Rows are added to the JSON file as they come; the same line again goes
+on where it stopped.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from recovery import windows_to_judge
 
+from pruning.budget import WINDOW_SHARE
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.tasks import TaskEvaluator, read_task
 from pruning.forward.evaluator import Evaluator
@@ -25,14 +28,17 @@ from pruning.texts.calibration import from_files
 from pruning.workdir import Journal
 
 SEARCHES = {
-    # name: metric, search, with emulation in place, share of --score-tokens
-    "greedy leave-one-out": ("leave-one-out", "greedy", False, 1.0),
-    "greedy kl": ("kl", "greedy", False, 0.25),
-    "evolutionary": ("leave-one-out", "evolutionary", False, 0.25),
-    "policy-gradient": ("leave-one-out", "policy-gradient", False, 0.25),
-    "recovery-aware greedy leave-one-out": ("leave-one-out", "greedy", True, 1.0),
-    "recovery-aware greedy leave-one-out, a quarter of the text": ("leave-one-out", "greedy", True, 0.25),
-    "recovery-aware greedy kl, a quarter of the text": ("kl", "greedy", True, 0.25),
+    # name: metric, search, what is in place of removed layers, share of --score-tokens
+    "greedy leave-one-out": ("leave-one-out", "greedy", "none", 1.0),
+    "greedy kl": ("kl", "greedy", "none", 0.25),
+    "evolutionary": ("leave-one-out", "evolutionary", "none", 0.25),
+    "policy-gradient": ("leave-one-out", "policy-gradient", "none", 0.25),
+    "recovery-aware greedy leave-one-out": ("leave-one-out", "greedy", "low_rank", 1.0),
+    "recovery-aware greedy leave-one-out, a quarter of the text": ("leave-one-out", "greedy", "low_rank", 0.25),
+    "recovery-aware greedy kl, a quarter of the text": ("kl", "greedy", "low_rank", 0.25),
+    "windows leave-one-out": ("leave-one-out", "rank", "window", 1.0),
+    "windows aumann-shapley": ("aumann-shapley", "rank", "window", 1.0),
+    "windows greedy leave-one-out": ("leave-one-out", "greedy", "window", 1.0),
 }
 SLOW = {"kl", "loss-shapley", "logit-shapley", "task-shapley", "shapley"}  # metrics that get a quarter of the text
 
@@ -51,10 +57,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--questions", type=Path, help="multiple-choice questions; task-shapley needs them")
     parser.add_argument("--choosers", nargs="+", choices=[*METRICS, *SEARCHES], metavar="CHOOSER")
+    parser.add_argument("--windows", action="store_true", help="also judge each plan with windows, not removal")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     if options.choosers is None:
-        options.choosers = [name for name in (*METRICS, *SEARCHES) if options.questions or name != "task-shapley"]
+        every = [name for name in (*METRICS, *SEARCHES) if options.questions or name != "task-shapley"]
+        options.choosers = [name for name in every if options.windows or not name.startswith("windows ")]
     return options
 
 
@@ -77,8 +85,8 @@ class Results:
         temporary.replace(self.path)
 
 
-def judges_of(dense, options, candidates, recovery_aware: bool, share: float) -> list[Judge]:
-    """Text to score on, in two halves of other files; a recovery-aware search judges each with the other's fits."""
+def judges_of(dense, options, candidates, kind: str, share: float) -> list[Judge]:
+    """Text to score on, in two halves of other files; what one is judged with is fitted on the other."""
     journal = Journal(options.output.with_suffix(".journal"), f"{options.model} {dense.model.dtype}")
     middle = -(-len(options.calibration) // 2)
     halves = options.calibration[:middle], options.calibration[middle:]
@@ -95,18 +103,20 @@ def judges_of(dense, options, candidates, recovery_aware: bool, share: float) ->
             key = tuple(base)
             if key not in kept:
                 kept.clear()
-                kept[key] = fit_candidates(fitting, key, candidates, "low_rank", options.rank, Reporter())
+                size = window_of(options)
+                kept[key] = fit_candidates(fitting, key, candidates, kind, options.rank, Reporter(), 1, size)
             return kept[key]
 
         return fitted
 
     tokens = round(share * options.score_tokens / 2)
+    note = ", windows" if kind == "window" else ""  # files of earlier runs know the others without a note
     return [
         Judge(
             f"half {half}",
             evaluator(half, tokens, 1, 1, journal=journal),
-            adapters=adapters(1 - half) if recovery_aware else None,
-            fitted_on=f"{options.fit_tokens} tokens of half {1 - half}, rank {options.rank}",
+            adapters=adapters(1 - half) if kind != "none" else None,
+            fitted_on=f"{options.fit_tokens} tokens of half {1 - half}, rank {options.rank}{note}",
         )
         for half in (1, 0)
     ]
@@ -127,16 +137,16 @@ def choose(dense, options, results: Results, chooser: str) -> None:
     start = time.process_time()
     if chooser in METRICS:
         share = 0.25 if chooser in SLOW else 1.0
-        text = judges_of(dense, options, units, False, share)
+        text = judges_of(dense, options, units, "none", share)
         judges = [questions(dense, options)] if chooser == "task-shapley" else text
         values = score(judges, units, chooser, sampling, Reporter())[""].values
         results.put("scores", chooser, {str(unit): value for unit, value in values.items()})
         plans = {count: lowest(values, count, units) for count in options.counts}
     else:
-        importance, search, recovery_aware, share = SEARCHES[chooser]
-        judges = judges_of(dense, options, sublayers_of(units), recovery_aware, share)
-        # What greedy removes first does not depend on how many follow.
-        counts = [max(options.counts)] if search == "greedy" else options.counts
+        importance, search, kind, share = SEARCHES[chooser]
+        judges = judges_of(dense, options, sublayers_of(units), kind, share)
+        # What greedy and a ranking remove first does not depend on how many follow.
+        counts = [max(options.counts)] if search in ("greedy", "rank") else options.counts
         found = {
             count: select(
                 judges, [(units, count)], importance, search, sampling, Reporter(), generations=8, offspring=8
@@ -166,9 +176,21 @@ def judge(dense, options, results: Results, chooser: str) -> None:
     for name, row in zip(bare, table, strict=True):
         results.put("losses", f"none {name}", row.tolist())
     for name, plan in wanted.items():
-        if f"low_rank {name}" not in known:
-            emulations = fit_plan(fitting, dict.fromkeys(plan, "low_rank"), options.rank, Reporter())
-            results.put("losses", f"low_rank {name}", judging.loss(emulations).tolist())
+        for kind in emulations_of(options)[1:]:
+            if f"{kind} {name}" not in known:
+                size = window_of(options)
+                emulations = fit_plan(fitting, dict.fromkeys(plan, kind), options.rank, Reporter(), 1, size)
+                results.put("losses", f"{kind} {name}", judging.loss(emulations).tolist())
+
+
+def window_of(options) -> int:
+    """Positions of a window: the product's share of a row."""
+    return options.length // WINDOW_SHARE
+
+
+def emulations_of(options) -> list[str]:
+    """What is in the place of the layers of a plan when it is judged."""
+    return ["none", "low_rank", *(["window"] if options.windows else [])]
 
 
 def name_of(blocks: list[int]) -> str:
@@ -186,13 +208,13 @@ def rank_correlation(one: dict[str, float], other: dict[str, float]) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def table(document: dict, counts: list[int]) -> str:
+def table(document: dict, counts: list[int], emulations: list[str]) -> str:
     lines = [
-        "| chooser | " + " | ".join(f"{count}, {what}" for what in ("none", "low-rank") for count in counts) + " |",
-        "|---" * (1 + 2 * len(counts)) + "|",
+        "| chooser | " + " | ".join(f"{n}, {kind.replace('_', '-')}" for kind in emulations for n in counts) + " |",
+        "|---" * (1 + len(emulations) * len(counts)) + "|",
     ]
     for chooser, plans in document["plans"].items():
-        cells = [f"{ratio(document, e, plans[str(c)]):.3f}" for e in ("none", "low_rank") for c in counts]
+        cells = [f"{ratio(document, e, plans[str(c)]):.3f}" for e in emulations for c in counts]
         lines.append(f"| {chooser} | " + " | ".join(cells) + " |")
     scores = document["scores"]
     for other in ("aumann-shapley", "taylor"):
@@ -218,7 +240,7 @@ def main() -> None:
             choose(dense, options, results, chooser)
         judge(dense, options, results, chooser)
         print(f"{chooser} done", flush=True)
-    print(table(results.read(), options.counts))
+    print(table(results.read(), options.counts, emulations_of(options)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 
 DIR holds `wikitext2_raw_valid.txt`, `arc_easy`, `piqa` and `hellaswag.valid.jsonl`, `mmlu.val.jsonl` and
 `mmlu.dev.jsonl`; lists to copy are made here. Rows are added to FILE as they come; the same line again goes on where
-it stopped. Every difference from the dense model has a 95% interval, paired by question or window. For a model in
+it stopped. `--windows 50% 30%` adds plans of windows by the product's defaults for these shares of the KV cache of a
+request of `--context` tokens; rows of text should be as long then: `--row-tokens 8192 --tokens 16384`. Every difference
+from the dense model has a 95% interval, paired by question or window. For a model in
 memory: `battery` once, `dense = measured(...)` once, `row(battery, dense, measured(...))` for every pruned model.
 """
 
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 from machine import machine
+from plans import window_plan
 
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.choice import Answer, accuracy, answer, differences, judged
@@ -134,6 +137,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", help="dense model")
     parser.add_argument("checkpoints", nargs="*", help="made from it")
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--windows", nargs="*", default=[], help="shares of the KV cache")
+    parser.add_argument("--context", type=int, help="tokens of the request that these are shares of")
+    parser.add_argument("--row-tokens", type=int, default=512, help="of the text")
     parser.add_argument("--limit", type=int, default=500, help="questions of each set")
     parser.add_argument("--tokens", type=int, default=20480, help="of the text")
     parser.add_argument("--copies", type=int, default=200, help="prompts of the copying task")
@@ -148,23 +154,29 @@ def main() -> None:
     quiet_libraries()
     journal = Journal(options.cache or options.output.with_suffix(".journal"))
     loaded = load(options.model, options.dtype, "cpu", reporter)
-    asked = battery(loaded.tokenizer, options.data, options.limit, options.tokens, copies=options.copies)
+    asked = battery(loaded.tokenizer, options.data, options.limit, options.tokens, options.row_tokens, options.copies)
     document = {
         "machine": machine(), "model": options.model, "dtype": options.dtype, "tokens": asked.windows.numel(),
         "questions": {name: len(questions) for name, questions in asked.questions.items()},
         "copies": len(asked.copies), "rows": [],
     }  # fmt: skip
     dense = None
-    for name in [options.model, *options.checkpoints]:
+    subjects: list[tuple[str, str | None]] = [(name, None) for name in (options.model, *options.checkpoints)]
+    subjects += [(options.model, share) for share in options.windows]
+    for name, share in subjects:
+        place = options.output.with_suffix(".plans")
+        plan = window_plan(name, share, place, reporter, context=options.context) if share else None
 
-        def measure(name: str = name) -> Measured:
-            subject = loaded if name == options.model else load(name, options.dtype, "cpu", reporter)
+        def measure(name: str = name, plan: Path | None = plan) -> Measured:
+            another = name != options.model or plan is not None
+            subject = load(name, options.dtype, "cpu", reporter, plan and str(plan)) if another else loaded
             return measured(subject.model, subject.tokenizer, asked)
 
-        with reporter.stage(name):
-            found, seconds = remembered(journal, identity_of(name, options.dtype), asked, measure)
-        dense = dense or found
         label = "dense" if name == options.model else Path(name).resolve().name
+        label = f"windows, {share} of the KV cache" if share else label
+        with reporter.stage(label):
+            found, seconds = remembered(journal, identity_of(str(plan or name), options.dtype), asked, measure)
+        dense = dense or found
         document["rows"].append({"name": label, "cpu_seconds": seconds, **row(asked, dense, found)})
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

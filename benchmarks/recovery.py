@@ -1,6 +1,8 @@
 """What each recovery technique gives, with its seconds and peak memory: one process a row, rows added to a JSON file.
 
 python benchmarks/recovery.py smollm2-135m --calibration DIR/*.txt --judge TEXT --output FILE
+
+`--technique window` limits the same layers to windows of an eighth of a row that judges, the product's default share.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from machine import machine
 
+from pruning.budget import WINDOW_SHARE
 from pruning.console import Reporter, peak_memory_bytes, quiet_libraries
 from pruning.evaluation.evaluate import loss, perplexity_ratio
 from pruning.families import has_biases
@@ -42,13 +45,17 @@ class Technique:
     recalibrated: bool = False
     healed: Trained | None = None  # by HEALING_STEPS updates of HEALING_TOKENS tokens, on windows of the same texts
     optimizer: Optimizer = "adamw"
+    window: int = 0
 
 
+JUDGED_ROW = 512
 HEALING_STEPS, HEALING_TOKENS, VALIDATION_WINDOWS = 60, 1024, 16
 
 # Ranks 76 (low-rank), 51 (one source), 38 (two sources) and 30 (kv-share-low-rank) make adapters of a tenth of
 # SmolLM2-135M's attention weights.
 TECHNIQUES = {
+    "window": Technique("window", window=JUDGED_ROW // WINDOW_SHARE),
+    "window-compensated": Technique("window", compensated=True, window=JUDGED_ROW // WINDOW_SHARE),
     "none": Technique("none"),
     "bias": Technique("bias"),
     "self-only": Technique("self_only"),
@@ -103,7 +110,7 @@ def attention_of(text: str) -> list[Sublayer]:
     return [Sublayer(int(block), "attention") for block in text.split(",")]
 
 
-def windows_to_judge(dense, path: Path, tokens: int, length: int = 512) -> torch.Tensor:
+def windows_to_judge(dense, path: Path, tokens: int, length: int = JUDGED_ROW) -> torch.Tensor:
     ids = dense.tokenizer(read_text(path)[: tokens * 12], add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[:tokens]).view(-1, length)
 
@@ -166,7 +173,8 @@ def recovered(dense: DenseModel, options, spec: dict) -> dict:
     how = TECHNIQUES[spec["technique"]]
     tokens = from_files(options.calibration, dense.tokenizer, spec["tokens"], options.length, 0)
     gone = attention_of(spec["attention"])
-    plan = Plan(dense.model.config.num_hidden_layers, dict.fromkeys(gone, how.kind), how.rank, how.sources)
+    kinds = dict.fromkeys(gone, how.kind)
+    plan = Plan(dense.model.config.num_hidden_layers, kinds, how.rank, how.sources, how.window)
     evaluator = Evaluator(dense.model, dense.family, tokens)
     removed = sum(sum(p.numel() for p in dense.model.model.layers[s.block].self_attn.parameters()) for s in gone)
     kept = sum(p.numel() for p in dense.model.parameters()) - removed
@@ -180,7 +188,7 @@ def recovered(dense: DenseModel, options, spec: dict) -> dict:
         else:
             recovery = recover(
                 evaluator, plan.removed, how.rank, Reporter(), compensated=how.compensated, sequential=how.sequential,
-                sources=how.sources, recalibrated=how.recalibrated,
+                sources=how.sources, window=how.window, recalibrated=how.recalibrated,
             )  # fmt: skip
     if how.healed:
         recovery = healed(dense, options, how, plan, recovery, tokens)

@@ -133,7 +133,16 @@ def latency_windows(results: Results) -> str:
 
 def windows(results: Results) -> str:
     """Windows at several budgets: perplexity over dense, also past half of a row, and codes found by length."""
-    found: Any = results.document("windows").get("rows") or {}
+    return _windows(results, "windows")
+
+
+def windows_qwen(results: Results) -> str:
+    """The same of a larger model."""
+    return _windows(results, "windows_qwen")
+
+
+def _windows(results: Results, file: str) -> str:
+    found: Any = results.document(file).get("rows") or {}
     lengths = list(next(iter(found.values()))["codes"]) if found else []
     rows = []
     for name, row in found.items():
@@ -369,7 +378,7 @@ def written(results: Results) -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        serving, serving_short, serving_windows, serving_windows_short, windows, latency, latency_windows,
+        serving, serving_short, serving_windows, serving_windows_short, windows, windows_qwen, latency, latency_windows,
         recovery, healing, overhead, quality, choosers, subnetworks, speculation, glance, peers, peers_differ,
         paper, paper_questions, paper_emulation, written,
     )

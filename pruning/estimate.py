@@ -111,6 +111,7 @@ def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
     score = limit + _scoring(recipe, size, judged, length, size.layers)
     if recipe.window_sizes == "several":
         score += ATTENTION_GRADIENT * MASKED * size.attention(judged, length)
+        score += _scoring(recipe, size, judged - rows, length, size.layers)  # codes, with larger windows
         score += takes_smaller_windows(recipe) * _scoring(recipe, size, judged, length, size.layers)
     measured = size.forward(held, context) + asked  # of one plan
     if not by_head(recipe):
@@ -260,6 +261,8 @@ def timed_reading(dense: DenseModel) -> float:
 def readings(recipe: Recipe) -> dict[str, int]:
     """How often the stages of a window plan read all blocks from disk: for sinks and limits, gates, and figures."""
     judges = 2 if recipe.codes else 1
+    if recipe.window_sizes == "several":
+        judges += (judges - 1) + judges * takes_smaller_windows(recipe)
     measured = 2 * TRIED_PLANS if recipe.kv_budget is None else 0
     return {"score": 2 + judges * 2 * recipe.draws + measured, "export": 0 if measured else 4}
 

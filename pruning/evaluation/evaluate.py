@@ -28,7 +28,8 @@ from pruning.forward.evaluator import Evaluator
 from pruning.models.applied import apply_plan_file
 from pruning.models.checkpoint import is_pruned, verify
 from pruning.models.finding import find_model
-from pruning.models.loading import load_dense
+from pruning.models.loading import dequantising, load_model
+from pruning.models.weight_files import quantisation_of
 from pruning.texts.reading import read_text
 
 PROMPT_TOKENS = 32
@@ -66,16 +67,17 @@ def load(name: str, dtype: str, device: str, reporter: Reporter, plan: str | Non
     """
     path = Path(name)
     if plan is not None:
-        path = apply_plan_file(str(find_model(name, reporter).directory), plan, reporter.say)
+        path = apply_plan_file(str(find_model(name, reporter, weights_stay=True).directory), plan, reporter.say)
     if not is_pruned(path):
-        dense = load_dense(name, dtype, device, reporter)
+        dense = load_model(find_model(name, reporter, weights_stay=True), dtype, device)
         return Loaded(dense.model, dense.tokenizer)
     if plan is None:
         verify(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True).eval().to(device)
+    whole = dequantising(quantisation_of(json.loads((path / "config.json").read_text(encoding="utf-8"))))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True, **whole).eval().to(device)
     check_tensors(model.state_dict().items(), f"the weights of {name}")
     return Loaded(model, AutoTokenizer.from_pretrained(path, local_files_only=True))
 

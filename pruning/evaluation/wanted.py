@@ -145,4 +145,4 @@ def check(name: str, against: str | None, wanted: Wanted, output: Path | None, r
     if wanted.of_model or wanted.url is None:
         for model in (name, against):
             if model is not None and not is_pruned(Path(model)):
-                find_model(model, reporter)
+                find_model(model, reporter, weights_stay=True)

@@ -16,7 +16,7 @@ from pruning.families import Family, own_window
 from pruning.finite import check_tensors
 from pruning.models.chain import Earlier, emulations_of
 from pruning.models.checkpoint import combined, hash_each
-from pruning.models.finding import Source, find_model
+from pruning.models.finding import DEQUANTISED, Source, find_model
 from pruning.models.modeling import register_models
 from pruning.models.residency import Residency
 from pruning.plan import Sublayer
@@ -79,7 +79,7 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.directory, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True,
-            **_dequantising(source),
+            **dequantising(source.quantised),
         )  # fmt: skip
         model = model.eval().to(device)
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
@@ -97,13 +97,13 @@ def load_model(source: Source, dtype: str, device: str) -> DenseModel:
     )  # fmt: skip
 
 
-def _dequantising(source: Source) -> dict[str, Any]:
-    """What has quantised weights read as ordinary ones."""
-    if source.quantised is None:
+def dequantising(method: str | None) -> dict[str, Any]:
+    """What has weights of this quantisation read as ordinary ones; nothing where there is none."""
+    if method not in DEQUANTISED:
         return {}
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    return {"quantization_config": AUTO_QUANTIZATION_CONFIG_MAPPING[source.quantised](dequantize=True)}
+    return {"quantization_config": AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)}
 
 
 def load_tokenizer(source: Source) -> Tokenizer:

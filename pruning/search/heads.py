@@ -77,8 +77,9 @@ def score(
     that the scores of all heads sum to what this way costs. Budgets are small, so the half of the way is taken that
     is near their plans: on WikiText it chose better than the whole way (docs/decisions/windows.md).
 
-    The same backward pass tells the gradient by every larger window. A smaller one costs more than a gradient at the
-    usual one sees, so it gets a way of its own.
+    The same backward pass tells the gradient by every larger window, which is enough for the text. A smaller one costs
+    more than a gradient at the usual one sees, and what is fetched from far away is lost as a whole before its gradient
+    sees a larger one. So these get ways of their own.
 
     Args:
         judges: The first is the text.
@@ -95,8 +96,9 @@ def score(
     """
     found = _gradients(judges, limits, [size for size in sizes if size >= 1], samples, reach, reporter)
     for size in sizes:
-        if size < 1:
-            of_size = _gradients(judges, resized_by(limits, size), [1.0], samples, reach, reporter)
+        if size != 1:
+            apart = judges if size < 1 else judges[1:]
+            of_size = _gradients(apart, resized_by(limits, size), [1.0], samples, reach, reporter)
             found |= {(name, size): table for (name, _), table in of_size.items()}
     return _by_size(judges, sizes, found)
 

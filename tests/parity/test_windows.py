@@ -30,6 +30,7 @@ from tests.conftest import (
     planting_sinks,
     rewrite_manifest,
 )
+from tests.parity.test_features import adapter
 
 PLAN = Plan(BLOCKS, {Sublayer(1, "attention"): "bias", Sublayer(2, "ffn"): "none"})
 WINDOW = 24  # neither a multiple of vLLM's blocks nor a length that a family slides by itself
@@ -126,16 +127,24 @@ def limited(
     return directory, model
 
 
-def run(models: dict[Path, int], again: int = 0, variables: dict[str, str] | None = None, **options) -> dict[str, dict]:
+def run(
+    models: dict[Path, int],
+    again: int = 0,
+    variables: dict[str, str] | None = None,
+    lora: Path | None = None,
+    **options,
+) -> dict[str, dict]:
     """What vLLM makes of the prompts with each checkpoint; one process for all.
 
     Args:
         models: Checkpoint -> tokens to write.
         again: Tokens to write when the prompts come a second time; 0: they do not.
         variables: Of the environment.
+        lora: An adapter that all prompts are answered with.
         options: Of the engine.
     """
     job = {"models": {str(m): n for m, n in models.items()}, "prompts": PROMPTS, "again": again, "options": options}
+    job |= {"lora": str(lora)} if lora else {}
     command = [sys.executable, str(Path(__file__).with_name("windows.py")), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=engine_environment() | (variables or {}))
     assert done.returncode == 0, done.stderr[-6000:]
@@ -220,6 +229,15 @@ def test_heads_of_one_layer_are_full_and_limited_in_odd_chunks_across_windows_an
         check(results[str(directory)]["first"], model)
         assert [one["cached"] for one in results[str(directory)]["second"]] == [128, 64]
         check(results[str(directory)]["second"], model)
+
+
+@pytest.mark.engine
+def test_an_adapter_on_layers_with_mixed_heads_gives_what_the_adapted_model_gives(mixed, tmp_path):
+    directory, _ = mixed["llama"]
+    adapted = adapter(directory, tmp_path / "adapter")
+    options = {"max_num_batched_tokens": CHUNK, "enable_lora": True, "max_lora_rank": 8}
+    served = run({directory: SHORT}, lora=tmp_path / "adapter", distributed_executor_backend="uni", **options)
+    check(served[str(directory)]["first"], adapted)
 
 
 @pytest.mark.engine

@@ -9,6 +9,7 @@ import sys
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 448, "block_size": 32}
 
@@ -30,7 +31,11 @@ def main(job: dict) -> None:
         fixed = {"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 0}
         prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
         scored = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0, **fixed)
-        result = {"model": model, "first": [_logprobs(o) for o in llm.generate(prompts, scored, use_tqdm=False)]}
+        adapter = LoRARequest("adapter", 1, job["lora"]) if job.get("lora") else None
+        # vLLM 0.32 on a CPU computes log-probabilities of prompts for one request with an adapter at a time.
+        parts = [prompts] if adapter is None else [[prompt] for prompt in prompts]
+        answers = [o for part in parts for o in llm.generate(part, scored, use_tqdm=False, lora_request=adapter)]
+        result = {"model": model, "first": [_logprobs(o) for o in answers]}
         if job["again"]:
             again = SamplingParams(max_tokens=job["again"], **fixed)
             result["second"] = [_logprobs(o) for o in llm.generate(prompts, again, use_tqdm=False)]
