@@ -179,7 +179,7 @@ def glance(results: Results) -> str:
                 f"{row['codes'][length][0]} (dense {dense['codes'][length][0]}) of {row['codes'][length][1]}",
             ])  # fmt: skip
     return _table(
-        ["model", "KV cache kept", "times the tokens fit", "perplexity", "hidden codes found, longest prompts"], rows
+        ["model", "KV cache kept", "times smaller", "perplexity", "hidden codes found, longest prompts"], rows
     )
 
 

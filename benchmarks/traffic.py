@@ -123,7 +123,7 @@ class Client:
         status, answer = await self.post(http, "/v1/chat/completions", body)
         if status != 200:
             return _refusal(status, answer)
-        calls = answer["choices"][0]["message"]["tool_calls"]
+        calls = answer["choices"][0]["message"].get("tool_calls")  # none where the tokens ran out before
         return _of_schema(status, answer["choices"][0], calls[0]["function"]["arguments"] if calls else "")
 
     async def stream(self, http: aiohttp.ClientSession) -> End:

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from machine import machine
 
 from pruning import windows
-from pruning.budget import SMALLER_SIZES_UNDER, counts, resolved
+from pruning.budget import counts, resolved, window_sizes
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.long_context import score
 from pruning.evaluation.paired import bootstrap
@@ -42,10 +43,10 @@ from pruning.variants.window_fit import limits
 from pruning.windows.plans import Choice, exchanged
 from pruning.workdir import Journal
 
-CHOOSERS = ("auto", "head", "layer", "exchange", "spaced", "random", "one-forward")
-"""The product's, with windows of several sizes; then with one size: by single heads; by whole layers; heads exchanged
-on trial; layers evenly spaced; drawn; by what one forward says that each layer's limit changes."""
-LABELS = {"auto": "windows of several sizes", "head": "windows of one size, by KV head", "layer": "by layer"}
+CHOOSERS = ("auto", "several", "head", "layer", "exchange", "spaced", "random", "one-forward")
+"""The product's; with windows of several sizes at any budget; then with one size: by single heads; by whole layers;
+heads exchanged on trial; layers evenly spaced; drawn; by what one forward says that each layer's limit changes."""
+LABELS = {"auto": "windows", "head": "windows of one size, by KV head", "layer": "by layer"}
 PIECE = 512  # tokens that one paired difference is the mean of
 
 
@@ -93,13 +94,18 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
     rows, _ = calibrate(dense, recipe, reporter)
     found = windows.limited(dense, recipe, rows, reporter)
     judges = windows.judges(dense, recipe, rows, found, journal_of(None, dense, recipe), reporter)
-    smaller = any(parse_share(budget, "budgets") < SMALLER_SIZES_UNDER for budget in options.budgets)
-    choice = Choice.of(dense, recipe, judges, found, reporter, smaller=smaller)
+    several = recipe.model_copy(update={"window_sizes": "several"})
+    of_sizes = several if "several" in options.choosers else recipe
+    least = min(parse_share(budget, "budgets") for budget in options.budgets)
+    choice = replace(
+        Choice.of(dense, of_sizes, judges, found, reporter, share=least), sizes=partial(window_sizes, recipe)
+    )
     scored = time.process_time() - start
     for budget in options.budgets:
         for how in options.choosers:
             start = time.process_time()
-            full = _plan(how, choice, parse_share(budget, "budgets"), judges, dense, rows, reporter)
+            own = replace(choice, sizes=partial(window_sizes, several)) if how == "several" else choice
+            full = _plan(how, own, parse_share(budget, "budgets"), judges, dense, rows, reporter)
             chosen, limits = choice.selection(full)
             plan = plan_of(chosen.order, len(choice.usual.layers), recipe, found=limits)
             yield Found(budget, how, plan, limits, scored + time.process_time() - start)
@@ -110,7 +116,7 @@ def _plan(
     reporter: Reporter,
 ) -> heads.HeadPlan:  # fmt: skip
     """The plan of one chooser."""
-    if how == "auto":
+    if how in ("auto", "several"):
         return choice.plan(budget)
     one = replace(choice, scores={1.0: choice.usual}, by="head")
     if how == "head":
@@ -207,7 +213,7 @@ def main() -> None:
     theirs = document["rows"][known]
     for found in plans(dense, options, reporter):
         plan = found.plan
-        name = f"{found.budget}, {found.how}, {'sizes around' if found.how == 'auto' else 'windows of'} {plan.window}"
+        name = f"{found.budget}, {found.how}, {'sizes around' if plan.windows else 'windows of'} {plan.window}"
         name += f", {options.calibration_tokens} tokens" if options.calibration_tokens else ""
         if name in document["rows"]:
             continue

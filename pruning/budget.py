@@ -14,8 +14,8 @@ NARROW_TOKENS = 65536  # for narrower FFNs: a refit has as many regressors as th
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 WINDOW_SIZES = (0.5, 1.0, 2.0)  # of the usual window, that layers may have where one size is not asked for
-SMALLER_SIZES_UNDER = 0.2  # of the cache; above, half a window saves less than it seems to (decisions/windows.md)
-SMALLER_SIZES_FROM = 0.02  # nats per token that are allowed
+SEVERAL_SIZES_UNDER, SMALLER_SIZES_UNDER = 0.3, 0.2  # of the cache; above, they do not pay (decisions/windows.md)
+SMALL_FROM = 0.02  # nats per token; where so much is allowed, a small share of the cache is likely
 LIMITED_SHARE = 0.85  # of a small budget, that the usual window takes at most where windows have several sizes
 SMALL_BUDGET, SMALL_WINDOW = 0.2, 0.6  # the same for windows of one size, under this share of the cache
 WINDOW_MULTIPLE = 64
@@ -50,7 +50,7 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
     usual = FIT_TOKENS if window is None else max(length, CHOICE_TOKENS)
     tokens = recipe.calibration_tokens or (NARROW_TOKENS if narrows(recipe.kind) else usual)
-    sizes = recipe.window_sizes or ("several" if by_head(recipe) and recipe.window is None else "one")
+    sizes = recipe.window_sizes or ("auto" if by_head(recipe) and recipe.window is None else "one")
     named: dict[str, Any] = {
         "context": context,
         "window": window,
@@ -97,17 +97,29 @@ def check(recipe: Recipe) -> None:
             parse_share(share, flag)
 
 
-def takes_smaller_windows(recipe: Recipe) -> bool:
-    """Whether what is asked for may want windows smaller than the usual one."""
-    if recipe.kv_budget is not None:
-        return parse_share(recipe.kv_budget, "kv-budget") < SMALLER_SIZES_UNDER
-    return (recipe.max_loss_increase or 0) >= SMALLER_SIZES_FROM
+def window_sizes(recipe: Recipe, share: float | None = None) -> tuple[float, ...]:
+    """Sizes of windows that a plan may have, as shares of the usual one.
+
+    Args:
+        recipe: Resolved.
+        share: Of the KV cache that the plan keeps; by default what the recipe asks for, or is likely to find.
+    """
+    if share is None and recipe.kv_budget is not None:
+        share = parse_share(recipe.kv_budget, "kv-budget")
+    elif share is None:
+        share = 0.0 if (recipe.max_loss_increase or 0) >= SMALL_FROM else SEVERAL_SIZES_UNDER
+    if recipe.window_sizes == "one" or (recipe.window_sizes == "auto" and share >= SEVERAL_SIZES_UNDER):
+        return (1.0,)
+    sizes = WINDOW_SIZES if share < SMALLER_SIZES_UNDER else [size for size in WINDOW_SIZES if size >= 1]
+    assert recipe.window is not None
+    assert recipe.context is not None
+    return tuple(size for size in sizes if size * recipe.window < recipe.context)
 
 
 def least_share(recipe: Recipe) -> float:
     """Share of its cache that a layer keeps with the smallest window."""
     assert recipe.window is not None
-    smallest = min(WINDOW_SIZES) if recipe.window_sizes == "several" else 1.0
+    smallest = min(window_sizes(recipe, 0.0))
     return max(2, int(recipe.window * smallest)) / (recipe.context or LONGEST_CONTEXT)
 
 

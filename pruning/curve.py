@@ -51,7 +51,7 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
     with reporter.stage("score"), forwards(dense, recipe):
         found = windows.limited(dense, recipe, tokens, reporter)
         judges = judges_of(dense, recipe, tokens, journal, reporter, found=found)
-        choice = Choice.of(dense, recipe, judges, found, reporter, smaller=True)
+        choice = Choice.of(dense, recipe, judges, found, reporter, share=0.0)
     with reporter.stage("measure"):
         document = {
             "shoal_version": __version__, "model": dense.name, "context": recipe.context, "window": recipe.window,

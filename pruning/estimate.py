@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from pruning import stages, windows
-from pruning.budget import Counts, takes_smaller_windows
+from pruning.budget import Counts, window_sizes
 from pruning.console import LEAST_SECONDS, Reporter, duration
 from pruning.families import head_dim
 from pruning.forward.evaluator import Evaluator
@@ -109,10 +109,12 @@ def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
     held, context = windows.held_out_rows(recipe)
     asked = size.blocks(windows.MEASURED_PROMPTS, context // 2)
     score = limit + _scoring(recipe, size, judged, length, size.layers)
-    if recipe.window_sizes == "several":
+    sizes = window_sizes(recipe)
+    if max(sizes) > 1:
         score += ATTENTION_GRADIENT * MASKED * size.attention(judged, length)
         score += _scoring(recipe, size, judged - rows, length, size.layers)  # codes, with larger windows
-        score += takes_smaller_windows(recipe) * _scoring(recipe, size, judged, length, size.layers)
+    if min(sizes) < 1:
+        score += _scoring(recipe, size, judged, length, size.layers)
     measured = size.forward(held, context) + asked  # of one plan
     if not by_head(recipe):
         return {"score": score + _bisection(recipe, size, held, context), "export": 2 * measured}
@@ -261,8 +263,8 @@ def timed_reading(dense: DenseModel) -> float:
 def readings(recipe: Recipe) -> dict[str, int]:
     """How often the stages of a window plan read all blocks from disk: for sinks and limits, gates, and figures."""
     judges = 2 if recipe.codes else 1
-    if recipe.window_sizes == "several":
-        judges += (judges - 1) + judges * takes_smaller_windows(recipe)
+    sizes = window_sizes(recipe)
+    judges += (judges - 1) * (max(sizes) > 1) + judges * (min(sizes) < 1)
     measured = 2 * TRIED_PLANS if recipe.kv_budget is None else 0
     return {"score": 2 + judges * 2 * recipe.draws + measured, "export": 0 if measured else 4}
 

@@ -130,10 +130,11 @@ class Recipe(BaseModel):
         Field(ge=2, description="Tokens that a limited layer keeps; an eighth of --context by default."),
     ] = None
     window_sizes: Annotated[
-        Literal["one", "several"] | None,
+        Literal["auto", "one", "several"] | None,
         SELECTION,
         Field(
-            description="Windows of one size, or also half and twice as long, by layer; one where --window is given."
+            description="Windows of one size, or also half and twice as long, by layer. auto, the default without "
+            "--window: several under 30% of the cache."
         ),
     ] = None
     window_by: Annotated[

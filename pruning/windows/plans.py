@@ -1,10 +1,11 @@
 """What becomes of every KV head: a plan for any budget, or the smallest that loses little, from one scoring."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from pruning.budget import SMALLER_SIZES_UNDER, WINDOW_SIZES, takes_smaller_windows
+from pruning.budget import window_sizes
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.importance import Scores
@@ -34,6 +35,7 @@ class Choice:
         window: The usual one, positions.
         context: L, tokens of a request.
         by: "head", or "auto": whole layers where they cost little more.
+        sizes: Share of the KV cache -> sizes that a plan within it may have.
         ranks: Tensor-parallel ranks that have as many full heads of a layer each.
     """
 
@@ -44,20 +46,18 @@ class Choice:
     window: int
     context: int
     by: str
+    sizes: Callable[[float], tuple[float, ...]]
     ranks: int = 1
 
     @classmethod
     def of(
         cls, dense: DenseModel, recipe: Recipe, judges: Sequence[Judge], found: Limits, reporter: Reporter,
-        *, smaller: bool | None = None,
+        *, share: float | None = None,
     ) -> "Choice":  # fmt: skip
-        """Score all heads, at windows under the usual one too where `smaller` says so or the recipe may want them."""
+        """Score all heads, at the sizes of windows that plans within `share`, or what the recipe asks for, may have."""
         assert recipe.window is not None
         assert recipe.context is not None
-        several = recipe.window_sizes == "several"
-        sizes = [size for size in WINDOW_SIZES if size * recipe.window < recipe.context] if several else [1.0]
-        if not (takes_smaller_windows(recipe) if smaller is None else smaller):
-            sizes = [size for size in sizes if size >= 1]
+        sizes = window_sizes(recipe, share)
         scores = heads.score(judges, found.scored, recipe.draws, reporter, sizes=sizes)
         each = range(scores[1.0].heads.shape[1])
         whole = [block for block in dense.limitable if block in recipe.keep]
@@ -66,7 +66,8 @@ class Choice:
         return cls(
             scores, found, frozenset((block, head) for block, some in free.items() for head in some),
             frozenset((block, head) for block in whole for head in each), recipe.window, recipe.context,
-            "head" if dense.limits else recipe.window_by, min(recipe.tensor_parallel, len(each)),
+            "head" if dense.limits else recipe.window_by, partial(window_sizes, recipe),
+            min(recipe.tensor_parallel, len(each)),
         )  # fmt: skip
 
     @property
@@ -117,7 +118,7 @@ class Choice:
 
     def _within(self, budget: float, *, whole: bool) -> heads.HeadPlan:
         of_block = {block: [head for each, head in sorted(self.free) if each == block] for block in self.blocks}
-        scores = {size: each for size, each in self.scores.items() if size >= 1 or budget < SMALLER_SIZES_UNDER}
+        scores = {size: self.scores[size] for size in self.sizes(budget) if size in self.scores}
         options = {
             block: heads.options(scores, block, free, self.ranks, whole=whole) for block, free in of_block.items()
         }

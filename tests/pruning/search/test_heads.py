@@ -75,9 +75,8 @@ def test_a_plan_leaves_out_layers_that_keep_all_heads(trial):
 def choice_of(trial, scores, **settings):
     found = windows.Limits(trial.limits, trial.limits)
     every = frozenset(itertools.product(FREE, range(2)))
-    return Choice(
-        scores, found, **{"free": every, "kept": frozenset(), "window": 8, "context": 64, "by": "head"} | settings
-    )
+    usual = {"free": every, "kept": frozenset(), "window": 8, "context": 64, "by": "head"}
+    return Choice(scores, found, sizes=lambda share: tuple(scores), **usual | settings)
 
 
 def test_the_best_are_the_dearest(trial, scores):
@@ -127,10 +126,10 @@ def test_smaller_windows_are_scored_on_a_way_of_their_own(trial):
 def test_windows_of_several_sizes_reach_the_checkpoint(monkeypatch, pico_directory, tmp_path):
     text, output = tmp_path / "long.txt", tmp_path / "out"
     text.write_text("The quick brown fox jumps over the lazy dog, again and again; so it goes. " * 200)
-    options = ["--context", "256", "--kv-budget", "12%", "--calibration", text, "--window-sizes", "several"]
+    options = ["--context", "256", "--kv-budget", "12%", "--calibration", text]
     assert run_prune_export(monkeypatch, pico_directory(), "--output", output, *options) == 0
     manifest = verify(output)
-    assert manifest.recipe["window_sizes"] == "several"
+    assert manifest.recipe["window_sizes"] == "auto"
     usual = manifest.recipe["window"]
     entries = [block["attention"] for block in json.loads((output / "config.json").read_text())["block_configs"]]
     kept = sum(
