@@ -15,7 +15,7 @@ from pruning.models.loading import DenseModel
 from pruning.recipe import Recipe, by_head
 from pruning.request import Request
 from pruning.search import heads
-from pruning.stages import calibrate, forwards, journal_of, judges_of, opened
+from pruning.stages import calibrate, forwards, join, journal_of, judges_of, opened
 from pruning.windows.plans import BUDGETS, Choice
 from pruning.workdir import Journal
 
@@ -39,7 +39,7 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
         UserError: What could not be known before the model was loaded.
     """
     quiet_libraries()
-    parallel.start()
+    join(reporter)
     recipe = request.recipe
     if not by_head(recipe):
         raise RecipeError("plan draws the curve of windows; leave out what chooses by another way (sweep removes)")
@@ -59,6 +59,8 @@ def curve(request: Request, output: Path | None, *, measured: int, reporter: Rep
             **_points(dense, recipe, choice, held_out, measured, journal, reporter),
         }  # fmt: skip
     journal.discard()
+    if parallel.process()[0] != 0:
+        return document
     print(curve_table(document))
     if output is not None:
         write_curve(output, document)

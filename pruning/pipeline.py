@@ -43,6 +43,7 @@ from pruning.stages import (
     healed,
     healing_precision,
     healing_state,
+    join,
     journal_of,
     judges_of,
     opened,
@@ -64,6 +65,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     """Prune a model and write the checkpoint; with `dry_run` only say what would be done.
 
     A run that was killed goes on where it stopped when it is started again: scores are journalled in the cache.
+    Under `torchrun` the processes choose, measure limits and heal together; the first fits and writes.
 
     Args:
         request: From `request.checked_export`.
@@ -75,7 +77,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         UserError: What could not be known before the model was loaded; nothing is written then.
     """
     quiet_libraries()
-    parallel.start()
+    join(reporter)
     source, recipe, wanted = request.source, request.recipe, request.wanted
     num_blocks, context = source.num_blocks, recipe.context or 0
     with reporter.stage("load"):
@@ -88,7 +90,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         needed = int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05)
         check_free_space(output, (0 if shares_weights(recipe, wanted, dense, output) else needed) + 2**24)
     with reporter.stage("calibrate"):
-        tokens, held_out = calibrate(dense, recipe, reporter)
+        tokens, held_out = parallel.of_first(lambda: calibrate(dense, recipe, reporter))
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(None if dry_run else output, dense, recipe)
         exact = journal if recipe.fit_precision == "auto" else None  # figures are in the model's own precision
@@ -125,21 +127,26 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
         return None
-    if parallel.process()[0] != 0 and recipe.heal == "none":
-        journal.discard()
-        return None  # the rest is one process's work
+    limits_of_plan = {each: found.served[each] for each in plan.removed} if found is not None else {}
+    if recipe.heal == "none":
+        if found is not None and parallel.process()[1] > 1:
+            for each in ({}, limits_of_plan):  # while every process measures its share
+                measured.loss(each)
+        if not parallel.first_goes_on():
+            journal.discard()
+            return None  # the rest is one process's work
     with reporter.stage("emulate"):
         recovery = recovered(dense, plan, recipe, tokens, reporter, prepared, found)
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
             recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter, found)
-        if parallel.process()[0] != 0:
-            journal.discard()
-            return None
+    if not parallel.first_goes_on():
+        journal.discard()
+        return None
     with reporter.stage("export"), atomic_directory(output) as directory:
         if found is not None and healing is None and not recovery.weights:
-            quality = _measured(measured, {each: found.served[each] for each in plan.removed}, held_out)
+            quality = _measured(measured, limits_of_plan, held_out)
             apply_recovery(dense.model, dense.family, plan, recovery)
         else:
             quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
@@ -266,12 +273,12 @@ def score(request: Request, output: Path | None, *, units: Sequence[UnitKind], r
         UserError: What could not be known before the model was loaded.
     """
     quiet_libraries()
-    parallel.start()
+    join(reporter)
     source, recipe = request.source, request.recipe
     with reporter.stage("load"):
         dense = opened(source, recipe)
     with reporter.stage("calibrate"):
-        tokens, _ = calibrate(dense, recipe, reporter)
+        tokens, _ = parallel.of_first(lambda: calibrate(dense, recipe, reporter))
     every = [Unit(b, kind) for kind in units for b in range(source.num_blocks) if b not in recipe.keep]
     sampling = Sampling(recipe.seed, recipe.draws, max(1, len(every) // 3))
     with reporter.stage("score"), forwards(dense, recipe):

@@ -50,6 +50,12 @@ SEARCH_BATCH_TOKENS = 2048
 SCORING_STATE_BYTES = 2**26  # hidden states held at once; more is no faster on a CPU
 
 
+def join(reporter: Reporter) -> None:
+    """Join the other processes of `torchrun`, where there are any; only the first says how it goes."""
+    parallel.start()
+    reporter.console.quiet = parallel.process()[0] != 0
+
+
 def opened(source: Source, recipe: Recipe) -> DenseModel:
     """The model, in memory as a whole or block by block as it is needed."""
     if recipe.stream:

@@ -6,6 +6,8 @@ import numpy
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
+from pruning.forward import parallel
+
 Option = tuple[float, float]
 """Cost and weight."""
 
@@ -15,6 +17,8 @@ TIE = 1e-9  # of the cost of all, that a unit of weight counts: of equals, what 
 
 def cheapest(items: Sequence[Sequence[Option]], capacity: float) -> list[int] | None:
     """One option of each item, at the least cost in all whose weight in all stays within the capacity.
+
+    Under `torchrun` the first process solves for all, so that the solver's limit of time parts no two of them.
 
     Args:
         items: Options of each, at least one.
@@ -27,6 +31,10 @@ def cheapest(items: Sequence[Sequence[Option]], capacity: float) -> list[int] | 
     """
     if sum(min(weight for _, weight in options) for options in items) > capacity * (1 + 1e-12):
         return None
+    return parallel.of_first(lambda: _solved(items, capacity))
+
+
+def _solved(items: Sequence[Sequence[Option]], capacity: float) -> list[int]:
     counts = [len(options) for options in items]
     costs = numpy.array([cost for options in items for cost, _ in options])
     weights = numpy.array([weight for options in items for _, weight in options])

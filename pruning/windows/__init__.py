@@ -222,11 +222,16 @@ class Measured:
         )  # fmt: skip
         self._length = held_out.shape[1]
         self._dense, self._recipe, self._reporter = dense, recipe, reporter
+        self._losses: dict[tuple[str, ...], float] = {}
         self._codes: dict[tuple[str, ...], dict[str, float] | None] = {}
 
     def loss(self, limits_of_plan: Mapping[Sublayer, Window]) -> float:
         """Nats/token; of the dense model where nothing is limited."""
-        return float(self._evaluator.loss(self._in_rows(limits_of_plan)).mean())
+        in_rows = self._in_rows(limits_of_plan)
+        key = tuple(describe(in_rows))
+        if key not in self._losses:
+            self._losses[key] = float(self._evaluator.loss(in_rows).mean())
+        return self._losses[key]
 
     def _in_rows(self, limits_of_plan: Mapping[Sublayer, Window]) -> Mapping[Sublayer, Window]:
         """Limits with windows for the rows that are measured on."""

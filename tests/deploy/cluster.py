@@ -250,6 +250,47 @@ def reference_problems(documents: list[Document], names: dict[str, set[str]]) ->
                 yield f"{where} fights with the Deployment over the number of replicas"
 
 
+def peers_problems(job: Document, documents: list[Document]) -> Iterator[str]:
+    """Pods of a Job that would wait for each other for ever: too few at once, or under a name that nobody has."""
+    name, spec = job["metadata"]["name"], job["spec"]
+    where, pod = f"Job/{name}", spec["template"]["spec"]
+    command = " ".join(argument for container in pod["containers"] for argument in container["args"])
+    if "--rdzv-endpoint" not in command:
+        return
+    wanted = {entry.get("value") for c in pod["containers"] for entry in c["env"] if entry["name"] == "PODS"}
+    if wanted != {str(spec.get("completions"))} or spec.get("parallelism") != spec.get("completions"):
+        yield f"{where} does not start at once as many pods as wait for each other"
+    if spec.get("completionMode") != "Indexed":
+        yield f"{where} has pods without a number, so none is the first"
+    (endpoint,) = re.findall(r"--rdzv-endpoint (\S+)", command)
+    host, _, port = endpoint.partition(":")
+    if host != f"{name}-0.{pod.get('subdomain')}":
+        yield f"{where} meets at {host}, which is not the name of its first pod"
+    services = {d["metadata"]["name"]: d["spec"] for d in documents if d["kind"] == "Service"}
+    service = services.get(pod.get("subdomain", ""), {})
+    if service.get("clusterIP") != "None" or not matching(service["selector"], {name: spec["template"]}):
+        yield f"{where} has pods whose names no headless Service gives"
+    elif not service.get("publishNotReadyAddresses"):
+        yield f"Service/{pod['subdomain']} hides pods that are not ready yet"
+    elif port not in {str(each["port"]) for each in service["ports"]}:
+        yield f"Service/{pod['subdomain']} lacks the port {port}"
+    yield from _policy_of_peers(where, spec["template"]["metadata"]["labels"], documents)
+
+
+def _policy_of_peers(where: str, labels: dict[str, str], documents: list[Document]) -> Iterator[str]:
+    """Pods that may not reach each other on every port, in both directions."""
+    pods = {where: {"metadata": {"labels": labels}}}
+    for direction, side in (("ingress", "from"), ("egress", "to")):
+        rules = [
+            rule for d in documents if d["kind"] == "NetworkPolicy"
+            and matching(d["spec"]["podSelector"].get("matchLabels", {}), pods) for rule in d["spec"].get(direction, [])
+        ]  # fmt: skip
+        selectors = [peer["podSelector"]["matchLabels"] for rule in rules if "ports" not in rule
+                     for peer in rule[side] if set(peer) == {"podSelector"}]  # fmt: skip
+        if not any(matching(selector, pods) for selector in selectors):
+            yield f"{where} has pods that may not talk to each other ({direction})"
+
+
 def rollout_problems(document: Document) -> Iterator[str]:
     """A rolling update that takes a replica away before its successor is ready."""
     rolling = document["spec"].get("strategy", {}).get("rollingUpdate", {})
@@ -276,6 +317,8 @@ def problems(documents: list[Document]) -> list[str]:
             found += selector_problems(document, pods)
         if document["kind"] == "Deployment":
             found += rollout_problems(document)
+        if document["kind"] == "Job":
+            found += peers_problems(document, documents)
         if document["kind"] == "HTTPRoute":
             found += model_problems(document, documents, pods)
     found += overlap_problems(documents)

@@ -9,7 +9,7 @@ import yaml
 from tests.deploy.paths import OVERLAYS
 from tests.deploy.tools import run
 
-NAMES = ("cpu", "gpu", "autoscale", "multi-node", "plans")
+NAMES = ("cpu", "gpu", "autoscale", "multi-node", "plans", "prune-pods")
 Document = dict[str, Any]
 
 

@@ -166,6 +166,44 @@ def test_planted_fault_in_plans_is_found(fault: str) -> None:
     assert any(told in problem for problem in problems(documents))
 
 
+def job(documents: list[Document]) -> Document:
+    return part(documents, "Job", "shoal-prune")["spec"]  # type: ignore[no-any-return]
+
+
+def peers(documents: list[Document], kind: str) -> Document:
+    """What lets the Job's pods find each other."""
+    name = "shoal-prune" if kind == "Service" else "shoal-prune-peers"
+    return part(documents, kind, name)["spec"]  # type: ignore[no-any-return]
+
+
+PEER_FAULTS: dict[str, tuple[Callable[[list[Document]], object], str]] = {
+    "one pod after the other": (lambda d: job(d).update(parallelism=1), "does not start at once"),
+    "three pods, two that wait": (lambda d: job(d).update(completions=3, parallelism=3), "does not start at once"),
+    "pods without a number": (lambda d: job(d).pop("completionMode"), "none is the first"),
+    "another subdomain": (lambda d: job(d)["template"]["spec"].update(subdomain="shoal"), "is not the name of"),
+    "a Service with an address": (lambda d: peers(d, "Service").pop("clusterIP"), "no headless Service"),
+    "a Service of ready pods": (lambda d: peers(d, "Service").pop("publishNotReadyAddresses"), "hides pods"),
+    "another port": (lambda d: peers(d, "Service")["ports"][0].update(port=29500), "lacks the port 29400"),
+    "a Service of the servers": (
+        lambda d: peers(d, "Service")["selector"].update({"app.kubernetes.io/component": "server"}),
+        "no headless Service",
+    ),
+    "no way in": (lambda d: peers(d, "NetworkPolicy").pop("ingress"), "may not talk to each other (ingress)"),
+    "one port out": (
+        lambda d: peers(d, "NetworkPolicy")["egress"][0].update(ports=[{"port": 29400}]),
+        "may not talk to each other (egress)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PEER_FAULTS)
+def test_planted_fault_in_a_job_of_several_pods_is_found(fault: str) -> None:
+    documents = overlay("prune-pods")
+    plant, told = PEER_FAULTS[fault]
+    plant(documents)
+    assert any(told in problem for problem in problems(documents))
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_found(fault: str) -> None:
     documents = overlay("autoscale")
