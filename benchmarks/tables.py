@@ -383,7 +383,8 @@ def written(results: Results) -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        serving, serving_short, serving_windows, serving_windows_short, windows, windows_qwen, windows_2048, latency, latency_windows,
+        serving, serving_short, serving_windows, serving_windows_short, windows, windows_qwen, windows_2048,
+        latency, latency_windows,
         recovery, healing, overhead, quality, choosers, subnetworks, speculation, glance, peers, peers_differ,
         paper, paper_questions, paper_emulation, written,
     )
