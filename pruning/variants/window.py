@@ -178,12 +178,14 @@ def windowed_attention(
     if limit.gates is not None:
         out = _gated(module, query, key, value, attend)
     elif limit.full:
-        out = torch.empty_like(query)
         others = [head for head in range(key.shape[1]) if head not in limit.full]
         assert others
+        order, parts = [], []
         for heads, size in ((limit.full, None), (others, limit.size)):
             queries = _queries(query, key, heads)
-            out[:, queries] = attend(query[:, queries], key[:, list(heads)], value[:, list(heads)], size)
+            order += queries
+            parts.append(attend(query[:, queries], key[:, list(heads)], value[:, list(heads)], size))
+        out = torch.cat(parts, 1)[:, torch.tensor(order, device=query.device).argsort()]
     else:
         out = attend(query, key, value, limit.size)
     return out.transpose(1, 2).contiguous(), None

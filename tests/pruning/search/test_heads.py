@@ -13,6 +13,7 @@ from pruning import windows
 from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.families import FAMILIES
+from pruning.forward.blocks import removed
 from pruning.forward.evaluator import Evaluator
 from pruning.models.checkpoint import verify
 from pruning.plan import Sublayer
@@ -63,6 +64,16 @@ def test_a_gate_that_is_open_or_shut_is_the_plan(trial):
     assert evaluator.loss(one_full).tolist() == pytest.approx(
         evaluator.loss({Sublayer(2, "attention"): window.gated(gates)}).tolist(), abs=1e-6
     )
+
+
+def test_mixed_layers_compute_in_half_precision(trial):
+    model, window = trial.judges[0].evaluator.model, trial.limits[Sublayer(2, "attention")]
+    rows = tokens(2, 64)
+    with removed(model.model.layers[2], FAMILIES["llama"], "attention", window.with_heads([1])), torch.inference_mode():
+        whole = model(rows).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(rows).logits
+    assert (half.float() - whole).abs().max() < 0.05 * whole.abs().max()
 
 
 def test_a_plan_leaves_out_layers_that_keep_all_heads(trial):
