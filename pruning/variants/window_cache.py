@@ -87,7 +87,7 @@ class HeadsLayer(CacheLayerMixin):
         seen = found[0][1][0].shape[2]
 
         def joined(which: int, states: Tensor) -> Tensor:
-            whole = states.new_zeros(*states.shape[:2], seen, states.shape[3])
+            whole = found[0][1][which].new_zeros(*states.shape[:2], seen, states.shape[3])
             for heads, kept in found:
                 whole[:, heads, seen - kept[which].shape[2] :] = kept[which]
             return whole
