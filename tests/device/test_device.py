@@ -54,7 +54,7 @@ def test_windows_and_scores_of_heads(both):
     for evaluator in both:
         found = {each: limit.window for each, limit in limits(evaluator, ATTENTION, 16, Reporter()).items()}
         judge = Judge("text", evaluator, 1.0, lambda base, found=found: found, "windows", gains=False)
-        scores.append(heads.score([judge], found, 1, Reporter()).by_judge["text"])
+        scores.append(heads.score([judge], found, 1, Reporter())[1.0].by_judge["text"])
         losses.append(evaluator.loss(found))
     torch.testing.assert_close(scores[1], scores[0], atol=CLOSE["abs"], rtol=CLOSE["rel"])
     torch.testing.assert_close(losses[1], losses[0], atol=CLOSE["abs"], rtol=CLOSE["rel"])

@@ -23,7 +23,7 @@ def test_draws_every_budget_from_one_search(monkeypatch, pico_directory, long_te
     points = document["points"]
     shares = [point["kv_share"] for point in points]
     assert shares == sorted(shares)
-    assert shares[0] == pytest.approx(1 / 8)
+    assert shares[0] == pytest.approx(1 / 16)  # half windows in all layers
     assert len([point for point in points if "measured_ratio" in point]) == 3
     assert points[0]["predicted_ratio"] == pytest.approx(points[0]["measured_ratio"])
     assert "100%" in printed.out

@@ -175,7 +175,7 @@ def test_the_embedded_models_plan_is_under_200_kilobytes():
     ],
 )
 def test_what_changes_weights_is_refused_at_once(flags, dense, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pruning.pipeline.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("pruning.stages.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert run_prune_export(monkeypatch, dense, "--output", tmp_path / "out", "--format", "plan", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1

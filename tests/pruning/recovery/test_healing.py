@@ -316,9 +316,9 @@ def test_without_files_healing_is_judged_by_windows_of_neither_fit_nor_training(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given, fit, train = {}, stages.recovered, stages.heal
 
-    def recovered(dense, plan, recipe, tokens, reporter, prepared):
+    def recovered(dense, plan, recipe, tokens, *rest):
         given["fitted"] = tokens
-        return fit(dense, plan, recipe, tokens, reporter, prepared)
+        return fit(dense, plan, recipe, tokens, *rest)
 
     def heal(model, family, plan, recovery, rows, validation, *rest, **options):
         given.update(rows=rows, validation=validation)
