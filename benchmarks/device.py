@@ -70,12 +70,12 @@ def plan(directory: Path, recipe: Recipe, clock: Clock) -> dict[str, Any]:
     with clock.stage("gates"):
         judges = judges_of(dense, recipe, tokens, Journal(), reporter, found=found)
         choice = Choice.of(dense, recipe, judges, found, reporter)
-    full = choice.plan(parse_share(recipe.kv_budget or "50%", "kv-budget"))
+    chosen = choice.plan(parse_share(recipe.kv_budget or "50%", "kv-budget"))
     measured = windows.Measured(dense, recipe, held_out, Journal(), reporter)
     with clock.stage("measure"):
-        losses = [measured.loss({}), measured.loss(choice.limits.but_for(full).served)]
-    scores = choice.scores.heads.tolist()
-    return {"stages": clock.stages, "losses": losses, "full_heads": sorted(map(list, full)), "scores": scores}
+        losses = [measured.loss({}), measured.loss(choice.limits.by(chosen).served)]
+    scores = choice.usual.heads.tolist()
+    return {"stages": clock.stages, "losses": losses, "full_heads": sorted(map(list, chosen.full)), "scores": scores}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
