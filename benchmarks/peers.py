@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from machine import machine
 from peer_attention import FIRST, cache_share, first_and_recent, laziest, lazy_ratios, quantised
-from windows import PIECE, plans, ratio
+from windows import PIECE, found_codes, plans, ratio
 
 from pruning.budget import counts, resolved
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.choice import accuracy, answer, differences, judged
-from pruning.evaluation.long_context import score
 from pruning.evaluation.questions import Question, read_questions
 from pruning.evaluation.text import text_windows, token_losses
 from pruning.families import head_dim
@@ -41,7 +40,6 @@ from pruning.recipes import find, read
 from pruning.recovery.distillation import cut_copy, sharing_copy
 from pruning.stages import calibrate, choose, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text
-from pruning.texts.long_context import code_prompts
 from pruning.texts.shipped import DATA, documents, rows_to_choose_on
 from pruning.workdir import Journal
 
@@ -260,17 +258,12 @@ def measured(
 ) -> dict[str, Any]:
     """Losses by piece, codes found by length, and answers; the prompts are those of windows.py."""
     losses = token_losses(model, rows).values
-    found = {}
-    for length in options.lengths:
-        prompts = code_prompts(dense.tokenizer, read_text(options.text), length, options.prompts, 11)
-        scores = score(model, prompts)
-        found[str(length)] = [sum(sum(each.found) for each in scores), sum(len(each.found) for each in scores)]
     answers = {
         name: [list(one.loglikelihoods) for one in answer(model, dense.tokenizer, each)]
         for name, each in questions.items()
     }
     pieces = [float(part.mean()) for row in losses for part in row.split(PIECE)]
-    return {"pieces": pieces, "codes": found} | ({"answers": answers} if answers else {})
+    return {"pieces": pieces, "codes": found_codes(model, dense, options)} | ({"answers": answers} if answers else {})
 
 
 def compared(

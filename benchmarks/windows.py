@@ -53,17 +53,22 @@ PIECE = 512  # tokens that one paired difference is the mean of
 def measured(model: Any, dense: DenseModel, rows: torch.Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """Losses by piece, those past half of the row, and codes found by length."""
     losses = token_losses(model, rows).values
+    half = losses.shape[1] // 2
+    return {
+        "pieces": [float(part.mean()) for row in losses for part in row.split(PIECE)],
+        "late": [float(part.mean()) for row in losses for part in row[half:].split(PIECE)],
+        "codes": found_codes(model, dense, options),
+    }
+
+
+def found_codes(model: Any, dense: DenseModel, options: argparse.Namespace) -> dict[str, list[int]]:
+    """Length of the prompts -> codes found and hidden."""
     found = {}
     for length in options.lengths:
         prompts = code_prompts(dense.tokenizer, read_text(options.text), length, options.prompts, 11)
         scores = score(model, prompts)
         found[str(length)] = [sum(sum(each.found) for each in scores), sum(len(each.found) for each in scores)]
-    half = losses.shape[1] // 2
-    return {
-        "pieces": [float(part.mean()) for row in losses for part in row.split(PIECE)],
-        "late": [float(part.mean()) for row in losses for part in row[half:].split(PIECE)],
-        "codes": found,
-    }
+    return found
 
 
 def ratio(mine: list[float], theirs: list[float]) -> dict[str, float]:

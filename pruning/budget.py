@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruning.errors import RecipeError
-from pruning.plan import layers_within, parse_amount, parse_bytes, parse_share
+from pruning.plan import layers_within, parse_amount, parse_bytes, parse_share, window_part
 from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, by_head, limits
 from pruning.variants import REMOVED, cache_of, narrows, row
 
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
 NARROW_TOKENS = 65536  # for narrower FFNs: a refit has as many regressors as there are units
+HELD_OUT_TOKENS = 8192  # that a window plan is measured on at the end
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
 WINDOW_SIZES = (0.5, 1.0, 2.0)  # of the usual window, that layers may have where one size is not asked for
@@ -55,10 +56,10 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
     named: dict[str, Any] = {
         "context": context,
         "window": window,
+        "window_sizes": sizes if limits(recipe) else None,
         "sequence_length": length,
         "calibration_tokens": tokens,
     }
-    named |= {"window_sizes": sizes if limits(recipe) else None}
     return recipe.model_copy(
         update={**named, "emulation": recipe.kind, "importance": recipe.metric, "samples": recipe.draws}
     )
@@ -118,11 +119,18 @@ def window_sizes(recipe: Recipe, share: float | None = None) -> tuple[float, ...
     return tuple(size for size in sizes if size * recipe.window < recipe.context)
 
 
+def held_out_rows(recipe: Recipe) -> tuple[int, int]:
+    """How many rows the result is measured on, and their tokens: a context, or all tokens where they are fewer."""
+    assert recipe.context is not None
+    tokens = recipe.held_out_tokens or max(recipe.context, HELD_OUT_TOKENS)
+    return max(1, tokens // recipe.context), min(tokens, recipe.context)
+
+
 def least_share(recipe: Recipe) -> float:
     """Share of its cache that a layer keeps with the smallest window."""
     assert recipe.window is not None
     smallest = min(window_sizes(recipe, 0.0))
-    return max(2, int(recipe.window * smallest)) / (recipe.context or LONGEST_CONTEXT)
+    return window_part(recipe.window, smallest) / (recipe.context or LONGEST_CONTEXT)
 
 
 def for_target(recipe: Recipe, layer_bytes: int, layers: int, own: float = 0.0) -> Recipe:

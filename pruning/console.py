@@ -4,7 +4,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,6 +23,12 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s" if rest and minutes < 10 else f"{round(seconds / 60)} min"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def either(things: Sequence[object]) -> str:
+    """For people: 1, 2 or 3."""
+    *others, last = map(str, things)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def peak_memory_bytes() -> int:

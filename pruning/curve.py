@@ -12,6 +12,7 @@ from pruning.errors import RecipeError
 from pruning.export.report import curve_table, write_curve
 from pruning.forward import parallel
 from pruning.models.loading import DenseModel
+from pruning.plan import window_part
 from pruning.recipe import Recipe, by_head
 from pruning.request import Request
 from pruning.search import heads
@@ -103,7 +104,7 @@ def _points(
 
 def _sizes(choice: Choice) -> str:
     """The windows that plans are made of, for people."""
-    sizes = sorted(heads.positions(next(iter(choice.limits.served.values())), size) for size in choice.scores)
+    sizes = sorted(window_part(next(iter(choice.limits.served.values())).size, size) for size in choice.scores)
     return "windows of " + " or ".join(f"{size:,}" for size in sizes)
 
 

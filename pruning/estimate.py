@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from pruning import stages, windows
-from pruning.budget import Counts, window_sizes
+from pruning.budget import Counts, held_out_rows, window_sizes
 from pruning.console import LEAST_SECONDS, Reporter, duration
 from pruning.families import head_dim
 from pruning.forward.evaluator import Evaluator
@@ -106,7 +106,7 @@ def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
     tried = min(rows, windows.SINK_ROWS)
     judged = rows + (windows.CODE_PROMPTS if recipe.codes else 0)
     limit = size.blocks(tried, length) + CANDIDATES * size.limited(tried, length)
-    held, context = windows.held_out_rows(recipe)
+    held, context = held_out_rows(recipe)
     asked = size.blocks(windows.MEASURED_PROMPTS, context // 2)
     score = limit + _scoring(recipe, size, judged, length, size.layers)
     sizes = window_sizes(recipe)

@@ -90,7 +90,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         needed = int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05)
         check_free_space(output, (0 if shares_weights(recipe, wanted, dense, output) else needed) + 2**24)
     with reporter.stage("calibrate"):
-        tokens, held_out = parallel.of_first(lambda: calibrate(dense, recipe, reporter))
+        tokens, held_out = calibrate(dense, recipe, reporter)
     with reporter.stage("score"), forwards(dense, recipe):
         journal = journal_of(None if dry_run else output, dense, recipe)
         exact = journal if recipe.fit_precision == "auto" else None  # figures are in the model's own precision
@@ -278,7 +278,7 @@ def score(request: Request, output: Path | None, *, units: Sequence[UnitKind], r
     with reporter.stage("load"):
         dense = opened(source, recipe)
     with reporter.stage("calibrate"):
-        tokens, _ = parallel.of_first(lambda: calibrate(dense, recipe, reporter))
+        tokens, _ = calibrate(dense, recipe, reporter)
     every = [Unit(b, kind) for kind in units for b in range(source.num_blocks) if b not in recipe.keep]
     sampling = Sampling(recipe.seed, recipe.draws, max(1, len(every) // 3))
     with reporter.stage("score"), forwards(dense, recipe):

@@ -177,6 +177,11 @@ def shortest(savings: Sequence[int], wanted: int) -> int | None:
     return None
 
 
+def window_part(size: int, share: float) -> int:
+    """Positions of a share of a window; two at least."""
+    return size if share == 1 else max(2, int(size * share))
+
+
 def kv_bytes_of_request(head_bytes: int, full: int, limited: Mapping[int, int], context: int) -> int:
     """KV cache bytes of one request.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruning.budget import Cached, Counts, check, counts, for_target, resolved
+from pruning.budget import Cached, Counts, check, counts, for_target, held_out_rows, resolved
 from pruning.console import Reporter
 from pruning.errors import ModelError, RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task, read_questions
@@ -26,7 +26,6 @@ from pruning.workdir import check_output
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2}
 """Of a dtype that keys and values are cached in, or that is computed in; others: 4."""
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-HELD_OUT_TOKENS = 8192  # that a window plan is measured on at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +188,9 @@ def _needs_the_whole(request: Request) -> str | None:
 
 def _work(source: Source, recipe: Recipe) -> Work:
     """What a window plan runs through the model."""
-    assert recipe.context is not None
-    measured = min(recipe.context, recipe.held_out_tokens or recipe.context)
-    held = max(measured, recipe.held_out_tokens or HELD_OUT_TOKENS)
+    held, measured = held_out_rows(recipe)
     return Work(
-        itemsize=NUMBER_BYTES.get(recipe.dtype, 4), row=recipe.row_tokens, rows=max(recipe.fit_tokens, held),
+        itemsize=NUMBER_BYTES.get(recipe.dtype, 4), row=recipe.row_tokens, rows=max(recipe.fit_tokens, held * measured),
         measured=measured, hidden=source.hidden_size, ffn=int(source.config.intermediate_size),
         layers=source.num_blocks, heads=int(source.config.num_attention_heads),
     )  # fmt: skip

@@ -64,7 +64,12 @@ def opened(source: Source, recipe: Recipe) -> DenseModel:
 
 
 def calibrate(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
-    """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] and [m, T']."""
+    """Tokens to fit on and tokens held out for the quality figures, int64 [n, T] and [m, T']: the first process's."""
+    found: tuple[Tensor, Tensor] = parallel.of_first(lambda: _texts(dense, recipe, reporter))
+    return found
+
+
+def _texts(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tensor, Tensor]:
     if limits(recipe):
         return windows.texts(dense, recipe)
     length = recipe.row_tokens

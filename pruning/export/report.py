@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pruning import __version__
+from pruning.console import either
 from pruning.errors import RecipeError, StorageError
 from pruning.evaluation.evaluate import HEAD, table_rows
 from pruning.export import figures
@@ -93,8 +94,7 @@ def task_rows(manifest: Manifest) -> list[tuple[str, ...]]:
 def _what_went(manifest: Manifest) -> str:
     """What became of the sublayers, in a few words."""
     states = [state_of(kind) for kind in manifest.removed.values()]
-    *others, last = map(str, _windows(manifest))
-    window = f"{', '.join(others)} or {last}" if others else last
+    window = either(_windows(manifest))
     full = sum(len(heads) for heads in manifest.quality.get("full_heads", {}).values())
     but_for = f" (but for {full} of their KV heads)" if full else ""
     parts = [f"{states.count('limited')} limited to the last {window} tokens{but_for}"] if "limited" in states else []

@@ -19,7 +19,7 @@ from pruning.finite import check_numbers
 from pruning.forward import parallel
 from pruning.forward.gates import each_head_gradients
 from pruning.forward.streams import describe
-from pruning.plan import Sublayer
+from pruning.plan import Sublayer, window_part
 from pruning.search.selection import Judge, weights_by_share
 from pruning.variants.window import Window
 from pruning.variants.window_fit import resized
@@ -109,7 +109,10 @@ def _gradients(
     """What each judge loses by each head [L, K] at each size, on the way from `reach` to these limits."""
     nodes, weights = numpy.polynomial.legendre.leggauss(samples)
     gates = [reach * (1 - float(node)) / 2 for node in nodes]
-    among = {sublayer: window.among([positions(window, size) for size in sizes]) for sublayer, window in limits.items()}
+    among = {
+        sublayer: window.among([window_part(window.size, size) for size in sizes])
+        for sublayer, window in limits.items()
+    }
     evaluators = [judge.evaluator.view([], among) for judge in judges]
     described = describe(limits)
     steps = samples * sum(len(evaluator.mine()) for evaluator in evaluators)
@@ -154,11 +157,6 @@ def _by_size(
             heads, layers = heads.maximum(more.heads), layers.maximum(more.layers)
         scores[size] = more = HeadScores(heads, layers, own)
     return scores
-
-
-def positions(window: Window, size: float) -> int:
-    """Positions of a share of a window."""
-    return window.size if size == 1 else max(2, int(window.size * size))
 
 
 def _positive(tables: Sequence[Tensor]) -> list[float]:
@@ -229,12 +227,12 @@ def best_layers(scores: HeadScores, free: Collection[int], count: int) -> Full:
 
 def resized_by(limits: Limits, size: float) -> dict[Sublayer, Window]:
     """Every limit with a share of its window."""
-    return {sublayer: resized(window, positions(window, size)) for sublayer, window in limits.items()}
+    return {sublayer: resized(window, window_part(window.size, size)) for sublayer, window in limits.items()}
 
 
 def sized(limits: Limits, plan: HeadPlan) -> dict[Sublayer, Window]:
     """Every limit with the window that the plan says."""
-    return {each: resized_by({each: window}, plan.size(each.block))[each] for each, window in limits.items()}
+    return {each: resized(window, window_part(window.size, plan.size(each.block))) for each, window in limits.items()}
 
 
 def limited(limits: Limits, full: Full) -> dict[Sublayer, Window]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.console import Reporter
+from pruning.budget import held_out_rows
+from pruning.console import Reporter, either
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.long_context import score_plan
 from pruning.forward.blocks import removed
@@ -22,7 +23,6 @@ from pruning.models.loading import DenseModel
 from pruning.models.modeling import blocks_of
 from pruning.plan import Plan, Sublayer
 from pruning.recipe import Recipe
-from pruning.request import HELD_OUT_TOKENS
 from pruning.search import heads
 from pruning.search.selection import Judge
 from pruning.texts.calibration import from_files, last_windows, other_windows
@@ -73,8 +73,7 @@ def listed(plan: Plan) -> str:
     found = {
         plan.windows.get(each.block, plan.window) for each, kind in plan.removed.items() if cache_of(kind) == "window"
     }
-    *others, last = map(str, sorted(found))
-    return f"{', '.join(others)} or {last}" if others else last
+    return either(sorted(found))
 
 
 def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -93,32 +92,23 @@ def texts(dense: DenseModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return found[:rows], rows_held_out(dense.tokenizer, context, held)
 
 
-def held_out_rows(recipe: Recipe) -> tuple[int, int]:
-    """How many rows the result is measured on, and their tokens: a context, or all tokens where they are fewer."""
-    assert recipe.context is not None
-    tokens = recipe.held_out_tokens or max(recipe.context, HELD_OUT_TOKENS)
-    return max(1, tokens // recipe.context), min(tokens, recipe.context)
-
-
 def limited(dense: DenseModel, recipe: Recipe, rows: Tensor, reporter: Reporter) -> Limits:
     """Limit every attention layer that sees all tokens, with the sink, or none, that suits it, as those before."""
     evaluator = Evaluator(dense.model, dense.family, rows[:SINK_ROWS], 1, residency=dense.residency)
     wanted = [Sublayer(block, "attention") for block in dense.limitable]
-    size = _scored_size(recipe, rows)
-    new = {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
-    scored = {each: resized(limit, _scored_size(recipe, rows, limit.size)) for each, limit in dense.limits.items()}
     assert recipe.window is not None
+    size = _in_rows(recipe.window, recipe, rows.shape[1])
+    new = {sublayer: each.window for sublayer, each in limits(evaluator, wanted, size, reporter).items()}
+    scored = {each: resized(limit, _in_rows(limit.size, recipe, rows.shape[1])) for each, limit in dense.limits.items()}
     return Limits(
         scored | new, {**dense.limits, **{each: resized(limit, recipe.window) for each, limit in new.items()}}
     )
 
 
-def _scored_size(recipe: Recipe, rows: Tensor, served: int | None = None) -> int:
-    """Positions for these rows of a window that keeps so many of the context."""
-    served = served or recipe.window
-    assert served is not None
+def _in_rows(size: int, recipe: Recipe, length: int) -> int:
+    """Positions in rows of this length of a window that keeps so many of the context."""
     assert recipe.context is not None
-    return max(2, served * rows.shape[1] // recipe.context)
+    return max(2, size * length // recipe.context)
 
 
 @contextmanager
@@ -127,7 +117,7 @@ def as_before(dense: DenseModel, recipe: Recipe, rows: Tensor) -> Iterator[None]
     blocks = blocks_of(dense.model, dense.family)
     with ExitStack() as stack:
         for sublayer, window in dense.limits.items():
-            limited = resized(window, _scored_size(recipe, rows, window.size))
+            limited = resized(window, _in_rows(window.size, recipe, rows.shape[1]))
             stack.enter_context(removed(blocks[sublayer.block], dense.family, sublayer.kind, limited))
         yield
 
@@ -235,11 +225,10 @@ class Measured:
 
     def _in_rows(self, limits_of_plan: Mapping[Sublayer, Window]) -> Mapping[Sublayer, Window]:
         """Limits with windows for the rows that are measured on."""
-        context = self._recipe.context or 0
-        if self._length >= context:
+        if self._length >= (self._recipe.context or 0):
             return limits_of_plan
         return {
-            sublayer: resized(window, max(2, window.size * self._length // context))
+            sublayer: resized(window, _in_rows(window.size, self._recipe, self._length))
             for sublayer, window in limits_of_plan.items()
         }
 

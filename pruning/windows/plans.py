@@ -10,7 +10,7 @@ from pruning.console import Reporter
 from pruning.errors import RecipeError
 from pruning.importance import Scores
 from pruning.models.loading import DenseModel
-from pruning.plan import Sublayer, Unit, parse_share
+from pruning.plan import Sublayer, Unit, parse_share, window_part
 from pruning.recipe import Recipe
 from pruning.search import exchange, heads
 from pruning.search.knapsack import cheapest
@@ -158,7 +158,7 @@ class Choice:
 
     def _kept(self, block: int, size: float, full: int) -> float:
         """Cache of a layer with so many full heads, in that of one head that keeps every token."""
-        window = heads.positions(self.limits.served[Sublayer(block, "attention")], size)
+        window = window_part(self.limits.served[Sublayer(block, "attention")].size, size)
         return full + (self.each - full) * window / self.context
 
     def selection(self, plan: heads.HeadPlan) -> tuple[Selection, Limits]:

@@ -158,14 +158,6 @@ PLAN_FAULTS: dict[str, tuple[Callable[[list[Document]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", PLAN_FAULTS)
-def test_planted_fault_in_plans_is_found(fault: str) -> None:
-    documents = overlay("plans")
-    plant, told = PLAN_FAULTS[fault]
-    plant(documents)
-    assert any(told in problem for problem in problems(documents))
-
-
 def job(documents: list[Document]) -> Document:
     return part(documents, "Job", "shoal-prune")["spec"]  # type: ignore[no-any-return]
 
@@ -196,12 +188,20 @@ PEER_FAULTS: dict[str, tuple[Callable[[list[Document]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", PEER_FAULTS)
-def test_planted_fault_in_a_job_of_several_pods_is_found(fault: str) -> None:
-    documents = overlay("prune-pods")
-    plant, told = PEER_FAULTS[fault]
+OVERLAY_FAULTS = [("plans", *each) for each in PLAN_FAULTS.items()]
+OVERLAY_FAULTS += [("prune-pods", *each) for each in PEER_FAULTS.items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "planted"), OVERLAY_FAULTS, ids=[f"{each[0]}: {each[1]}" for each in OVERLAY_FAULTS]
+)
+def test_planted_fault_in_an_overlay_is_found(
+    name: str, fault: str, planted: tuple[Callable[[list[Document]], object], str]
+) -> None:
+    documents = overlay(name)
+    plant, told = planted
     plant(documents)
-    assert any(told in problem for problem in problems(documents))
+    assert any(told in problem for problem in problems(documents)), fault
 
 
 @pytest.mark.parametrize("fault", FAULTS)
