@@ -1,0 +1,67 @@
+"""The end of a start that is interrupted: within seconds, whatever the libraries that start an engine wait for."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+from pruning.errors import Interrupted
+
+STARTING_SECONDS = 15.0  # vLLM gives an engine process 5 s to end
+
+
+@contextmanager
+def interruptible(seconds: float = STARTING_SECONDS) -> Iterator[None]:
+    """Let SIGTERM raise `KeyboardInterrupt` inside the `with`, and end the process and its children soon after.
+
+    An exception alone is not enough. Ray puts a handler of its own in the place of ours when it is imported. An engine
+    process that vLLM has started and not yet written down is stopped by nobody, and the interpreter waits for it at its
+    end. So other handlers of SIGTERM are not installed in here, and a thread ends what is still there.
+
+    Args:
+        seconds: From the signal until the process is ended, if it has not ended by itself.
+    """
+    heard, said = os.pipe()  # may be written to by a handler, which must not wait for a lock
+    threading.Thread(target=_end, args=(heard, seconds), name="end of the start", daemon=True).start()
+
+    interrupted: list[bool] = []
+
+    def interrupt(*_: Any) -> None:
+        if not interrupted:  # a further signal would break off what is being cleaned up
+            interrupted.append(True)
+            os.write(said, b"!")
+            raise KeyboardInterrupt
+
+    install = signal.signal
+
+    def spared(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number == signal.SIGTERM else install(number, handler)
+
+    before = install(signal.SIGTERM, interrupt)
+    signal.signal = spared
+    try:
+        yield
+    finally:
+        signal.signal = install
+        if not interrupted:
+            install(signal.SIGTERM, before)
+        os.close(said)
+
+
+def _end(heard: int, seconds: float) -> None:
+    """Wait for a byte; then, after some seconds, end what is left of the process."""
+    with open(heard, "rb", buffering=0) as pipe:
+        if not pipe.read(1):
+            return  # closed: the start is over
+    time.sleep(seconds)
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+    print("interrupted while starting; what did not end was killed", file=sys.stderr, flush=True)
+    os._exit(Interrupted.exit_code)
