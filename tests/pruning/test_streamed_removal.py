@@ -16,7 +16,7 @@ from pruning.models.weight_files import INDEX, weight_files
 from tests.conftest import pico_model, pico_tokenizer
 from tests.conftest import run_prune_export as run
 
-QUICK = ["--calibration-tokens", 512, "--score-tokens", 128, "--sequence-length", 32, "--rank", 4]
+QUICK = ["--calibration-tokens", 256, "--score-tokens", 64, "--sequence-length", 32, "--rank", 4]
 
 
 def weights(directory):

@@ -51,14 +51,14 @@ def started(script):
 def test_a_start_that_waits_for_its_child_ends_with_it(signals):
     process = started(START)
     assert process.stdout is not None
-    child = int(process.stdout.readline())
+    child = psutil.Process(int(process.stdout.readline()))
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted while starting" in errors
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert psutil.wait_procs([child], timeout=60)[0]
 
 
 def test_after_the_start_signals_are_as_before():
