@@ -115,7 +115,7 @@ def main() -> None:
             del subject
         row |= mine | {
             "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
-            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late_pieces"], theirs["late_pieces"]),
         }  # fmt: skip
         keep(name, row)
         reporter.say(
