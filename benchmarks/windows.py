@@ -76,6 +76,13 @@ def ratio(mine: list[float], theirs: list[float]) -> dict[str, float]:
     return bootstrap(gaps).mapped(math.exp).as_dict()
 
 
+def compared(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Perplexity over dense, of whole rows and past half of them, with intervals."""
+    return {
+        "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late_pieces"], theirs["late_pieces"])
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Found:
     """A plan and what found it."""
@@ -229,7 +236,7 @@ def main() -> None:
         row = mine | heads_of_plan | {
             "kind": found.how, "budget": found.budget, "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
             "choice_cpu_seconds": round(found.seconds, 1),
-            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late_pieces"], theirs["late_pieces"]),
+            **compared(mine, theirs),
         }  # fmt: skip
         keep(name, row)
         reporter.say(
@@ -246,7 +253,7 @@ def main() -> None:
         row = mine | {
             "kind": "removal", "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
             "removed": sorted(sublayer.block for sublayer in plan.removed),
-            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late_pieces"], theirs["late_pieces"]),
+            **compared(mine, theirs),
         }  # fmt: skip
         keep(name, row)
         reporter.say(f"{name}: perplexity {row['perplexity']['value']:.3f}, codes {row['codes']}")
