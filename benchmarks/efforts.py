@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from machine import machine
-from windows import PIECE, measured, ratio
+from windows import PIECE, compared, measured
 
 from pruning.budget import resolved
 from pruning.console import Reporter, quiet_libraries
@@ -115,7 +115,7 @@ def main() -> None:
             del subject
         row |= mine | {
             "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
-            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+            **compared(mine, theirs),
         }  # fmt: skip
         keep(name, row)
         reporter.say(

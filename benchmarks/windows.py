@@ -45,7 +45,7 @@ CHOOSERS = ("auto", "several", "head", "layer", "exchange", *ORDERS)
 """The product's; with windows of several sizes at any budget; then with one size: by single heads; by whole layers;
 heads exchanged on trial; whole layers by other orders."""
 LABELS = {"auto": "windows", "head": "windows of one size, by KV head", "layer": "by layer"}
-MEASURED = ("pieces", "late", "codes")
+MEASURED = ("pieces", "late_pieces", "codes")
 PIECE = 512  # tokens that one paired difference is the mean of
 
 
@@ -55,7 +55,7 @@ def measured(model: Any, dense: DenseModel, rows: torch.Tensor, options: argpars
     half = losses.shape[1] // 2
     return {
         "pieces": [float(part.mean()) for row in losses for part in row.split(PIECE)],
-        "late": [float(part.mean()) for row in losses for part in row[half:].split(PIECE)],
+        "late_pieces": [float(part.mean()) for row in losses for part in row[half:].split(PIECE)],
         "codes": found_codes(model, dense, options),
     }
 
@@ -74,6 +74,13 @@ def ratio(mine: list[float], theirs: list[float]) -> dict[str, float]:
     """exp of the mean difference and its interval."""
     gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
     return bootstrap(gaps).mapped(math.exp).as_dict()
+
+
+def compared(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Perplexity over dense, of whole rows and past half of them, with intervals."""
+    return {
+        "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late_pieces"], theirs["late_pieces"])
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ def main() -> None:
         row = mine | heads_of_plan | {
             "kind": found.how, "budget": found.budget, "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
             "choice_cpu_seconds": round(found.seconds, 1),
-            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+            **compared(mine, theirs),
         }  # fmt: skip
         keep(name, row)
         reporter.say(
@@ -246,7 +253,7 @@ def main() -> None:
         row = mine | {
             "kind": "removal", "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
             "removed": sorted(sublayer.block for sublayer in plan.removed),
-            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+            **compared(mine, theirs),
         }  # fmt: skip
         keep(name, row)
         reporter.say(f"{name}: perplexity {row['perplexity']['value']:.3f}, codes {row['codes']}")

@@ -1,8 +1,9 @@
 """Attention that looks back a little, in vLLM: a sliding window and, where the checkpoint has one, a planted sink.
 
 A query at position p sees the W positions p - W < q <= p. At every position p > 0 with p mod W = 0 the layer's key
-(after rotation) and value are overwritten by two constants, before they are cached: any W positions in a row hold exactly
-one such sink, or the text's first token, so vLLM's ordinary sliding-window kernels and its cache for them serve as they are.
+(after rotation) and value are overwritten by two constants, before they are cached: any W positions in a row hold
+exactly one such sink, or the text's first token, so vLLM's ordinary sliding-window kernels and its cache for them serve
+as they are.
 
 The attention module of a block is the stock one. It hands its `positions` to a `Planter` before it runs, and the
 `Attention` it was built with reads them from there.
