@@ -44,7 +44,7 @@ def interruptible(seconds: float = STARTING_SECONDS) -> Iterator[None]:
         return signal.getsignal(number) if number == signal.SIGTERM else install(number, handler)
 
     before = install(signal.SIGTERM, interrupt)
-    signal.signal = spared
+    signal.signal = spared  # type: ignore[assignment]
     try:
         yield
     finally:

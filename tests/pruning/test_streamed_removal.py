@@ -144,8 +144,8 @@ def test_the_memory_of_a_fit_counts_its_statistics(monkeypatch, text, tmp_path, 
 
     fit = needs()
     assert fit.streamed < fit.whole - 2**20
-    assert needs(sources=1).streamed - fit.streamed > 7 * 8 * (512**2 - 256**2)
-    assert needs(compensated=True).streamed - fit.streamed > 7 * 8 * (2048**2 - 256**2)
+    assert needs(sources=1).streamed - fit.streamed > 8 * 8 * (512**2 - 256**2)
+    assert needs(compensated=True).streamed - fit.streamed > 8 * 8 * (2048**2 - 256**2)
     words = [
         dense,
         "--calibration",
