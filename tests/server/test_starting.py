@@ -21,8 +21,8 @@ with interruptible(1.0):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))  # what Ray does when it is imported
     child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE)
     child.stdout.readline()
-    print(child.pid, flush=True)
     try:
+        print(child.pid, flush=True)
         time.sleep(100)
     finally:
         child.wait()  # as the interpreter does at its end for an engine process that nobody stopped
