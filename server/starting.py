@@ -60,8 +60,9 @@ def _end(heard: int, seconds: float) -> None:
         if not pipe.read(1):
             return  # closed: the start is over
     time.sleep(seconds)
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            child.kill()
-    print("interrupted while starting; what did not end was killed", file=sys.stderr, flush=True)
+    children = [child.pid for child in psutil.Process().children(recursive=True)]
+    print("interrupted while starting; what did not end is killed", file=sys.stderr, flush=True)
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
     os._exit(Interrupted.exit_code)

@@ -17,15 +17,18 @@ START = f"""
 import signal, subprocess, sys, time
 from server.starting import interruptible
 
-with interruptible(1.0):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))  # what Ray does when it is imported
-    child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE)
-    child.stdout.readline()
-    try:
-        print(child.pid, flush=True)
-        time.sleep(100)
-    finally:
-        child.wait()  # as the interpreter does at its end for an engine process that nobody stopped
+try:
+    with interruptible(1.0):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))  # what Ray does when it is imported
+        child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        try:
+            print(child.pid, flush=True)
+            time.sleep(100)
+        finally:
+            child.wait()  # as the interpreter does at its end for an engine process that nobody stopped
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 OVER = """
 import signal
