@@ -13,6 +13,7 @@ import psutil
 
 from pruning.errors import Interrupted
 
+INTERRUPTED, OVER = b"!", b"."
 STARTING_SECONDS = 15.0  # vLLM gives an engine process 5 s to end
 
 
@@ -31,17 +32,21 @@ def interruptible(seconds: float = STARTING_SECONDS) -> Iterator[None]:
     threading.Thread(target=_end, args=(heard, seconds), name="end of the start", daemon=True).start()
 
     interrupted: list[bool] = []
+    own = os.getpid()  # an engine process may be a fork of this one
 
     def interrupt(*_: Any) -> None:
+        if os.getpid() != own:
+            raise KeyboardInterrupt
         if not interrupted:  # a further signal would break off what is being cleaned up
             interrupted.append(True)
-            os.write(said, b"!")
+            os.write(said, INTERRUPTED)
             raise KeyboardInterrupt
 
     install = signal.signal
 
     def spared(number: int, handler: Any) -> Any:
-        return signal.getsignal(number) if number == signal.SIGTERM else install(number, handler)
+        ours = number == signal.SIGTERM and os.getpid() == own
+        return signal.getsignal(number) if ours else install(number, handler)
 
     before = install(signal.SIGTERM, interrupt)
     signal.signal = spared  # type: ignore[assignment]
@@ -50,6 +55,7 @@ def interruptible(seconds: float = STARTING_SECONDS) -> Iterator[None]:
     finally:
         signal.signal = install
         if not interrupted:
+            os.write(said, OVER)
             install(signal.SIGTERM, before)
         os.close(said)
 
@@ -57,8 +63,8 @@ def interruptible(seconds: float = STARTING_SECONDS) -> Iterator[None]:
 def _end(heard: int, seconds: float) -> None:
     """Wait for a byte; then, after some seconds, end what is left of the process."""
     with open(heard, "rb", buffering=0) as pipe:
-        if not pipe.read(1):
-            return  # closed: the start is over
+        if pipe.read(1) == OVER:
+            return
     time.sleep(seconds)
     children = [child.pid for child in psutil.Process().children(recursive=True)]
     print("interrupted while starting; what did not end is killed", file=sys.stderr, flush=True)

@@ -31,12 +31,17 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
 OVER = """
+import os
 import signal
 from server.starting import interruptible
 
 before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with interruptible(0.1):
-    pass
+    fork = os.fork()
+    if not fork:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_IGN)
+    assert os.waitpid(fork, 0)[1] == 0  # an engine process has handlers of its own
 assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 signal.signal(signal.SIGTERM, before)
 assert signal.getsignal(signal.SIGTERM) == before
