@@ -65,6 +65,14 @@ class Recipe(BaseModel):
         FIRST,
         Field(description="Or: weight bytes to keep, such as 90%: removes sublayers of both kinds, or narrows FFNs."),
     ] = None
+    ffn_skip: Annotated[
+        Share,
+        SELECTION,
+        Field(
+            description="FFN runs that tokens skip, such as 25%: those predicted to change least. Alone, or beside "
+            "windows with --kv-budget."
+        ),
+    ] = None
     max_loss_increase: Annotated[
         float | None,
         FIRST,
@@ -242,7 +250,8 @@ class Recipe(BaseModel):
         CALIBRATION,
         Field(
             ge=1,
-            description="Tokens to fit on: 16384 for adapters, 65536 for narrower FFNs, 6144 for windows.",
+            description="Tokens to fit on: 16384 for adapters, 65536 for narrower FFNs, 8192 for --ffn-skip, 6144 for "
+            "windows.",
         ),
     ] = None
     score_tokens: Annotated[
@@ -294,7 +303,8 @@ class Recipe(BaseModel):
         others = self.ffn is not None or self.blocks is not None or self.sublayers is not None
         others = others or self.weight_budget is not None or self.format in ("nemotron-nas", "gguf")
         others = others or self.recovery_aware or self.copying > 0 or self.compensate or self.fuse or bool(self.task)
-        return self.emulation or ("low-rank" if others else "window")
+        alone = self.ffn_skip is not None and self.kv_budget is None and self.target_tokens is None
+        return self.emulation or ("low-rank" if others else "skip" if alone else "window")
 
     @property
     def metric(self) -> str:

@@ -38,7 +38,7 @@ from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
 from pruning.texts.shipped import rows_held_out, rows_to_choose_on
-from pruning.variants import REMOVED, cache_of, narrows, row
+from pruning.variants import REMOVED, cache_of, narrows, row, skips
 from pruning.workdir import Journal, cache_directory
 
 HELD_OUT_WINDOWS = 8
@@ -76,7 +76,7 @@ def _texts(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tenso
     tokens = recipe.fit_tokens + HELD_OUT_WINDOWS * length
     if recipe.calibration:
         rows = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
-    elif narrows(recipe.kind):
+    elif narrows(recipe.kind) or skips(recipe.kind):
         chosen = rows_to_choose_on(dense.tokenizer, length, -(-recipe.fit_tokens // length))
         return chosen, rows_held_out(dense.tokenizer, length, HELD_OUT_WINDOWS)
     elif recipe.stream:
@@ -354,7 +354,7 @@ def recovered(
         if not recipe.fuse:
             recovery = recover(
                 evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, window=plan.window,
-                prepared=found.scored if found else prepared, **how,
+                prepared={**(prepared or {}), **found.scored} if found else prepared, **how,
             )  # fmt: skip
             return replace(recovery, emulations=windows.as_served(recovery.emulations, found)) if found else recovery
         check_fusable(dense.family, plan.removed)
