@@ -207,7 +207,7 @@ def _skipped(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Report
     evaluator = Evaluator(dense.model, dense.family, tokens)
     blocks = len(evaluator.blocks)
     runs = round(parse_share(recipe.ffn_skip, "ffn-skip") * blocks * tokens.numel())
-    found = predicted(evaluator, skippable(recipe, blocks), recipe.seed, reporter)
+    found = predicted(evaluator, skippable(recipe, blocks), recipe.rank, recipe.seed, reporter)
     chosen = chosen_skips(found, runs)
     shares = ", ".join(f"{each} {share.tokens / tokens.numel():.0%}" for each, share in chosen.items())
     reporter.say(f"tokens that skip FFNs: {shares}")

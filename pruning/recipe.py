@@ -182,7 +182,11 @@ class Recipe(BaseModel):
     rank: Annotated[
         int,
         RECOVERY,
-        Field(ge=1, description="Adapter rank r; of kv-share, its map of the own input; of shared, each difference."),
+        Field(
+            ge=1,
+            description="Adapter rank r; of kv-share, its map of the own input; of shared, each difference; of "
+            "--ffn-skip, what tokens get that skip an FFN.",
+        ),
     ] = 64
     sources: Annotated[
         int, RECOVERY, Field(ge=1, description="Kept attention layers whose output a context adapter reads.")

@@ -228,7 +228,9 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
         kept = {sublayer: each.kept(plan.units[sublayer.block]) for sublayer, each in found.items()}
         recovery = recover(evaluator, plan.removed, plan.rank, Reporter(), compensated=False, prepared=kept)
     elif any(map(skips, plan.removed.values())):
-        predictors = predicted(evaluator, [s.block for s, kind in plan.removed.items() if skips(kind)], 0, Reporter())
+        predictors = predicted(
+            evaluator, [s.block for s, kind in plan.removed.items() if skips(kind)], 4, 0, Reporter()
+        )
         shares = chosen(predictors, sum(len(each.costs) for each in predictors.values()) // 2)
         recovery = recover(evaluator, plan.removed, plan.rank, Reporter(), compensated=False, prepared=shares)
     else:

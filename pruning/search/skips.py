@@ -11,18 +11,22 @@ from pruning.plan import Sublayer
 from pruning.variants.skip_fit import GRADIENT_TOKENS, Predictor, Share, predictors
 
 
-def predicted(evaluator: Evaluator, blocks: Sequence[int], seed: int, reporter: Reporter) -> dict[Sublayer, Predictor]:
+def predicted(
+    evaluator: Evaluator, blocks: Sequence[int], rank: int, seed: int, reporter: Reporter
+) -> dict[Sublayer, Predictor]:
     """What skipping costs each token, as the predictors of the FFNs in these blocks say.
 
     Args:
         evaluator: Of the dense model, on the calibration tokens.
         blocks: Whose FFNs may be skipped.
+        rank: r of what tokens get instead.
         seed: Of the words that gradients are taken for.
         reporter: For progress.
     """
     family = evaluator.family
     outputs = {block: evaluator.blocks[block].get_submodule(f"{family.ffn}.{family.ffn_output}") for block in blocks}
-    return predictors(evaluator, sensitivities(evaluator, outputs, GRADIENT_TOKENS, seed, reporter), reporter)
+    felt = sensitivities(evaluator, outputs, GRADIENT_TOKENS, seed, reporter)
+    return predictors(evaluator, felt, rank, reporter)
 
 
 def chosen(found: Mapping[Sublayer, Predictor], runs: int) -> dict[Sublayer, Share]:
@@ -39,7 +43,7 @@ def chosen(found: Mapping[Sublayer, Predictor], runs: int) -> dict[Sublayer, Sha
     owners = torch.cat([torch.full((len(each.costs),), number) for number, each in enumerate(found.values())])
     counts = owners[costs.argsort(stable=True)[:runs]].bincount(minlength=len(found)).tolist()
     return {
-        sublayer: Share(each.weight, count)
+        sublayer: Share(each.weight, each.map, count)
         for (sublayer, each), count in zip(found.items(), counts, strict=True)
         if count
     }

@@ -21,38 +21,43 @@ from pruning.variants.base import Emulation, Job, Shape, Variant, shallow_copy
 class Skip(Emulation):
     """When an FFN runs: where w·x >= threshold for what it reads, x, and at the first positions.
 
-    A token that skips it gets a constant update.
+    A token that skips it gets U V x + b in its place.
 
     Args:
         hidden_size: D.
         threshold: Scores w·x under it skip the FFN.
+        rank: r of that map.
         first: Positions that skip nothing.
 
     Attributes:
         skip_weight: w, [D].
-        skip_update: What the FFN puts out for tokens that skip it, [D].
+        skip_update: b, [D].
+        skip_down: V, [r, D].
+        skip_up: U, [D, r].
         positions: Of the tokens in the block's forward under way, [b or 1, T]; None: each row starts a text.
         seen: Tokens that came so far.
         skipped: Those of them that skipped the FFN.
 
     Source: FFN-SkipLLM, arXiv 2404.03865: FFNs that change the stream little, but for the first and last blocks and
-        the first tokens. Inferred: a predictor in place of the FFN's own output, the constant, and every token, where
-        the paper skips only while text is written.
+        the first tokens. Inferred: a predictor in place of the FFN's own output, the map, and every token, where the
+        paper skips only while text is written.
     """
 
     in_place = True
 
-    def __init__(self, hidden_size: int, threshold: float, first: int = FIRST_TOKENS) -> None:
+    def __init__(self, hidden_size: int, threshold: float, rank: int, first: int = FIRST_TOKENS) -> None:
         super().__init__()
-        self.threshold, self.first = threshold, first
+        self.threshold, self.rank, self.first = threshold, rank, first
         self.skip_weight = nn.Parameter(torch.zeros(hidden_size))
         self.skip_update = nn.Parameter(torch.zeros(hidden_size))
+        self.skip_down = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.skip_up = nn.Parameter(torch.zeros(hidden_size, rank))
         self.positions: Tensor | None = None
         self.seen = self.skipped = 0
 
     def describe(self) -> dict[str, Any]:
         """The checkpoint's `skip` entry."""
-        return {"threshold": self.threshold, "first": self.first}
+        return {"threshold": self.threshold, "rank": self.rank, "first": self.first}
 
     def entry(self) -> dict[str, Any]:
         """The checkpoint's entry of the sublayer."""
@@ -101,7 +106,7 @@ class Skip(Emulation):
 
         Args:
             ffn: Its own forward.
-            module: The FFN, which holds `skip_weight` and `skip_update`.
+            module: The FFN, which holds `skip_weight` and the others.
             hidden: What it reads, [b, T, D].
         """
         runs = self.runs(hidden, module.skip_weight)
@@ -109,17 +114,25 @@ class Skip(Emulation):
         self.seen, self.skipped = self.seen + runs.numel(), self.skipped + runs.numel() - len(some)
         if len(some) == runs.numel():
             return ffn(hidden)
-        update = module.skip_update.to(hidden.dtype).expand_as(hidden)
         if not len(some):
-            return update
-        made = update.clone()
-        made[runs] = ffn(some)
+            return instead(module, hidden)
+        found = ffn(some)
+        made = torch.empty(hidden.shape, dtype=found.dtype, device=found.device)
+        made[runs] = found
+        made[~runs] = instead(module, hidden[~runs]).to(found.dtype)
         return made
+
+
+def instead(module: Any, hidden: Tensor) -> Tensor:
+    """What tokens get that skip an FFN, U V x + b for x [..., D] -> [..., D]."""
+    update: Tensor = hidden @ module.skip_down.T @ module.skip_up.T + module.skip_update
+    return update
 
 
 def scores(hidden: Tensor, weight: Tensor) -> Tensor:
     """w·x in float32 for x [..., D] -> [...]."""
-    return hidden.float() @ weight.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.float() @ weight.float()
 
 
 @contextmanager
@@ -182,11 +195,11 @@ class SkipVariant(Variant):
     def build(self, entry: Mapping[str, Any], own: nn.Module, config: Any, output: str | None) -> Skip:
         """The module with its tensors still to load."""
         spec = entry["skip"]
-        return Skip(int(config.hidden_size), float(spec["threshold"]), int(spec["first"]))
+        return Skip(int(config.hidden_size), float(spec["threshold"]), int(spec["rank"]), int(spec["first"]))
 
     def weight_bytes(self, shape: Shape) -> int:
-        """All of the sublayer, and two vectors."""
-        return shape.whole + 2 * shape.hidden_size * shape.dtype_bytes
+        """All of the sublayer, two vectors, and two matrices."""
+        return shape.whole + 2 * (1 + shape.rank) * shape.hidden_size * shape.dtype_bytes
 
 
 SKIP = SkipVariant()

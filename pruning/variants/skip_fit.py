@@ -1,8 +1,9 @@
-"""Which tokens may skip which FFNs: what skipping costs, the predictor of that cost, and the constant that stays.
+"""Which tokens may skip which FFNs: what they get instead, what that costs, and the predictor of that cost.
 
-With f what an FFN puts out for a token, m the mean of that, s the root mean square of the stream after it and S what
-the next words feel of an error there (`forward/sensitivity.py`), skipping costs about (f - m)' S (f - m) / (2 s^2)
-nats. The logarithm of that cost is predicted from what the FFN reads, x, by ridge regression. A layer's predictions
+With f what an FFN puts out for a token, g the map of low rank of what it reads that is nearest to f, e = f - g, s the
+root mean square of the stream after it and S what the next words feel of an error there (`forward/sensitivity.py`),
+skipping costs about e'Se / (2 s^2) nats. The logarithm of that cost is predicted from what the FFN reads, x, by ridge
+regression. A layer's predictions
 become nats again by the mean of exp(what the regression leaves) (smearing), so that those of all layers compare.
 
 Source: skipping FFNs that change the stream little, FFN-SkipLLM, arXiv 2404.03865; smearing: Duan 1983. Inferred: the
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from pruning.plan import FIRST_TOKENS, KINDS, Sublayer
-from pruning.regression import HeldOutMoments, token_weights
+from pruning.regression import Affine, HeldOutMoments, token_weights
 from pruning.variants.base import Job
-from pruning.variants.skip import Skip, scores
+from pruning.variants.skip import Skip, instead, scores
 
 if TYPE_CHECKING:
     from pruning.console import Reporter
@@ -35,11 +36,13 @@ class Predictor:
 
     Attributes:
         weight: w, [D] float64: w·x grows with the logarithm of the cost.
+        map: What tokens get that skip the FFN.
         costs: Predicted cost of skipping it for each calibration token that may, nats, [N] float64.
         explained: Share of the variance of the logarithm that the predictor explains, on the same tokens.
     """
 
     weight: Tensor
+    map: Affine
     costs: Tensor
     explained: float
 
@@ -50,10 +53,12 @@ class Share:
 
     Attributes:
         weight: w, [D].
+        map: What they get instead; its constant is found again.
         tokens: Calibration tokens that skip it.
     """
 
     weight: Tensor
+    map: Affine
     tokens: int
 
 
@@ -65,13 +70,14 @@ def may_skip(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predictors(
-    evaluator: "Evaluator", felt: Mapping[int, Tensor], reporter: "Reporter"
+    evaluator: "Evaluator", felt: Mapping[int, Tensor], rank: int, reporter: "Reporter"
 ) -> dict[Sublayer, Predictor]:  # fmt: skip
     """Predictors of FFNs on the dense model's own stream; one FFN's inputs and outputs are in memory at a time.
 
     Args:
         evaluator: Of the dense model, on the calibration tokens.
         felt: Block whose FFN may be skipped -> S of that FFN's output, [D, D] float64, from `sensitivities`.
+        rank: r of what tokens get instead.
         reporter: For progress.
     """
     found: dict[Sublayer, Predictor] = {}
@@ -84,7 +90,7 @@ def predictors(
             for kind in KINDS:
                 sublayer = Sublayer(index, kind)
                 if kind == "ffn" and index in felt:
-                    found[sublayer] = _predictor(evaluator, sublayer, streams, arguments, taps, felt[index])
+                    found[sublayer] = _predictor(evaluator, sublayer, streams, arguments, taps, felt[index], rank)
                     continue
                 for number, hidden in enumerate(streams):
                     given = arguments[number][index]
@@ -97,7 +103,7 @@ def predictors(
 
 def _predictor(
     evaluator: "Evaluator", sublayer: Sublayer, streams: list[Tensor], arguments: Sequence["Arguments"],
-    taps: Sequence["Taps"], felt: Tensor,
+    taps: Sequence["Taps"], felt: Tensor, rank: int,
 ) -> Predictor:  # fmt: skip
     """The predictor of one FFN; takes the streams through it, in place."""
     ffn = evaluator.blocks[sublayer.block].get_submodule(evaluator.family.ffn)
@@ -116,13 +122,17 @@ def _predictor(
     finally:
         handle.remove()
     weights = [token_weights(after).view(after.shape[:-1]).to(after.device) for after in streams]
-    total = sum(float((w * may_skip(w)).sum()) for w in weights)
-    mean = sum(((w * may_skip(w))[..., None] * f).sum((0, 1)) for w, f in zip(weights, put_out, strict=True)) / total
-    root = _root(felt).to(mean.device)
-    logs: list[Tensor] = []
-    moments, first = HeldOutMoments.zeros(felt.shape[0], 1), 0
+    size, first = felt.shape[0], 0
+    moments = HeldOutMoments.zeros(size, size)
     for x, f, w in zip(read, put_out, weights, strict=True):
-        cost = ((f - mean).double() @ root).square().sum(-1) * w / 2
+        moments.add_windows(first, x, f, w * may_skip(w))
+        first += len(x)
+    near = moments.low_rank(rank)
+    matrix, bias, root = (each.to(read[0].device) for each in (near.matrix, near.bias, _root(felt)))
+    logs: list[Tensor] = []
+    moments, first = HeldOutMoments.zeros(size, 1), 0
+    for x, f, w in zip(read, put_out, weights, strict=True):
+        cost = ((f.double() - x.double() @ matrix - bias) @ root).square().sum(-1) * w / 2
         logs.append(cost.clamp_min(1e-30).log())
         moments.add_windows(first, x, logs[-1][..., None].float(), may_skip(x).double())
         first += len(x)
@@ -133,7 +143,7 @@ def _predictor(
     actual = torch.cat([log[own] for log, own in zip(logs, free, strict=True)])
     left = actual - predicted - intercept
     costs = (predicted + intercept).exp() * left.exp().mean()
-    return Predictor(weight, costs.cpu(), 1 - float(left.var() / actual.var()))
+    return Predictor(weight, near, costs.cpu(), 1 - float(left.var() / actual.var()))
 
 
 def _root(felt: Tensor) -> Tensor:
@@ -144,7 +154,7 @@ def _root(felt: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fitted(job: Job) -> Skip:
-    """The threshold under which as many tokens lie as shall skip the FFN, and the mean of what it puts out for them.
+    """The threshold under which as many tokens lie as shall skip the FFN, and the constant that suits them.
 
     Both on the stream as pruned so far. Tokens count by the inverse mean square of the stream after the FFN.
     """
@@ -154,8 +164,10 @@ def fitted(job: Job) -> Skip:
     ffn, before = block.get_submodule(family.ffn), family.norms("ffn")[0]
     norm = nn.Identity() if before is None else block.get_submodule(before)
     like = job.inputs[0]
-    made = Skip(like.shape[-1], 0.0)
+    made = Skip(like.shape[-1], 0.0, share.map.up.shape[0])
     made.skip_weight.data = share.weight.to(like.device, like.dtype)
+    made.skip_down.data = share.map.down.T.to(like.device, like.dtype).contiguous()
+    made.skip_up.data = share.map.up.T.to(like.device, like.dtype).contiguous()
     read = [norm(evaluator.reads(job.sublayer, x, taps)) for x, taps in zip(job.inputs, job.taps, strict=True)]
     ranked = torch.cat([scores(x, made.skip_weight)[may_skip(x)] for x in read]).sort().values.double()
     count = min(share.tokens, len(ranked))
@@ -168,7 +180,8 @@ def fitted(job: Job) -> Skip:
             continue
         update = ffn(x[skips]).float()
         each = token_weights(stream[skips].float() + scale * update)
-        total += (each.to(update.device)[:, None] * update).sum(0).double().cpu()
+        missing = update - instead(made, x[skips]).float()
+        total += (each.to(update.device)[:, None] * missing).sum(0).double().cpu()
         weight += float(each.sum())
     made.skip_update.data = (total / weight).to(like.device, like.dtype) if weight else torch.zeros_like(like[0, 0])
     return made.requires_grad_(False)

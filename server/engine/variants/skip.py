@@ -15,10 +15,10 @@ class Skipper:
     """In the place of an FFN's `forward`; and a forward pre-hook on its block's attention, which tells the positions.
 
     Args:
-        module: The FFN, which holds `skip_weight` and `skip_update`, [D] each.
+        module: The FFN, which holds `skip_weight` and `skip_update` [D], `skip_down` [r, D] and `skip_up` [D, r].
         threshold: Scores under it skip the FFN.
         first: Positions that skip nothing.
-        share: Of the constant that this rank adds, where the block sums over ranks.
+        share: Of that map that this rank adds, where the block sums over ranks.
     """
 
     def __init__(self, module: nn.Module, threshold: float, first: int, share: float) -> None:
@@ -40,26 +40,40 @@ class Skipper:
         index = runs.nonzero().flatten()
         if len(index) == len(hidden):
             return self._run(hidden)
-        constant: Any = self.module.skip_update
-        update = (constant * self.share).to(hidden.dtype).repeat(len(hidden), 1)
-        return update.index_copy_(0, index, self._run(hidden[index])) if len(index) else update
+        if not len(index):
+            return self._instead(hidden)
+        others = (~runs).nonzero().flatten()
+        update = torch.empty_like(hidden)
+        update.index_copy_(0, index, self._run(hidden[index]))
+        return update.index_copy_(0, others, self._instead(hidden[others]))
 
     def _run(self, hidden: Tensor) -> Tensor:
         found: Tensor = self.whole(hidden)
         return found
 
+    def _instead(self, hidden: Tensor) -> Tensor:
+        """U V x + b, [tokens, D]."""
+        module: Any = self.module
+        found: Tensor = torch.addmm(module.skip_update, hidden @ module.skip_down.T, module.skip_up.T)
+        return found if self.share == 1 else found * self.share
+
 
 class Skip:
-    """The kind `skip`: `{"threshold": t, "first": n}`."""
+    """The kind `skip`: `{"threshold": t, "rank": r, "first": n}`."""
 
     eager = True
 
     def prepare(
         self, ffn: nn.Module, attention: nn.Module, spec: Mapping[str, Any], hidden_size: int, share: float
     ) -> None:
-        """Give an FFN its vectors, under the names they have in the checkpoint, and let it ask for each token."""
-        for name in ("skip_weight", "skip_update"):
-            ffn.register_parameter(name, nn.Parameter(torch.zeros(hidden_size), requires_grad=False))
+        """Give an FFN its tensors, under the names they have in the checkpoint, and let it ask for each token."""
+        rank = int(spec["rank"])
+        shapes = {
+            "skip_weight": (hidden_size,), "skip_update": (hidden_size,), "skip_down": (rank, hidden_size),
+            "skip_up": (hidden_size, rank),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            ffn.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
         skipper = Skipper(ffn, float(spec["threshold"]), int(spec["first"]), share)
         vars(ffn)["forward"] = skipper
         attention.register_forward_pre_hook(skipper.note, with_kwargs=True)

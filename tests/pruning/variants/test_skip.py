@@ -26,10 +26,10 @@ BLOCK = Sublayer(2, "ffn")
 
 
 def skip(threshold: float, first: int = 0) -> Skip:
-    """A random predictor and constant."""
+    """A random predictor, a random constant, and a map of zeros."""
     generator = torch.Generator().manual_seed(3)
-    made = Skip(128, threshold, first)
-    for parameter in made.parameters():
+    made = Skip(128, threshold, 2, first)
+    for parameter in (made.skip_weight, made.skip_update):
         parameter.data = torch.randn(128, generator=generator)
     return made.requires_grad_(False)
 
@@ -76,7 +76,7 @@ def test_first_tokens_skip_nothing_at_their_own_positions():
 @pytest.mark.parametrize("rate", [0.1, 0.4])
 def test_as_many_runs_are_skipped_as_were_asked_for(model_type, rate):
     evaluator = evaluator_of(model_type)
-    found = predicted(evaluator, range(1, BLOCKS - 1), 0, Reporter())
+    found = predicted(evaluator, range(1, BLOCKS - 1), 4, 0, Reporter())
     runs = round(rate * BLOCKS * 8 * 48)
     shares = chosen(found, runs)
     assert sum(share.tokens for share in shares.values()) == runs
@@ -90,7 +90,7 @@ def test_as_many_runs_are_skipped_as_were_asked_for(model_type, rate):
 
 
 def test_the_least_predicted_cost_is_skipped_first():
-    found = predicted(evaluator_of("llama"), [1, 2], 0, Reporter())
+    found = predicted(evaluator_of("llama"), [1, 2], 4, 0, Reporter())
     assert all(len(each.costs) == 8 * (48 - FIRST_TOKENS) for each in found.values())
     costs = torch.cat([each.costs for each in found.values()])
     assert cost(found, 10) == pytest.approx(float(costs.sort().values[:10].sum()) / (8 * 44))
@@ -103,7 +103,7 @@ def test_the_least_predicted_cost_is_skipped_first():
 
 def test_what_is_predicted_cheap_costs_less_than_what_is_predicted_dear():
     evaluator = evaluator_of("llama", 32)
-    found = predicted(evaluator, [2], 0, Reporter())[BLOCK]
+    found = predicted(evaluator, [2], 4, 0, Reporter())[BLOCK]
     assert 0 < found.explained < 1
     cheap, dear = skip(0.0, FIRST_TOKENS), skip(0.0, FIRST_TOKENS)
     middle = None
