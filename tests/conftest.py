@@ -36,8 +36,9 @@ from pruning.plan import KINDS, Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery, fit_plan, recover
 from pruning.recovery.fuse import Fusion, fuse
-from pruning.search.skips import chosen, predicted
+from pruning.search.skips import predicted
 from pruning.variants import skips, window_fit
+from pruning.variants.skip_fit import Share
 
 VOCABULARY = 320
 CACHE = tempfile.TemporaryDirectory()
@@ -231,7 +232,7 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
         predictors = predicted(
             evaluator, [s.block for s, kind in plan.removed.items() if skips(kind)], 4, 0, Reporter()
         )
-        shares = chosen(predictors, sum(len(each.costs) for each in predictors.values()) // 2)
+        shares = {s: Share(each.weight, each.map, len(each.costs) // 2) for s, each in predictors.items()}
         recovery = recover(evaluator, plan.removed, plan.rank, Reporter(), compensated=False, prepared=shares)
     else:
         emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources, plan.window)
