@@ -3,29 +3,22 @@
     python benchmarks/skipping.py smollm2-135m --calibration FILE... --text FILE \
         --output benchmarks/results/skipping.json
 
-All rates are timed in one vLLM engine: its FFNs are told other thresholds, or to run as they are. Rounds go through the
-rates to and fro. Steps are in seconds of the clock and of the processor; the latter are right on a busy machine too,
-where one thread does the work.
+Steps are those of transformers with its KV cache, in float32; rounds go through the rates to and fro. They are in
+seconds of the clock and of the processor; the latter are right on a busy machine too, where one thread does the work.
 """
 
 import argparse
 import json
-import os
 import statistics
-import sys
-import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
-from worker import Worker, start_worker
 
 from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.paired import bootstrap
-from pruning.export.writing import copy_companions, pruned_config, state_dict, write_weights
 from pruning.forward.evaluator import Evaluator
 from pruning.models.loading import load_dense
 from pruning.plan import Plan
@@ -91,81 +84,53 @@ class Bench:
             losses = self.judging.loss(made.emulations)
         return {"rate": count / self.blocks, "removed": [each.block for each in removed], **self.increase(losses)}
 
-    def write(self, made: Any, directory: Path) -> None:
-        """Cut the plan out of the dense model, and write it as vLLM reads it."""
+    def time_steps(self, made: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a decoding step of the whole model takes: rate -> batch -> medians, and ratios to dense."""
+        blocks, place = self.judging.blocks, self.dense.family.ffn
+        stock = {each.block: getattr(blocks[each.block], place) for each in made.emulations}
         plan = Plan(self.blocks, dict.fromkeys(made.emulations, "skip"))
         apply_recovery(self.dense.model, self.dense.family, plan, made)
-        write_weights(state_dict(self.dense.model), directory)
-        pruned_config(self.dense.model, self.dense.family).save_pretrained(directory)
-        copy_companions(self.dense.directory, directory)
+        skipping = {block: getattr(blocks[block], place) for block in stock}
+        cells: dict[str, dict[int, float]] = {"dense": {}, **{f"{row['rate']:g}": row["thresholds"] for row in rows}}
+        taken: dict[str, dict[int, list[tuple[float, ...]]]] = {
+            name: {b: [] for b in self.options.batches} for name in cells
+        }
+        for number in range(-1, self.options.rounds):  # the first pays for what is done once
+            for name in list(cells) if number % 2 else reversed(cells):
+                for block in stock:
+                    setattr(blocks[block], place, (skipping if block in cells[name] else stock)[block])
+                for sublayer, module in made.emulations.items():
+                    module.threshold = cells[name].get(sublayer.block, module.threshold)
+                for batch in self.options.batches:
+                    found = self.step(self.rows[:batch, : self.options.prompt], made.emulations)
+                    taken[name][batch] += [found] if number >= 0 else []
+        return {name: {str(b): self.against(each, taken["dense"][b]) for b, each in batches.items()}
+                for name, batches in taken.items()}  # fmt: skip
 
+    @staticmethod
+    def against(mine: list[tuple[float, ...]], dense: list[tuple[float, ...]]) -> dict[str, float]:
+        """Medians of milliseconds, of their ratios to the dense model's, and of the share of FFN runs skipped."""
+        found = {"skipped": statistics.median(each[2] for each in mine)}
+        for number, what in enumerate(("clock", "processor")):
+            found[f"{what}_ms"] = statistics.median(1000 * each[number] for each in mine)
+            pairs = zip(mine, dense, strict=True)
+            found[f"{what}_over_dense"] = statistics.median(one[number] / other[number] for one, other in pairs)
+        return found
 
-def told(thresholds: dict[str, float] | None, model: Any) -> None:
-    """Have the FFNs of an engine's model skip by these thresholds (block -> threshold), or run as they are."""
-    for block, layer in enumerate(model.model.layers):
-        skipper = vars(layer.mlp).pop("kept_skipper", None) or vars(layer.mlp).pop("forward", None)
-        if skipper is None:
-            continue
-        threshold = (thresholds or {}).get(str(block))
-        vars(layer.mlp)["kept_skipper" if threshold is None else "forward"] = skipper
-        skipper.threshold = threshold
-
-
-def worker(options: dict[str, Any]) -> None:
-    """Answer each line {"thresholds", "prompts", "new"} with the seconds that it took."""
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a function is sent to the model
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(
-        options["directory"], dtype="float32", enforce_eager=True, max_model_len=options["context"],
-        max_num_seqs=options["most"], enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True,
-    )  # fmt: skip
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        engine.apply_model(partial(told, job["thresholds"]))
-        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-        seconds = []
-        for new in (1, 1 + job["new"]):
-            params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-            start = time.perf_counter(), time.process_time()
-            engine.generate(prompts, params, use_tqdm=False)
-            seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        steps = [(after - before) / job["new"] for before, after in zip(*seconds, strict=True)]
-        print(json.dumps({"step": steps[0], "cpu": steps[1]}), flush=True)
-
-
-def time_steps(options: argparse.Namespace, directory: Path, rows: torch.Tensor, cells: dict[str, Any]) -> Any:
-    """Milliseconds of a step at each batch: cell -> batch -> medians, and medians of paired ratios to dense."""
-    settings = {"directory": str(directory), "context": options.prompt + options.new + 16, "most": max(options.batches)}
-    one = Worker("skipping", start_worker(__file__, settings, threads=1))
-    one.answer()
-    taken: dict[str, dict[int, list[dict[str, float]]]] = {name: {b: [] for b in options.batches} for name in cells}
-    for number in range(-1, options.rounds):  # the first pays for what is done once
-        for name in list(cells) if number % 2 else reversed(cells):
-            for batch in options.batches:
-                prompts = rows[:batch, : options.prompt].tolist()
-                found = one.ask({"thresholds": cells[name], "prompts": prompts, "new": options.new})
-                taken[name][batch] += [found] if number >= 0 else []
-    one.process.terminate()
-    table: dict[str, Any] = {}
-    for name, batches in taken.items():
-        for batch, rounds in batches.items():
-            base = taken["dense"][batch]
-            table.setdefault(name, {})[str(batch)] = {
-                f"{what}_{unit}": statistics.median(values)
-                for what in ("step", "cpu")
-                for unit, values in (
-                    ("ms", [1000 * each[what] for each in rounds]),
-                    ("over_dense", [mine[what] / theirs[what] for mine, theirs in zip(rounds, base, strict=True)]),
-                )
-            }
-    return table
+    @torch.inference_mode()
+    def step(self, prompts: torch.Tensor, emulations: Any) -> tuple[float, ...]:
+        """Seconds of one decoding step by the clock and of the processor, after these prompts; share of runs spared."""
+        given = self.dense.model(prompts, use_cache=True)
+        start = time.perf_counter(), time.process_time()
+        with counting(emulations, self.blocks) as rates:
+            for _ in range(self.options.new):
+                word = given.logits[:, -1:].argmax(-1)
+                given = self.dense.model(word, past_key_values=given.past_key_values, use_cache=True)
+        taken = time.perf_counter() - start[0], time.process_time() - start[1]
+        return taken[0] / self.options.new, taken[1] / self.options.new, rates["share"]
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        return worker(json.loads(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, nargs="+", required=True)
@@ -183,26 +148,22 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     start, bench = time.process_time(), Bench(options)
+    settings = ("model", "rank", "tokens", "length", "score_tokens", "prompt", "new", "rounds")
+    document = {name: getattr(options, name) for name in settings} | {
+        "machine": machine(), "calibration": [path.name for path in options.calibration], "text": options.text.name,
+    }  # fmt: skip
     rows, last = [], None
     for rate in sorted(options.rates):
         last, expected = bench.fitted(rate)
         rows.append(bench.quality(rate, last, expected))
         rows[-1]["whole_ffns"] = bench.whole(rate)
+        options.output.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
         print({name: value for name, value in rows[-1].items() if "block" not in name}, flush=True)
-    document = {
-        "model": options.model, "machine": machine(), "rank": options.rank, "tokens": options.tokens,
-        "calibration": [path.name for path in options.calibration], "text": options.text.name, "length": options.length,
-        "score_tokens": options.score_tokens, "prompt": options.prompt, "new": options.new, "rounds": options.rounds,
-        "cpu_seconds": round(time.process_time() - start), "rows": rows,
-    }  # fmt: skip
+    document["rows"] = rows
+    document["steps"] = bench.time_steps(last, rows) if options.rounds else {}
+    document["cpu_seconds"] = round(time.process_time() - start)
     options.output.write_text(json.dumps(document, indent=1) + "\n")
-    if options.rounds:
-        with tempfile.TemporaryDirectory() as place:
-            bench.write(last, Path(place))
-            cells = {"dense": None, **{f"{row['rate']:g}": dict(row["thresholds"]) for row in rows}}
-            document["steps"] = time_steps(options, Path(place), bench.rows, cells)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document.get("steps"), indent=1))
+    print(json.dumps(document["steps"], indent=1))
 
 
 if __name__ == "__main__":
