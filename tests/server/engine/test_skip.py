@@ -1,4 +1,4 @@
-"""FFNs that tokens skip, in the engine: the twin computes what transformers' module does, and fixed shapes are refused."""
+"""FFNs that tokens skip, in the engine: the twin computes what transformers computes, and fixed shapes are refused."""
 
 import json
 
@@ -102,7 +102,7 @@ def test_what_would_be_captured_or_compiled_is_refused_in_one_line(tmp_path):
     blocks = [{"attention": KEPT, "ffn": KEPT}, {"attention": KEPT, "ffn": ENTRY}]
     check_eager(blocks, eager=True)
     check_eager(blocks[:1], eager=False)
-    with pytest.raises(CheckpointError, match="FFNs of 1 blocks are skipped.*--enforce-eager"):
+    with pytest.raises(CheckpointError, match=r"FFNs of 1 blocks are skipped.*--enforce-eager"):
         check_eager(blocks, eager=False)
     (tmp_path / "config.json").write_text(json.dumps({"block_configs": blocks}))
     _check_eager(str(tmp_path), eager=True)
