@@ -12,6 +12,7 @@ from pruning.variants import REMOVED, cache_of, narrows, row, skips
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
 NARROW_TOKENS = 65536  # for narrower FFNs: a refit has as many regressors as there are units
 SKIP_TOKENS = 8192  # for predictors of what an FFN changes
+HELD_OUT_WINDOWS = 8  # rows that adapters are measured on at the end
 HELD_OUT_TOKENS = 8192  # that a window plan is measured on at the end
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for

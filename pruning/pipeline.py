@@ -16,9 +16,10 @@ from pruning.console import Reporter, duration, quiet_libraries
 from pruning.errors import RecipeError, StorageError
 from pruning.estimate import announce
 from pruning.evaluation.evaluate import loss, perplexity_ratio
+from pruning.export.copying import as_stored, copied
 from pruning.export.formats import PrunedModel, format_named
 from pruning.export.report import score_table, write_card, write_report
-from pruning.export.untouched import known_hashes, untouched
+from pruning.export.untouched import BYTES, known_hashes, untouched
 from pruning.export.writing import copy_companions
 from pruning.families import Family
 from pruning.finite import check_numbers
@@ -29,6 +30,7 @@ from pruning.models.chain import continued
 from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import describe_bytes, predicted_bytes
+from pruning.models.surgery import apply_plan
 from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share
 from pruning.recipe import Recipe, by_head, emulation_kind, limits
 from pruning.recovery.apply import apply_recovery
@@ -92,6 +94,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
         needed = int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05)
+        if (stored := dense.residency.dtype) is not None:
+            needed = needed * BYTES[stored] // dense.model.dtype.itemsize
         check_free_space(output, (0 if shares_weights(recipe, wanted, dense, output) else needed) + 2**24)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
@@ -157,6 +161,9 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         if found is not None and healing is None and not recovery.weights and not skipped:
             quality = _measured(measured, limits_of_plan, held_out)
             apply_recovery(dense.model, dense.family, plan, recovery)
+        elif not dense.residency.keeps_blocks:
+            assert isinstance(recovery, Recovery)
+            quality = _measure_and_cut(dense, plan, recovery, held_out)
         else:
             quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
         if healing is not None:
@@ -183,7 +190,11 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             manifest = continued(manifest, dense.earlier)
         whole = not recovery.weights and not changes_weights(manifest.removed.values())
         shared = untouched(dense, manifest, recipe.dtype) if whole else None
-        pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared)
+        taken = None
+        if not whole and not dense.residency.keeps_blocks:
+            assert isinstance(recovery, Recovery)
+            taken = copied(dense, plan, recovery.weights, manifest)
+        pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared, taken)
         if (reason := format_named(recipe.format).refusal(pruned)) is not None:
             raise RecipeError(f"--format {recipe.format}: {reason}")
         manifest.sizes["weights"] = format_named(recipe.format).write(pruned, directory)
@@ -191,7 +202,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             copy_companions(dense.directory, directory)
         write_card(directory, manifest)
         write_report(directory, manifest)
-        hashes = known_hashes(shared, directory)
+        hashes = known_hashes(shared or taken, directory)
         write_manifest(directory, manifest, hashes)
     with reporter.stage("verify"):
         manifest = verify(output, hashes)
@@ -293,6 +304,25 @@ def _cut_and_measure(
         quality |= {"codes_dense": codes, "codes": windows.found_codes(dense, recipe, reporter)}
     check_numbers({name: value for name, value in quality.items() if isinstance(value, float)}, "held-out text")
     return quality
+
+
+def _measure_and_cut(dense: DenseModel, plan: Plan, recovery: Recovery, held_out: Tensor) -> dict[str, Any]:
+    """As `_cut_and_measure`, of removal from a model whose blocks are read one at a time; all plans in one reading."""
+    assert dense.residency.dtype is not None
+    as_stored(recovery.emulations, dense.residency.dtype)
+    batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
+    evaluator = Evaluator(dense.model, dense.family, held_out, batch, residency=dense.residency)
+    plans: list[Mapping[Sublayer, Any]] = [{}, dict.fromkeys(plan.removed), recovery.emulations]
+    if recovery.weights:
+        values = evaluator.values(plans[:2]).mean(1).tolist()
+        dense.residency.change(recovery.weights)
+        values.append(float(evaluator.loss(recovery.emulations).mean()))
+    else:
+        values = evaluator.values(plans).mean(1).tolist()
+    found = dict(zip(("dense_loss", "removed_loss", "pruned_loss"), values, strict=True))
+    check_numbers(found, "held-out text")
+    apply_plan(dense.model, dense.family, plan, recovery.emulations)
+    return {"text": TEXT, "row_tokens": held_out.shape[1], **found}
 
 
 def score(request: Request, output: Path | None, *, units: Sequence[UnitKind], reporter: Reporter) -> None:

@@ -287,7 +287,7 @@ class Recipe(BaseModel):
     stream: Annotated[
         bool,
         OUTPUT,
-        Field(description="Read the blocks from disk one at a time, for windows and `score`; see --memory."),
+        Field(description="Read the blocks from disk one at a time; see --memory."),
     ] = False
     memory: Annotated[
         str | None,
@@ -339,6 +339,11 @@ KV_BUDGET = "30%"  # kept where nothing says how much
 def limits(recipe: Recipe) -> bool:
     """Whether attention is limited to windows, not removed."""
     return state_of(recipe.kind) == "limited"
+
+
+def recalibrates(recipe: Recipe) -> bool:
+    """Whether the final norm is scaled in the end."""
+    return recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
 
 
 def by_head(recipe: Recipe) -> bool:
