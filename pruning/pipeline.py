@@ -42,10 +42,10 @@ from pruning.stages import (
     forwards,
     healed,
     healing_precision,
-    healing_state,
     join,
     journal_of,
     judges_of,
+    lessons_of,
     opened,
     plan_of,
     recovered,
@@ -55,8 +55,9 @@ from pruning.stages import (
     within_budget,
 )
 from pruning.variants import changes_weights, narrows
+from pruning.windows import aware
 from pruning.windows.plans import choose as choose_heads
-from pruning.workdir import atomic_directory, check_free_space
+from pruning.workdir import atomic_directory, check_free_space, healing_states
 
 MEASURED_BATCH_TOKENS = 2048
 
@@ -104,7 +105,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             if narrower:
                 chosen, prepared = narrowing.choose(dense, recipe, narrower, reporter)
             elif found is not None and single:
-                chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
+                choice, kept = choose_heads(dense, recipe, judges, found, measured, reporter)
+                chosen, found = choice.selection(kept)
             else:
                 chosen = choose(judges, recipe, wanted, reporter)
         prepared = found.served if found else prepared
@@ -114,6 +116,15 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         judged = recipe.task and not narrower
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
+    lessons, carried = None, None
+    if recipe.heal == "prune-aware" and not dry_run:
+        with reporter.stage("tune"):
+            lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
+            limited, found = choice.selection(aware.all_limited(choice, kept))
+            everything = plan_of(limited.order, num_blocks, recipe, before, found)
+            kept, carried = aware.tuned(dense, recipe, choice, kept, everything, lessons, output, reporter)
+            chosen, found = choice.selection(kept)
+        prepared, gone = found.served, list(chosen.order)
     units = {sublayer.block: len(kept) for sublayer, kept in (prepared or {}).items()} if narrower else None
     plan = plan_of(gone, num_blocks, recipe, before, found, units)
     what = f"limiting to {windows.listed(plan)} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
@@ -140,7 +151,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
-            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter, found)
+            lessons = lessons or lessons_of(dense, recipe, tokens, held_out, reporter)
+            recovery, healing = healed(dense, plan, recovery, lessons, output, reporter, found, carried)
     if not parallel.first_goes_on():
         journal.discard()
         return None
@@ -187,7 +199,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     with reporter.stage("verify"):
         manifest = verify(output, hashes)
     journal.discard()
-    healing_state(output).unlink(missing_ok=True)
+    for state in healing_states(output):
+        state.unlink(missing_ok=True)
     _say_what_was_made(dense, recipe, manifest, output, reporter)
     return manifest
 
