@@ -64,8 +64,8 @@ def measured(options: argparse.Namespace, row: dict, reporter: Reporter) -> dict
     quality = manifest.quality
     healing = {key: value for key, value in quality["healing"].items() if key != "curve"}
     return {
-        "ratio": text["ratio"], "kl": text["kl"], "codes": quality.get("codes"),
-        "codes_dense": quality.get("codes_dense"), "full_heads": quality.get("full_heads"), "windows": quality.get("windows"), "healing": healing,
+        "ratio": text["ratio"], "kl": text["kl"], "healing": healing,
+        **{name: quality.get(name) for name in ("codes", "codes_dense", "full_heads", "windows")},
         "seconds": {name: stage["seconds"] for name, stage in manifest.stages.items()},
         "kv_share": manifest.sizes["kv_request"] / manifest.sizes["kv_request_dense"],
     }  # fmt: skip
