@@ -350,9 +350,9 @@ def _share(settings: Settings, step: int, seconds: float) -> float:
     """Used share of the budget in steps or in time, whichever is further."""
     shares = [0.0]
     if settings.steps is not None:
-        shares.append(step / settings.steps)
+        shares.append(step / settings.steps if settings.steps else 1.0)
     if settings.minutes is not None:
-        shares.append(seconds / (60 * settings.minutes))
+        shares.append(seconds / (60 * settings.minutes) if settings.minutes else 1.0)
     return max(shares)
 
 
