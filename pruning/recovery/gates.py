@@ -9,12 +9,13 @@ every temperature, and at zero the gates are the linear relaxation of the knapsa
 for one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.plan import Sublayer
 from pruning.variants.window import Window
 
 BISECTIONS = 60
@@ -73,32 +74,54 @@ class GatedHeads(nn.Module):
 
     Args:
         student: With these windows in place.
-        gates: One for each of `heads`.
-        windows: Every limited layer that has gates.
-        heads: (block, KV head) of each gate, several where they share one. Heads of these layers without a gate are
-            limited.
+        gates: Of heads.
+        windows: Limited layers that have gates.
+        numbers: The gate of each of their heads, int64 [len(windows), K]; one past the last: always limited.
     """
 
-    def __init__(
-        self, student: nn.Module, gates: BudgetedGates, windows: Mapping[Sublayer, Window],
-        heads: Sequence[Sequence[tuple[int, int]]],
-    ) -> None:  # fmt: skip
+    def __init__(self, student: nn.Module, gates: BudgetedGates, windows: Sequence[Window], numbers: Tensor) -> None:
         super().__init__()
         self.student, self.gates = student, gates
-        self._windows = list(windows.values())
-        rows = {sublayer.block: number for number, sublayer in enumerate(windows)}
-        each = self._windows[0].kv_heads
-        table = torch.full((len(rows) * each,), len(heads))  # the last gate is shut
-        for number, members in enumerate(heads):
-            for block, head in members:
-                table[rows[block] * each + head] = number
-        self.register_buffer("numbers", table.view(len(rows), each), persistent=False)
+        self._windows = list(windows)
+        self.register_buffer("numbers", numbers, persistent=False)
 
     def forward(self, rows: Tensor, entering: Tensor) -> list[Tensor]:
         """As `Student.forward`."""
-        shut = torch.zeros(1, dtype=torch.float64, device=entering.device)
-        full = torch.cat([self.gates(), shut])[self.get_buffer("numbers")].float()
+        found = self.gates()
+        full = torch.cat([found, found.new_zeros(1)])[self.get_buffer("numbers")].float()
         for window, own in zip(self._windows, full, strict=True):
             window.gates = torch.stack([own, 1 - own], -1)[None]
+        states: list[Tensor] = self.student(rows, entering)
+        return states
+
+
+class GatedUnits(nn.Module):
+    """A student that multiplies what units of FFNs put out by gates.
+
+    Args:
+        student: Of which these modules are parts.
+        gates: Of units in groups.
+        projections: Output projections of FFNs that have gates.
+        numbers: The gate of each of their units, int64 [len(projections), F]; one past the last: always open.
+    """
+
+    def __init__(
+        self, student: nn.Module, gates: BudgetedGates, projections: Sequence[nn.Module], numbers: Tensor
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.student, self.gates = student, gates
+        self._units: Tensor | None = None
+        for number, projection in enumerate(projections):
+            projection.register_forward_pre_hook(partial(self._scale, number))
+        self.register_buffer("numbers", numbers, persistent=False)
+
+    def _scale(self, number: int, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self._units is not None
+        return (arguments[0] * self._units[number].to(arguments[0].dtype), *arguments[1:])
+
+    def forward(self, rows: Tensor, entering: Tensor) -> list[Tensor]:
+        """As `Student.forward`."""
+        found = self.gates()
+        self._units = torch.cat([found, found.new_ones(1)])[self.get_buffer("numbers")].float()
         states: list[Tensor] = self.student(rows, entering)
         return states

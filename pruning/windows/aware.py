@@ -11,7 +11,7 @@ from pruning.console import Reporter
 from pruning.models.loading import DenseModel
 from pruning.plan import Plan, parse_share
 from pruning.recipe import Recipe
-from pruning.recovery.prune_aware import Gates, tune
+from pruning.recovery.prune_aware import Gates, Tuning
 from pruning.recovery.training import Lessons
 from pruning.recovery.training_state import Carried
 from pruning.search.heads import Head, HeadPlan
@@ -21,8 +21,8 @@ from pruning.workdir import healing_states
 LEAST_WORTH = 0.01  # of the mean: so much more a head counts, so that training can make something of any
 
 
-def gates_of(choice: Choice, plan: HeadPlan, budget: float) -> Gates:
-    """A gate for every KV head that may stay full, or for every layer where the plan takes whole ones.
+def gates_of(choice: Choice, plan: HeadPlan, budget: float) -> tuple[Sequence[Sequence[Head]], Gates]:
+    """A gate for every KV head that may stay full, or for every layer where the plan takes whole ones: whose, and it.
 
     Args:
         choice: Scores of all heads.
@@ -37,7 +37,7 @@ def gates_of(choice: Choice, plan: HeadPlan, budget: float) -> Gates:
     values = torch.tensor([sum(float(worth[head]) for head in members) for members in heads], dtype=torch.float64)
     costs = torch.tensor([sum(cost[block] for block, _ in members) for members in heads], dtype=torch.float64)
     left = (budget - choice.share(all_limited(choice, plan))) * choice.total
-    return Gates(heads, (values / costs).log(), costs, left)
+    return heads, Gates((values / costs).log(), costs, left)
 
 
 def all_limited(choice: Choice, plan: HeadPlan) -> HeadPlan:
@@ -53,20 +53,20 @@ def _worth(choice: Choice, plan: HeadPlan) -> Tensor:
     return table + (LEAST_WORTH * float(table.sum()) / len(choice.free) or 1.0)
 
 
-def learned(choice: Choice, plan: HeadPlan, budget: float, gates: Gates, change: Tensor) -> HeadPlan:
+def learned(choice: Choice, plan: HeadPlan, budget: float, heads: Sequence[Sequence[Head]], change: Tensor) -> HeadPlan:
     """The hard plan: the ordinary choice, with what each head is worth changed by the factors that training found.
 
     Args:
         choice: Scores of all heads.
         plan: The ordinary choice; it is returned where nothing was trained.
         budget: Share of the KV cache.
-        gates: From `gates_of`.
+        heads: Those of each gate, from `gates_of`.
         change: Of the logarithm of what each gate is worth, float64 [n].
     """
     if not change.any():
         return plan
     worth = _worth(choice, plan)
-    for members, factor in zip(gates.heads, change.exp().tolist(), strict=True):
+    for members, factor in zip(heads, change.exp().tolist(), strict=True):
         for head in members:
             worth[head] *= factor
     scores = {size: replace(of_size, heads=worth) for size, of_size in choice.scores.items()}
@@ -95,11 +95,9 @@ def tuned(
         The hard plan, and what was trained of the weights; None: nothing.
     """
     budget = choice.share(plan) if recipe.kv_budget is None else parse_share(recipe.kv_budget, "kv-budget")
-    gates, everything = gates_of(choice, plan, budget), choice.limits.by(all_limited(choice, plan)).scored
-    change, carried = tune(
-        dense.model, dense.family, limited, everything, gates, lessons.rows, lessons.settings, reporter,
-        state=healing_states(output)[0], scope=lessons.scope,
-    )  # fmt: skip
-    found = learned(choice, plan, budget, gates, change)
+    heads, gates = gates_of(choice, plan, budget)
+    tuning = Tuning(dense.model, dense.family, lessons, reporter, healing_states(output)[0])
+    change, carried = tuning.heads(limited, choice.limits.by(all_limited(choice, plan)).scored, gates, heads)
+    found = learned(choice, plan, budget, heads, change)
     reporter.say(f"gates: {len(plan.full - found.full)} of {len(plan.full)} full KV heads gave way to others")
     return found, carried if carried.step else None

@@ -18,8 +18,8 @@ from pruning.recovery.distillation import Teacher
 from pruning.recovery.emulation import Recovery
 from pruning.recovery.gates import BudgetedGates, GatedHeads
 from pruning.recovery.healing import heal, prepared
-from pruning.recovery.prune_aware import Gates, tune
-from pruning.recovery.training import Judge, Settings
+from pruning.recovery.prune_aware import Gates, Tuning
+from pruning.recovery.training import Judge, Lessons, Settings
 from pruning.search import heads
 from pruning.search.heads import HeadPlan
 from pruning.search.selection import Judge as Judged
@@ -71,13 +71,13 @@ def choice(model, limited):
 
 def gates_of(scores):
     cost = torch.full((len(HEADS),), 7 / 8, dtype=torch.float64)
-    return Gates([[head] for head in HEADS], scores.double(), cost, 5 * 7 / 8)
+    return Gates(scores.double(), cost, 5 * 7 / 8)
 
 
 def tuned(model, limited, gates, settings, reporter=None, state=None):
-    return tune(
-        model, LLAMA, LIMITED, limited, gates, tokens(24, 64, seed=3), settings, reporter or Reporter(), state=state
-    )
+    lessons = Lessons(tokens(24, 64, seed=3), tokens(4, 64, seed=4), settings, "")
+    tuning = Tuning(model, LLAMA, lessons, reporter or Reporter(), state)
+    return tuning.heads(LIMITED, limited, gates, [[head] for head in HEADS])
 
 
 def test_a_student_with_open_and_shut_gates_is_the_plan(model, limited):
@@ -86,7 +86,7 @@ def test_a_student_with_open_and_shut_gates_is_the_plan(model, limited):
     scores = torch.tensor([99.0 if head in full else -99.0 for head in HEADS])
     gates = gates_of(scores)
     budgeted = BudgetedGates(gates.scores, gates.costs, gates.capacity)
-    student = GatedHeads(training.student, budgeted, training.emulations, gates.heads)
+    student = GatedHeads(training.student, budgeted, list(training.emulations.values()), torch.arange(12).view(6, 2))
     rows = tokens(3, 64, seed=5)
     found = Judge(Teacher(model, LLAMA, 0), rows)(student)
     plan = heads.limited(limited, frozenset(full))
@@ -110,16 +110,16 @@ def test_gates_that_know_nothing_learn_which_heads_are_worth_most(model, limited
 
 def test_what_comes_out_is_a_plan_within_the_budget(choice):
     plan = choice.plan(BUDGET)
-    gates = aware.gates_of(choice, plan, BUDGET)
-    assert len(gates.heads) == len(HEADS)
+    heads_of, gates = aware.gates_of(choice, plan, BUDGET)
+    assert len(heads_of) == len(HEADS)
     assert gates.capacity == pytest.approx(5 * 7 / 8)
     order = gates.scores.argsort(descending=True).tolist()
-    assert {gates.heads[number][0] for number in order[:5]} == plan.full
+    assert {heads_of[number][0] for number in order[:5]} == plan.full
     worst = order[-1]
     change = torch.zeros(len(HEADS), dtype=torch.float64)
     change[worst] = 8.0
-    found = aware.learned(choice, plan, BUDGET, gates, change)
-    assert found.full == plan.full - {gates.heads[order[4]][0]} | {gates.heads[worst][0]}
+    found = aware.learned(choice, plan, BUDGET, heads_of, change)
+    assert found.full == plan.full - {heads_of[order[4]][0]} | {heads_of[worst][0]}
     assert choice.share(found) <= BUDGET
 
 
@@ -127,11 +127,11 @@ def test_windows_keep_the_sizes_that_they_have(choice):
     several = replace(choice, scores={1.0: choice.usual, 2.0: choice.usual, 0.5: choice.usual})
     sizes = ((0, 2.0), (3, 0.5))
     plan = HeadPlan(frozenset({(1, 0), (4, 0)}), sizes)
-    gates = aware.gates_of(several, plan, 0.4)
-    costs = dict(zip((each for (each,) in gates.heads), gates.costs.tolist(), strict=True))
+    heads_of, gates = aware.gates_of(several, plan, 0.4)
+    costs = dict(zip((each for (each,) in heads_of), gates.costs.tolist(), strict=True))
     assert [costs[block, 0] for block in (0, 1, 3)] == pytest.approx([6 / 8, 7 / 8, 15 / 16])
     change = torch.randn(len(HEADS), generator=torch.Generator().manual_seed(0)).double()
-    found = aware.learned(several, plan, 0.4, gates, change)
+    found = aware.learned(several, plan, 0.4, heads_of, change)
     assert set(found.sizes) <= set(sizes)
     assert several.share(found) <= 0.4
 
@@ -139,20 +139,20 @@ def test_windows_keep_the_sizes_that_they_have(choice):
 def test_whole_layers_share_a_gate_where_the_plan_takes_them(choice):
     layers = replace(choice, by="auto")
     plan = HeadPlan(frozenset({(2, 0), (2, 1), (4, 0), (4, 1)}))
-    gates = aware.gates_of(layers, plan, layers.share(plan))
-    assert [len(members) for members in gates.heads] == [2] * BLOCKS
+    heads_of, _ = aware.gates_of(layers, plan, layers.share(plan))
+    assert [len(members) for members in heads_of] == [2] * BLOCKS
     change = torch.randn(BLOCKS, generator=torch.Generator().manual_seed(1)).double()
-    found = aware.learned(layers, plan, layers.share(plan), gates, change)
+    found = aware.learned(layers, plan, layers.share(plan), heads_of, change)
     assert len(found.full) == 4
     assert layers.takes_layers(found)
 
 
 def test_without_an_update_it_is_the_ordinary_choice_untrained(model, limited, choice):
     plan = choice.plan(BUDGET)
-    gates, nothing = aware.gates_of(choice, plan, BUDGET), replace(SETTINGS, steps=None, minutes=0.0)
+    (heads_of, gates), nothing = aware.gates_of(choice, plan, BUDGET), replace(SETTINGS, steps=None, minutes=0.0)
     change, carried = tuned(model, limited, gates, nothing)
     assert carried.step == 0
-    assert aware.learned(choice, plan, BUDGET, gates, change) is plan
+    assert aware.learned(choice, plan, BUDGET, heads_of, change) is plan
     emulations = heads.limited(limited, plan.full)
     hard = replace(LIMITED, removed={each: "window" for each in emulations})
     start, rows = Recovery(dict(emulations), {}), (tokens(24, 64, seed=3), tokens(4, 64, seed=4))
@@ -165,12 +165,12 @@ def test_without_an_update_it_is_the_ordinary_choice_untrained(model, limited, c
 
 def test_healing_goes_on_from_what_was_trained_with_the_gates(model, limited, choice):
     plan = choice.plan(BUDGET)
-    gates = aware.gates_of(choice, plan, BUDGET)
+    heads_of, gates = aware.gates_of(choice, plan, BUDGET)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     change, carried = tuned(model, limited, gates, SETTINGS)
     assert carried.step == 4
     assert any(bool(tensor.any()) for name, tensor in carried.parameters.items() if name.endswith(".up"))
-    emulations = heads.limited(limited, aware.learned(choice, plan, BUDGET, gates, change).full)
+    emulations = heads.limited(limited, aware.learned(choice, plan, BUDGET, heads_of, change).full)
     hard = replace(LIMITED, removed={each: "window" for each in emulations})
     start = Recovery(dict(emulations), {})
     given = tokens(24, 64, seed=3), tokens(4, 64, seed=4)
@@ -195,7 +195,7 @@ class Killed(Reporter):
 
 
 def test_a_stopped_run_goes_on_to_the_same_gates_and_weights(model, limited, choice, tmp_path):
-    gates = aware.gates_of(choice, choice.plan(BUDGET), BUDGET)
+    _, gates = aware.gates_of(choice, choice.plan(BUDGET), BUDGET)
     whole, one = tuned(model, limited, gates, SETTINGS)
     state = tmp_path / "state.safetensors"
     with pytest.raises(InterruptedError):
