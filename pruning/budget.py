@@ -319,10 +319,13 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
 
 
 def _refuse_with_gates(recipe: Recipe) -> None:
-    """Refuse what gates between full and limited KV heads cannot be trained for."""
+    """Refuse what gates of KV heads and of FFN units cannot be trained for."""
     flag = "--heal prune-aware"
+    if narrows(recipe.kind):
+        return
     if not limits(recipe):
-        raise RecipeError(f"{flag} trains which KV heads stay full, and this asks for {recipe.kind}; use --heal lora")
+        what = "which KV heads stay full (--kv-budget) or which FFN units stay (--emulation narrow)"
+        raise RecipeError(f"{flag} trains {what}, and this asks for {recipe.kind}; use --heal lora")
     if recipe.search == "exchange":
         raise RecipeError(f"{flag} and --search exchange both change the choice of heads; give one of them")
     if not by_head(recipe):

@@ -117,7 +117,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
     lessons, carried = None, None
-    if recipe.heal == "prune-aware" and not dry_run:
+    if recipe.heal == "prune-aware" and found is not None and not dry_run:
         with reporter.stage("tune"):
             lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
             limited, found = choice.selection(aware.all_limited(choice, kept))
@@ -125,7 +125,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             kept, carried = aware.tuned(dense, recipe, choice, kept, everything, lessons, output, reporter)
             chosen, found = choice.selection(kept)
         prepared, gone = found.served, list(chosen.order)
-    units = {sublayer.block: len(kept) for sublayer, kept in (prepared or {}).items()} if narrower else None
+    units = {sublayer.block: len(each) for sublayer, each in (prepared or {}).items()} if narrower else None
     plan = plan_of(gone, num_blocks, recipe, before, found, units)
     what = f"limiting to {windows.listed(plan)} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
     reporter.say(narrowing.described(plan) if narrower else what + ", ".join(map(str, gone)))
@@ -148,6 +148,18 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             return None  # the rest is one process's work
     with reporter.stage("emulate"):
         recovery = recovered(dense, plan, recipe, tokens, reporter, prepared, found)
+    if recipe.heal == "prune-aware" and narrower:
+        with reporter.stage("tune"):
+            lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
+            assert prepared is not None
+            assert isinstance(recovery, Recovery)
+            kept_units, recovery, carried = narrowing.tuned(
+                dense, recipe, narrower, prepared, recovery, lessons, output, reporter
+            )
+        units = {sublayer.block: len(each) for sublayer, each in kept_units.items()}
+        plan = plan_of([Unit(block, "ffn") for block in units], num_blocks, recipe, before, None, units)
+        sizes = predicted_bytes(dense, plan, context)
+        reporter.say(narrowing.described(plan))
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):

@@ -206,7 +206,7 @@ class Recipe(BaseModel):
         HEALING,
         Field(
             description="Train the adapters, or also low-rank changes of kept weights, merged before export (slow). "
-            "prune-aware: for windows, also let training decide which KV heads stay full."
+            "prune-aware: training also decides which KV heads stay full, or which FFN units stay."
         ),
     ] = "none"
     heal_loss: Annotated[

@@ -41,7 +41,7 @@ class Carried:
 
     Attributes:
         parameters: Name -> trained parameter.
-        moments: Name -> what the optimizer keeps of it.
+        moments: Name -> what the optimizer keeps of it; nothing where the part is new.
         step: Updates done.
         seconds: Time they took.
         first: The block from which on weights were trained.
@@ -69,7 +69,8 @@ def carry(carried: Carried, parameters: Mapping[str, nn.Parameter], optimizer: t
     for name, parameter in parameters.items():
         parameter.copy_(carried.parameters[name])
         optimizer.state[parameter] = {
-            kind: value.clone() if isinstance(value, Tensor) else value for kind, value in carried.moments[name].items()
+            kind: value.clone() if isinstance(value, Tensor) else value
+            for kind, value in carried.moments.get(name, {}).items()
         }
 
 

@@ -2,24 +2,29 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
-from pruning import pipeline, windows
+from pruning import narrowing, pipeline, windows
 from pruning.console import Reporter
 from pruning.families import FAMILIES
 from pruning.forward.evaluator import Evaluator
 from pruning.models.checkpoint import verify
 from pruning.plan import Plan, Sublayer
+from pruning.recipe import Recipe
 from pruning.recovery.distillation import Teacher
-from pruning.recovery.emulation import Recovery
-from pruning.recovery.gates import BudgetedGates, GatedHeads
+from pruning.recovery.emulation import Recovery, recover
+from pruning.recovery.gates import BudgetedGates, GatedHeads, GatedUnits
 from pruning.recovery.healing import heal, prepared
+from pruning.recovery.kept_units import narrower, whole_projections
 from pruning.recovery.prune_aware import Gates, Tuning
 from pruning.recovery.training import Judge, Lessons, Settings
+from pruning.recovery.training_state import Carried, carry
 from pruning.search import heads
 from pruning.search.heads import HeadPlan
 from pruning.search.selection import Judge as Judged
@@ -27,6 +32,7 @@ from pruning.variants.window_fit import limits
 from pruning.windows import aware
 from pruning.windows.plans import Choice
 from tests.conftest import BLOCKS, pico_model, run_prune_export, tokens
+from tests.pruning.recovery.healing_run import tensors_of
 
 LLAMA, WINDOW = FAMILIES["llama"], 8
 HEADS = list(itertools.product(range(BLOCKS), range(2)))
@@ -35,6 +41,7 @@ SETTINGS = Settings(
     trained="lora", loss="kl", optimizer="adamw", learning_rate=2e-3, lora_rank=2, steps=10, minutes=None,
     batch_tokens=192, precision="no", seed=0,
 )  # fmt: skip
+FFNS = range(BLOCKS)
 BUDGET = (5 + 7 / 8) / 12
 """Of a context of eight windows: five full heads of twelve."""
 
@@ -209,6 +216,81 @@ def test_a_stopped_run_goes_on_to_the_same_gates_and_weights(model, limited, cho
     assert third.step == one.step
 
 
+def narrowing_of(model_type):
+    """A tiny model, the order in which its FFNs lose units, and FFNs narrowed by it to 80% of all bytes."""
+    model, family = pico_model(model_type), FAMILIES[model_type]
+    dense = SimpleNamespace(model=model, family=family)
+    evaluator = Evaluator(model, family, tokens(8, 64))
+    recipe, found = Recipe(emulation="narrow", weight_budget="80%"), narrowing.orders(evaluator, FFNS, 0, Reporter())
+    _, kept = narrowing.choose(dense, recipe, found, Reporter())
+    recovery = recover(evaluator, dict.fromkeys(kept, "narrow"), 0, Reporter(), compensated=False, prepared=kept)
+    return dense, recipe, found, kept, recovery
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_gates_of_units_begin_at_the_ordinary_choice_and_nothing_is_lost_at_the_cut(model_type):
+    dense, _, found, kept, recovery = narrowing_of(model_type)
+    model, family = dense.model, dense.family
+    refitted = whole_projections(model, family, recovery, kept)
+    training = prepared(model, family, Plan(BLOCKS, {}), Recovery({}, refitted), 0, SETTINGS)
+    projections = [training.changes[f"{family.blocks}.{block}.mlp.down_proj"] for block in FFNS]
+    stays = torch.zeros(BLOCKS, projections[0].in_features, dtype=torch.long)
+    for sublayer in found:
+        stays[sublayer.block, kept.get(sublayer, torch.arange(stays.shape[1]))] = 1
+    gates = BudgetedGates(torch.tensor([-99.0, 99.0]), torch.ones(2), 1.0)
+    student, rows = GatedUnits(training.student, gates, projections, stays), tokens(3, 64, seed=5)
+    judge = Judge(Teacher(model, family, 0), rows)
+    evaluator = Evaluator(model, family, rows)
+    assert judge(student).kl == pytest.approx(float(evaluator.values([recovery.emulations], "kl").mean()), rel=1e-3)
+    for number, change in enumerate(training.changes.values()):
+        torch.nn.init.normal_(change.up, std=0.02, generator=torch.Generator().manual_seed(number))
+    trained = judge(student)
+    carried = Carried({name: each.detach() for name, each in training.parameters.items()}, {}, 4, 0.0)
+    emulations, carried = narrower(model, family, refitted, kept, carried)
+    assert tensors_of(Recovery(emulations, {})).keys() == tensors_of(recovery).keys()
+    assert all(
+        torch.equal(tensors_of(recovery)[name], each) for name, each in tensors_of(Recovery(emulations, {})).items()
+    )
+    plan = Plan(BLOCKS, dict.fromkeys(kept, "narrow"), units={each.block: len(units) for each, units in kept.items()})
+    cut = prepared(model, family, plan, Recovery(emulations, {}), 0, SETTINGS)
+    carry(carried, cut.parameters, torch.optim.AdamW(cut.parameters.values()))
+    assert judge(cut.student).kl == pytest.approx(trained.kl, rel=1e-3)
+
+
+def test_units_that_stay_are_within_the_bytes_whatever_gates_learn():
+    dense, recipe, found, kept, _ = narrowing_of("llama")
+    gates = narrowing.gates_of(dense, recipe, found)
+    assert len(gates.scores) == sum(map(len, narrowing.groups_of(found).values()))
+    least = narrowing.excess_bytes(dense, recipe)
+    assert 0 < gates.capacity < float(gates.costs.sum())
+    each = narrowing.unit_bytes(dense, Sublayer(0, "ffn"))
+    for seed in range(3):
+        change = torch.randn(len(gates.scores), generator=torch.Generator().manual_seed(seed)).double()
+        stay = narrowing.learned(dense, recipe, found, gates, change)
+        gone = sum(192 - len(units) for units in stay.values()) * each
+        assert least <= gone < least + 8 * each
+        assert all(len(units) % 8 == 0 and len(units) >= 8 for units in stay.values())
+        assert all(units.unique().tolist() == units.tolist() for units in stay.values())
+    up = torch.zeros(len(gates.scores), dtype=torch.float64)
+    groups = narrowing.groups_of(found)[2]
+    first = sum(len(each) for block, each in narrowing.groups_of(found).items() if block < 2)
+    up[first] = 9.0
+    stay = narrowing.learned(dense, recipe, found, gates, up)
+    assert not set(groups[0].tolist()) & set(kept[Sublayer(2, "ffn")].tolist())
+    assert set(groups[0].tolist()) <= set(stay[Sublayer(2, "ffn")].tolist())
+
+
+def test_units_without_an_update_are_the_ordinary_choice():
+    dense, recipe, found, kept, recovery = narrowing_of("llama")
+    lessons = Lessons(tokens(24, 64, seed=3), tokens(4, 64, seed=4), replace(SETTINGS, steps=0), "")
+    given = dense, recipe, found, kept, recovery, lessons
+    stay, same, carried = narrowing.tuned(*given, Path("nowhere"), Reporter())
+    assert same is recovery
+    assert carried is None
+    assert stay.keys() == kept.keys()
+    assert all(torch.equal(units, kept[each]) for each, units in stay.items())
+
+
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "long.txt"
@@ -216,11 +298,22 @@ def long_text(tmp_path_factory):
     return path
 
 
-FLAGS = ["--context", "256", "--calibration-tokens", "512", "--held-out-tokens", "256", "--heal", "prune-aware"]
-FEW = ["--heal-steps", "10", "--heal-batch-tokens", "256", "--heal-lora-rank", "2"]
+FEW = ["--calibration-tokens", "512", "--heal", "prune-aware", "--heal-steps", "10", "--heal-batch-tokens", "256",
+       "--heal-lora-rank", "2"]  # fmt: skip
 
 
-def test_the_checkpoint_is_the_trained_model(monkeypatch, pico_directory, long_text, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ["--kv-budget", "50%", "--context", "128", "--codes", "0", "--held-out-tokens", "128"],
+            "full KV heads gave way to others",
+        ),
+        (["--weight-budget", "80%", "--emulation", "narrow"], "units stay that the ordinary choice lets go"),
+    ],
+    ids=["windows", "narrower FFNs"],
+)
+def test_the_checkpoint_is_the_trained_model(monkeypatch, pico_directory, long_text, tmp_path, capsys, flags, says):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained, measure = {}, pipeline._cut_and_measure
 
@@ -231,10 +324,11 @@ def test_the_checkpoint_is_the_trained_model(monkeypatch, pico_directory, long_t
 
     monkeypatch.setattr(pipeline, "_cut_and_measure", measured)
     output = tmp_path / "out"
-    command = [pico_directory(), "--output", output, "--calibration", long_text, "--kv-budget", "50%", *FLAGS, *FEW]
+    command = [pico_directory(), "--output", output, "--calibration", long_text, *flags, *FEW]
     assert run_prune_export(monkeypatch, *command) == 0
     manifest = verify(output)
-    assert manifest.sizes["kv_request"] <= 0.5 * manifest.sizes["kv_request_dense"]
+    what, share = ("weights", 0.8) if "narrow" in flags else ("kv_request", 0.5)
+    assert manifest.sizes[what] <= share * manifest.sizes[f"{what}_dense"]
     assert manifest.recipe["heal"] == "prune-aware"
     assert manifest.quality["healing"]["steps"] == 10
     assert {"tune", "heal"} <= manifest.stages.keys()
@@ -243,7 +337,7 @@ def test_the_checkpoint_is_the_trained_model(monkeypatch, pico_directory, long_t
         found = AutoModelForCausalLM.from_pretrained(output)(rows).logits
         torch.testing.assert_close(found, trained["model"](rows).logits, rtol=1e-5, atol=1e-5)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-    assert "full KV heads gave way to others" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -253,7 +347,7 @@ def test_the_checkpoint_is_the_trained_model(monkeypatch, pico_directory, long_t
         (["--window-by", "layer"], "not --task, --window-by layer"),
         (["--search", "exchange"], "--search exchange"),
         (["--emulation", "low-rank"], "asks for low-rank; use --heal lora"),
-        (["--weight-budget", "90%", "--emulation", "narrow"], "asks for narrow; use --heal lora"),
+        (["--weight-budget", "90%"], "asks for low-rank; use --heal lora"),
         (["--format", "plan"], "--heal prune-aware changes some"),
     ],
 )
