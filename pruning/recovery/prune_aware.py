@@ -1,4 +1,9 @@
-"""Tuning while pruning: what stays is learned together with the weights, after the dense model."""
+"""Tuning while pruning: what stays is learned together with the weights, after the dense model.
+
+    change, carried = Tuning(model, family, lessons, reporter).heads(plan, limits, gates, members)
+
+Source: PAT, arXiv 2408.14721; docs/decisions/healing.md says what differs.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +54,8 @@ class Annealing:
     share of the budget that the update took. So it is the same for many small and few large updates, and gates that
     are all but shut or open, which have little gradient, stay so.
 
-    Source: inferred. PAT (arXiv 2408.14721) has a regulariser push its masks to 0 and 1.
+    Source: inferred. Masks trained with the weights: PAT, arXiv 2408.14721; gates by KV head, on frozen weights:
+        DuoAttention, arXiv 2410.10819.
     """
 
     def __init__(self, gates: BudgetedGates, until: float) -> None:
