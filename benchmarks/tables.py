@@ -159,6 +159,40 @@ def _windows(results: Results, file: str) -> str:
     return _table([*head, *(f"codes in {length} tokens" for length in lengths)], rows)
 
 
+def _found(codes: Mapping[str, Sequence[int]]) -> str:
+    return " / ".join(str(found) for found, _ in codes.values())
+
+
+def window_orders(results: Results) -> str:
+    """Which layers or heads stay full at one budget, by every chooser, with the time that it takes."""
+    found: Any = results.document("window_orders").get("rows") or {}
+    rows = [
+        [row["kind"], f"{row['kv_ratio']:.1%}", _interval(row["perplexity"], 4), _found(row["codes"]),
+         f"{row['choice_cpu_seconds']:.0f}"]
+        for row in sorted(found.values(), key=lambda row: row.get("perplexity", {}).get("value", 0))
+        if "kind" in row
+    ]  # fmt: skip
+    return _table(["chosen by", "KV bytes of a request", "perplexity / dense", "codes found", "CPU s to choose"], rows)
+
+
+def efforts(results: Results) -> str:
+    """One command at each effort: what it says it takes, what it takes, what comes of it."""
+    rows = []
+    for file in ("efforts", "efforts_2048", "efforts_qwen"):
+        document: Any = results.document(file)
+        for name, row in (document.get("rows") or {}).items():
+            if "effort" in row:
+                times = [f"{row[key] / 60:.1f}" for key in ("estimated_seconds", "wall_seconds", "cpu_seconds")]
+                rows.append([
+                    Path(document["model"]).stem, name, *times, f"{row['peak_mebibytes'] / 1024:.1f}",
+                    f"{row['kv_ratio']:.1%}", _interval(row["perplexity"], 4), _found(row["codes"]),
+                ])  # fmt: skip
+            else:
+                rows.append([Path(document["model"]).stem, name, "", "", "", "", "100%", "1", _found(row["codes"])])
+    head = ["model", "budget, effort", "estimated, min", "by the clock", "CPU", "peak, GiB", "KV bytes"]
+    return _table([*head, "perplexity / dense", "codes found"], rows)
+
+
 OF_MODELS = {"SmolLM2-135M": "windows", "Qwen2.5-Coder-0.5B": "windows_qwen"}
 CHOSEN = ("auto", "head")
 """Choosers of the product as windows.py names them, what it takes by itself first."""
@@ -384,7 +418,7 @@ TABLES = {
     function.__name__: function
     for function in (
         serving, serving_short, serving_windows, serving_windows_short, windows, windows_qwen, windows_2048,
-        latency, latency_windows,
+        window_orders, efforts, latency, latency_windows,
         recovery, healing, overhead, quality, choosers, subnetworks, speculation, glance, peers, peers_differ,
         paper, paper_questions, paper_emulation, written,
     )

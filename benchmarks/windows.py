@@ -10,7 +10,6 @@ stopped. `--removal 67% 50%` adds removal with adapters at these budgets; `--fig
 import argparse
 import json
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layer_orders import ORDERS, kept_layers
 from machine import machine
 
 from pruning import windows
@@ -27,11 +27,10 @@ from pruning.console import Reporter, quiet_libraries
 from pruning.evaluation.long_context import score
 from pruning.evaluation.paired import bootstrap
 from pruning.evaluation.text import text_windows, token_losses
-from pruning.forward.evaluator import Evaluator
 from pruning.models.finding import find_model
 from pruning.models.loading import DenseModel, load_model
 from pruning.models.sizes import predicted_bytes
-from pruning.plan import Plan, Sublayer, layers_within, parse_share
+from pruning.plan import Plan, layers_within, parse_share
 from pruning.recipe import Recipe
 from pruning.recovery.distillation import cut_copy
 from pruning.search import heads
@@ -39,14 +38,14 @@ from pruning.search.selection import Judge
 from pruning.stages import calibrate, choose, journal_of, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text
 from pruning.texts.long_context import code_prompts
-from pruning.variants.window_fit import limits
 from pruning.windows.plans import Choice, exchanged
 from pruning.workdir import Journal
 
-CHOOSERS = ("auto", "several", "head", "layer", "exchange", "spaced", "random", "one-forward")
+CHOOSERS = ("auto", "several", "head", "layer", "exchange", *ORDERS)
 """The product's; with windows of several sizes at any budget; then with one size: by single heads; by whole layers;
-heads exchanged on trial; layers evenly spaced; drawn; by what one forward says that each layer's limit changes."""
+heads exchanged on trial; whole layers by other orders."""
 LABELS = {"auto": "windows", "head": "windows of one size, by KV head", "layer": "by layer"}
+MEASURED = ("pieces", "late_pieces", "codes")
 PIECE = 512  # tokens that one paired difference is the mean of
 
 
@@ -56,7 +55,7 @@ def measured(model: Any, dense: DenseModel, rows: torch.Tensor, options: argpars
     half = losses.shape[1] // 2
     return {
         "pieces": [float(part.mean()) for row in losses for part in row.split(PIECE)],
-        "late": [float(part.mean()) for row in losses for part in row[half:].split(PIECE)],
+        "late_pieces": [float(part.mean()) for row in losses for part in row[half:].split(PIECE)],
         "codes": found_codes(model, dense, options),
     }
 
@@ -75,6 +74,13 @@ def ratio(mine: list[float], theirs: list[float]) -> dict[str, float]:
     """exp of the mean difference and its interval."""
     gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
     return bootstrap(gaps).mapped(math.exp).as_dict()
+
+
+def compared(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Perplexity over dense, of whole rows and past half of them, with intervals."""
+    return {
+        "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late_pieces"], theirs["late_pieces"])
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,8 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
             full = _plan(how, own, parse_share(budget, "budgets"), judges, dense, rows, reporter)
             chosen, limits = choice.selection(full)
             plan = plan_of(chosen.order, len(choice.usual.layers), recipe, found=limits)
-            yield Found(budget, how, plan, limits, scored + time.process_time() - start)
+            own_seconds = time.process_time() - start
+            yield Found(budget, how, plan, limits, own_seconds if how in ORDERS else scored + own_seconds)
 
 
 def _plan(
@@ -132,16 +139,8 @@ def _plan(
     count = (choice.total - layers_within(budget, choice.total, choice.left)) // each
     if how == "layer":
         return heads.HeadPlan(heads.best_layers(choice.usual, choice.blocks, count))
-    if how == "spaced":
-        order = sorted(choice.blocks, key=lambda block: abs((block + 0.5) * count / len(choice.blocks) % 1 - 0.5))
-    elif how == "random":
-        order = random.Random(0).sample(choice.blocks, len(choice.blocks))
-    else:
-        evaluator = Evaluator(dense.model, dense.family, rows, 1)
-        size = next(iter(choice.limits.scored.values())).size
-        errors = limits(evaluator, [Sublayer(block, "attention") for block in choice.blocks], size, reporter)
-        order = sorted(choice.blocks, key=lambda block: -errors[Sublayer(block, "attention")].error)
-    return heads.HeadPlan(frozenset((block, head) for block in order[:count] for head in range(each)))
+    kept = kept_layers(how, count, choice, judges, dense, rows, reporter)
+    return heads.HeadPlan(frozenset((block, head) for block in kept for head in range(each)))
 
 
 def removals(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) -> Iterator[tuple[str, Plan, Any]]:
@@ -222,17 +221,22 @@ def main() -> None:
         name += f", {options.calibration_tokens} tokens" if options.calibration_tokens else ""
         if name in document["rows"]:
             continue
-        model = cut_copy(dense.model, dense.family, plan, found.limits.served, {})
-        mine = measured(model, dense, rows, options)
-        sizes = predicted_bytes(dense, plan, options.context)
-        row = mine | {
-            "kind": found.how, "budget": found.budget, "window": plan.window,
-            "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
-            "limited": sorted(sublayer.block for sublayer in plan.removed),
+        heads_of_plan = {
+            "window": plan.window, "limited": sorted(sublayer.block for sublayer in plan.removed),
             "full_heads": {str(block): list(some) for block, some in sorted(plan.full_heads.items())},
             "windows": {str(block): size for block, size in sorted(plan.windows.items())},
+        }  # fmt: skip
+        known = (row for row in document["rows"].values() if heads_of_plan.items() <= row.items())
+        if same := next(known, None):
+            mine = {key: same[key] for key in MEASURED}
+        else:
+            model = cut_copy(dense.model, dense.family, plan, found.limits.served, {})
+            mine = measured(model, dense, rows, options)
+        sizes = predicted_bytes(dense, plan, options.context)
+        row = mine | heads_of_plan | {
+            "kind": found.how, "budget": found.budget, "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
             "choice_cpu_seconds": round(found.seconds, 1),
-            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+            **compared(mine, theirs),
         }  # fmt: skip
         keep(name, row)
         reporter.say(
@@ -249,7 +253,7 @@ def main() -> None:
         row = mine | {
             "kind": "removal", "kv_ratio": sizes["kv_request"] / sizes["kv_request_dense"],
             "removed": sorted(sublayer.block for sublayer in plan.removed),
-            "perplexity": ratio(mine["pieces"], theirs["pieces"]), "late": ratio(mine["late"], theirs["late"]),
+            **compared(mine, theirs),
         }  # fmt: skip
         keep(name, row)
         reporter.say(f"{name}: perplexity {row['perplexity']['value']:.3f}, codes {row['codes']}")

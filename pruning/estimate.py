@@ -190,6 +190,8 @@ def announce(dense: DenseModel, recipe: Recipe, wanted: Counts, reporter: Report
     parts = ", ".join(f"{name} {duration(each)}" for name, each in seconds.items() if each >= LEAST_SECONDS)
     about = duration(sum(seconds.values()))
     reporter.say(f"estimated time: {about} ({parts or 'all of it short'}; {TIMED_TOKENS} tokens took {timed:.2f} s)")
+    if by_head(recipe) and len(stages.journal_of(None, dense, recipe)):
+        reporter.say("  less where an earlier search of this model scored the same: that is not done again")
 
 
 def in_seconds(

@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,8 +59,9 @@ def dress(app: ASGIApp, cors: dict[str, Any], root: int | None = None) -> ASGIAp
 
 
 def assemble(
-    stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: int, held: int, processes: int = 1
-) -> ASGIApp:
+    stock: FastAPI, settings: Settings, lifecycle: Lifecycle, running: int, held: int, processes: int = 1,
+    *, scores_prompts: bool = True,
+) -> ASGIApp:  # fmt: skip
     """Put our middleware around vLLM's application.
 
     Its middleware stack stays vLLM's, so ours wraps the whole: the gate, then the keys, their limits, the limits of
@@ -73,7 +74,9 @@ def assemble(
         running: Sequences the engine runs at once.
         held: Tokens its KV cache holds.
         processes: API processes that share the traffic; each hands out its part of the limits.
+        scores_prompts: Whether the engine can give log-probabilities of prompts.
     """
+    limits = Limits(**{field.name: getattr(settings, f"max_{field.name}") for field in fields(Limits)})
     waiting, tokens = (
         None if limit is None else math.ceil(limit / processes)
         for limit in (settings.max_queued_requests, settings.max_queued_tokens)
@@ -84,7 +87,7 @@ def assemble(
         waiting,
         settings.max_body_bytes,
         settings.retry_after_seconds,
-        Limits(**{field.name: getattr(settings, f"max_{field.name}") for field in fields(Limits)}),
+        limits if scores_prompts else replace(limits, prompt_logprobs=None),
         TokenQueue(held // processes, tokens),
         stores=compat.stores_responses(),
     )
@@ -163,7 +166,10 @@ async def serve(
             adopt(stock, [*lifecycle.routes(), *own.routes])
             # vLLM's error handlers stop `state.server` at the first error of a dead engine; `supervise` stops ours.
             stock.state.server = SimpleNamespace(should_exit=False)
-            app = assemble(stock, settings, lifecycle, facts.max_running, facts.capacity_tokens, processes)
+            app = assemble(
+                stock, settings, lifecycle, facts.max_running, facts.capacity_tokens, processes,
+                scores_prompts=compat.scores_prompts(args),
+            )  # fmt: skip
         apps: list[ASGIApp] = [app] if len(sockets) == 1 else [Split(app, False), Split(app, True)]
         servers = []
         for part, sock in zip(apps, sockets, strict=True):

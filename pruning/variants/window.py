@@ -27,9 +27,10 @@ ENGINE_KERNELS = ("vllm",)  # limited by the engine itself
 class Window(Emulation):
     """The limit of one attention layer: its last `size` positions, one of them a planted sink.
 
-    At every position p with p mod `size` = 0 the layer's key (after its rotation) and value are replaced by two
+    At every position p > 0 with p mod `size` = 0 the layer's key (after its rotation) and value are replaced by two
     constants, those of a first token. Any `size` positions in a row then hold exactly one sink, on which heads rest
-    when they have nothing to do. The price is one token in `size`.
+    when they have nothing to do; the first `size` positions have the text's own first token. The price is one token in
+    `size`. A text no longer than `size` is read as by the dense model.
 
     Args:
         size: Positions that a token sees, its own among them.
@@ -126,7 +127,7 @@ class _Planted:
             if positions is None:
                 seen = 0 if self._cache is None else self._cache.get_seq_length()
                 positions = torch.arange(seen, seen + keys.shape[2], device=keys.device)[None]
-            here = (positions % self._size == 0)[:, None, :, None]
+            here = planted_at(positions, self._size)[:, None, :, None]
             if full := self._module.emulation.full:
                 here = here & _others(keys.shape[1], full, keys.device)[:, None, None]
             keys = torch.where(here, sink[:, None].to(keys), keys)
@@ -142,6 +143,11 @@ class _Planted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
+
+
+def planted_at(positions: Tensor, size: int) -> Tensor:
+    """Which positions hold a sink of windows of `size`, bool; the text's own first token is left as it is."""
+    return (positions % size == 0) & (positions > 0)
 
 
 def _others(heads: int, full: Sequence[int], device: torch.device) -> Tensor:
@@ -206,7 +212,7 @@ def _gated(module: Any, query: Tensor, key: Tensor, value: Tensor, attend: Calla
     for number, size in enumerate(limit.sizes, 1):
         planted = key, value
         if limit.sink:
-            here = (torch.arange(key.shape[2], device=key.device) % size == 0)[:, None]
+            here = planted_at(torch.arange(key.shape[2], device=key.device), size)[:, None]
             constants = (module.sink_key, key), (module.sink_value, value)
             planted = tuple(torch.where(here, sink[:, None].to(own), own) for sink, own in constants)
         out = out + gates[:, :, number] * attend(query, *planted, size)

@@ -331,6 +331,14 @@ def stores_responses() -> bool:
     return bool(vllm.envs.VLLM_ENABLE_RESPONSES_API_STORE)
 
 
+def scores_prompts(args: Namespace) -> bool:
+    """Whether a request for log-probabilities of its prompt leaves the engine alive.
+
+    vLLM 0.32 and 0.33 compute them with LoRA's logits, whose CPU kernels count one row a request.
+    """
+    return not (current_platform.is_cpu() and args.enable_lora)
+
+
 def metrics_registry() -> Any:
     """The Prometheus registry a scrape reads: of all API processes, where there are several."""
     return get_prometheus_registry()

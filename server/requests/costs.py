@@ -25,7 +25,7 @@ class Limits:
         choices: Answers to one prompt (`n`, `best_of`).
         sequences: Choices times prompts.
         top_logprobs: Alternatives of each token written.
-        prompt_logprobs: Alternatives of each token read.
+        prompt_logprobs: Alternatives of each token read; None: the engine would end on a request for any.
         stops: Entries of each list of words or tokens that end or forbid.
         logit_bias: Tokens with a bias, or in a list of allowed ones.
         grammar_bytes: Bytes of a JSON schema, a regular expression, a grammar, or of all tools.
@@ -36,7 +36,7 @@ class Limits:
     choices: int
     sequences: int
     top_logprobs: int
-    prompt_logprobs: int
+    prompt_logprobs: int | None
     stops: int
     logit_bias: int
     grammar_bytes: int
@@ -75,7 +75,12 @@ def check(body: Any, size: int, limits: Limits) -> None:
         names = [name for name in _lists(body) if _entries(body.get(name)) > 1] or ["n"]
         _most("sequences", "sequences (prompts times choices)", [(names[0], count)], limits.sequences)
     _most("top-logprobs", "log-probabilities a token", _top_logprobs(body), limits.top_logprobs)
-    _most("prompt-logprobs", "log-probabilities a prompt token", _prompt_logprobs(body), limits.prompt_logprobs)
+    if limits.prompt_logprobs is None:
+        for field, _ in _prompt_logprobs(body):
+            text = f"`{field}` scores the prompt, which would end vLLM's engine here: a CPU with --enable-lora"
+            raise Refusal(400, "unsupported_field", text, param=field)
+    else:
+        _most("prompt-logprobs", "log-probabilities a prompt token", _prompt_logprobs(body), limits.prompt_logprobs)
     _most("stops", "entries", _lengths(body, STOPS), limits.stops)
     _most("logit-bias", "tokens", _lengths(body, TOKEN_LISTS), limits.logit_bias)
     _most("tools", "tools", _lengths(body, ("tools", "functions")), limits.tools)

@@ -1,7 +1,7 @@
 """vLLM limits attention to windows with planted sinks as defined, for every family.
 
 The reference is the dense model in transformers with the definition written out: an attention function that overwrites
-keys and values at each multiple of W and masks what is outside the window.
+keys and values at each multiple of W but 0 and masks what is outside the window.
 """
 
 import json
@@ -63,7 +63,8 @@ def planted_attention(module, query, key, value, attention_mask, scaling=None, s
     if (limit := getattr(module, "limit", None)) is not None:
         size, sinks, full = limit
         if sinks is not None:
-            here = torch.tensor([head not in full for head in range(key.shape[1])])[:, None] & (at % size == 0)
+            heads = torch.tensor([head not in full for head in range(key.shape[1])])
+            here = heads[:, None] & (at % size == 0) & (at > 0)
             key, value = (torch.where(here[..., None], s[:, None], x) for s, x in zip(sinks, (key, value), strict=True))
     seen = (at[:, None] >= at).repeat(query.shape[1], 1, 1)
     if size is not None:

@@ -1,8 +1,9 @@
 """Attention that looks back a little, in vLLM: a sliding window and, where the checkpoint has one, a planted sink.
 
-A query at position p sees the W positions p - W < q <= p. At every position p with p mod W = 0 the layer's key (after
-rotation) and value are overwritten by two constants, before they are cached: any W positions in a row hold exactly one
-such sink, so vLLM's ordinary sliding-window kernels and its cache for them serve as they are.
+A query at position p sees the W positions p - W < q <= p. At every position p > 0 with p mod W = 0 the layer's key
+(after rotation) and value are overwritten by two constants, before they are cached: any W positions in a row hold
+exactly one such sink, or the text's first token, so vLLM's ordinary sliding-window kernels and its cache for them serve
+as they are.
 
 The attention module of a block is the stock one. It hands its `positions` to a `Planter` before it runs, and the
 `Attention` it was built with reads them from there.
@@ -52,7 +53,8 @@ class Planter:
         vLLM's own modules are given `positions` [tokens], those of transformers `position_ids` [1, tokens].
         """
         positions: Tensor = named["position_ids" if "position_ids" in named else "positions"]
-        self.here = (positions.reshape(-1, 1, 1) % self.size) == 0
+        positions = positions.reshape(-1, 1, 1)
+        self.here = (positions % self.size == 0) & (positions > 0)
 
     def plant(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [tokens, K d] with the sinks in their places, [tokens, K, d]."""

@@ -1,5 +1,7 @@
 """What a request declares that it will cost."""
 
+from dataclasses import replace
+
 import pytest
 
 from server.errors import Refusal
@@ -90,6 +92,16 @@ def test_echo_with_logprobs_asks_for_those_of_the_prompt():
     check({"prompt": "x", "logprobs": 20}, 100, LIMITS)
     with pytest.raises(Refusal, match="--max-prompt-logprobs"):
         check({"prompt": "x", "logprobs": 6, "echo": True}, 100, LIMITS)
+
+
+@pytest.mark.parametrize("fields", [{"prompt_logprobs": 0}, {"sampling_params": {"prompt_logprobs": 1}},
+                                    {"prompt": "x", "logprobs": 0, "echo": True}])  # fmt: skip
+def test_nothing_of_a_prompt_is_scored_where_the_engine_would_end_on_it(fields):
+    check(fields, 100, LIMITS)
+    with pytest.raises(Refusal, match=r"logprobs` scores the prompt, .*--enable-lora") as caught:
+        check(fields, 100, replace(LIMITS, prompt_logprobs=None))
+    assert (caught.value.status, caught.value.code) == (400, "unsupported_field")
+    check({"prompt": "x", "logprobs": 2, "prompt_logprobs": None}, 100, replace(LIMITS, prompt_logprobs=None))
 
 
 def test_sampling_parameters_of_the_token_route_are_seen():
