@@ -28,7 +28,7 @@ from pruning.variants.window import Window
 
 GATED = 0.4  # of the budget in steps or time; the rest heals the hard plan
 SOFT, HARD = 1.0, 0.02  # temperature at the start and at the end of the gates, in the unit of their scores
-TRAVEL = 3.0  # that a gate's score moves by in all where the gradient stays at the mean square of all gates
+TRAVEL = 1.5  # that a gate's score moves by in all where its gradient stays at the root mean square of all gates
 LARGEST_STEP = 3.0  # of one gate in one update, in root mean squares of all
 
 
@@ -51,8 +51,8 @@ class Annealing:
     """The guide of a training with gates: colder with every update, and steps of the gates.
 
     A gate's score moves against its gradient, in units of the root mean square over all gates. How far depends on the
-    share of the budget that the update took. So it is the same for many small and few large updates, and gates that
-    are all but shut or open, which have little gradient, stay so.
+    share of the budget that the update took, and falls linearly to nothing. So it is the same for many small and few
+    large updates, and gates that are all but shut or open, which have little gradient, stay so.
 
     Source: inferred. Masks trained with the weights: PAT, arXiv 2408.14721; gates by KV head, on frozen weights:
         DuoAttention, arXiv 2410.10819.
@@ -73,7 +73,8 @@ class Annealing:
             return
         size = change.grad.square().mean().sqrt()
         if torch.isfinite(size) and size > 0:
-            part = (min(now, self._until) - share) / self._until
+            begin, end = (min(1.0, each / self._until) for each in (share, now))
+            part = (1 - begin) ** 2 - (1 - end) ** 2  # of what is left, linearly less
             change -= TRAVEL * part * (change.grad / size).clamp(-LARGEST_STEP, LARGEST_STEP)
         change.grad = None
 
