@@ -2,6 +2,7 @@
 
     python benchmarks/prune_aware.py smollm2-135m --calibration FILE... --judge TEXT --minutes 10 20 40 --output FILE
 
+Windows for 25% of the KV cache by default; `--weight-budget 80%` compares narrower FFNs instead.
 Both are `prune-export` as it is: the same budget, text, rank and minutes; the search is made once. `--steps` in the
 place of `--minutes` compares at equal updates. Rows that the output holds already are not measured again.
 """
@@ -31,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--judge", type=Path, required=True, help="text that no choice and no training has seen")
     parser.add_argument("--judge-tokens", type=int, default=16384)
     parser.add_argument("--kv-budget", default="25%")
+    parser.add_argument("--weight-budget", help="of narrower FFNs, in the place of windows")
     parser.add_argument("--context", type=int, default=2048, help="of the budget; rows that judge are as long")
     parser.add_argument("--minutes", type=float, nargs="+", default=[], help="of training")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help="updates, in the place of minutes")
@@ -45,8 +47,11 @@ def arguments() -> argparse.Namespace:
 
 def recipe(options: argparse.Namespace, row: dict) -> Recipe:
     """What `prune-export` is asked for."""
+    budget = {"kv_budget": options.kv_budget}
+    if options.weight_budget:
+        budget = {"weight_budget": options.weight_budget, "emulation": "narrow"}
     return Recipe(
-        kv_budget=options.kv_budget, context=options.context, calibration=options.calibration,
+        **budget, context=options.context, calibration=options.calibration,
         sequence_length=options.length, heal=row["method"], heal_minutes=row["minutes"], heal_steps=row["steps"],
         heal_batch_tokens=options.batch_tokens, heal_precision=options.precision, seed=options.seed,
     )  # fmt: skip
@@ -65,16 +70,19 @@ def measured(options: argparse.Namespace, row: dict, reporter: Reporter) -> dict
     healing = {key: value for key, value in quality["healing"].items() if key != "curve"}
     return {
         "ratio": text["ratio"], "kl": text["kl"], "healing": healing,
-        **{name: quality.get(name) for name in ("codes", "codes_dense", "full_heads", "windows")},
+        **{name: quality.get(name) for name in ("codes", "codes_dense", "full_heads", "windows", "ffn_units")},
         "seconds": {name: stage["seconds"] for name, stage in manifest.stages.items()},
         "kv_share": manifest.sizes["kv_request"] / manifest.sizes["kv_request_dense"],
+        "weight_share": manifest.sizes["weights"] / manifest.sizes["weights_dense"],
     }  # fmt: skip
 
 
 def main() -> None:
     options = arguments()
     quiet_libraries()
-    settings = ("model", "judge_tokens", "kv_budget", "context", "precision", "batch_tokens", "length", "seed")
+    settings = (
+        "model", "judge_tokens", "kv_budget", "weight_budget", "context", "precision", "batch_tokens", "length", "seed"
+    )  # fmt: skip
     same = {name: getattr(options, name) for name in settings}
     same |= {"judge": options.judge.name, "texts": [path.name for path in options.calibration]}
     document = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
