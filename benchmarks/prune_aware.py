@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "bfloat16"], default="auto", help="of training")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=1024, help="rows of training")
+    parser.add_argument("--tokens", type=int, help="to choose on; those of `prune-export` by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
@@ -51,8 +52,8 @@ def recipe(options: argparse.Namespace, row: dict) -> Recipe:
     if options.weight_budget:
         budget = {"weight_budget": options.weight_budget, "emulation": "narrow"}
     return Recipe(
-        **budget, context=options.context, calibration=options.calibration,
-        sequence_length=options.length, heal=row["method"], heal_minutes=row["minutes"], heal_steps=row["steps"],
+        **budget, context=options.context, calibration=options.calibration, sequence_length=options.length,
+        calibration_tokens=options.tokens, heal=row["method"], heal_minutes=row["minutes"], heal_steps=row["steps"],
         heal_batch_tokens=options.batch_tokens, heal_precision=options.precision, seed=options.seed,
     )  # fmt: skip
 
@@ -81,7 +82,8 @@ def main() -> None:
     options = arguments()
     quiet_libraries()
     settings = (
-        "model", "judge_tokens", "kv_budget", "weight_budget", "context", "precision", "batch_tokens", "length", "seed"
+        "model", "judge_tokens", "kv_budget", "weight_budget", "context", "precision", "batch_tokens", "length",
+        "tokens", "seed",
     )  # fmt: skip
     same = {name: getattr(options, name) for name in settings}
     same |= {"judge": options.judge.name, "texts": [path.name for path in options.calibration]}
