@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from conftest import serve  # noqa: E402
+sys.path.insert(0, str(HERE.parent.parent))  # before `tests`, where `pruning` is a directory of tests
+from tests.conftest import serve  # noqa: E402
 
 
 def main() -> int:
