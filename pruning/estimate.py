@@ -23,6 +23,7 @@ from pruning.models.loading import DenseModel
 from pruning.models.memory import STREAMED_STATE_BYTES
 from pruning.models.modeling import blocks_of
 from pruning.recipe import Recipe, by_head, limits, recalibrates
+from pruning.recovery.prune_aware import GATED
 from pruning.search.selection import SHORTLIST
 from pruning.variants import REMOVED, narrows
 from pruning.variants.narrow_fit import GRADIENT_TOKENS
@@ -226,7 +227,9 @@ def in_seconds(
     seconds = {name: each / plain * (fitting if name in ("score", "emulate") else timed) for name, each in work.items()}
     if recipe.heal != "none" and "heal" not in seconds:
         seconds["heal"] = 60 * (recipe.heal_minutes or stages.HEALING_MINUTES)
-    changed = recipe.heal == "lora" or not limits(recipe)
+    if recipe.heal == "prune-aware":
+        seconds["tune"], seconds["heal"] = GATED * seconds["heal"], (1 - GATED) * seconds["heal"]
+    changed = recipe.heal not in ("none", "adapters") or not limits(recipe)
     seconds["export"] += 2 * size.bytes / DISK_BYTES_PER_SECOND if changed else 0
     return seconds
 

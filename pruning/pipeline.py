@@ -47,10 +47,10 @@ from pruning.stages import (
     forwards,
     healed,
     healing_precision,
-    healing_state,
     join,
     journal_of,
     judges_of,
+    lessons_of,
     opened,
     plan_of,
     recovered,
@@ -61,8 +61,9 @@ from pruning.stages import (
 )
 from pruning.variants import SKIPPING, changes_weights, narrows, skips
 from pruning.variants.skip import counting
+from pruning.windows import aware
 from pruning.windows.plans import choose as choose_heads
-from pruning.workdir import atomic_directory, check_free_space
+from pruning.workdir import atomic_directory, check_free_space, healing_states
 
 MEASURED_BATCH_TOKENS = 2048
 
@@ -112,7 +113,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             if narrower:
                 chosen, prepared = narrowing.choose(dense, recipe, narrower, reporter)
             elif found is not None and single:
-                chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
+                choice, kept = choose_heads(dense, recipe, judges, found, measured, reporter)
+                chosen, found = choice.selection(kept)
             else:
                 chosen = choose(judges, recipe, wanted, reporter)
         prepared = found.served if found else prepared
@@ -123,7 +125,16 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         judged = recipe.task and not narrower
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
-    units = {sublayer.block: len(kept) for sublayer, kept in (prepared or {}).items()} if narrower else None
+    lessons, carried = None, None
+    if recipe.heal == "prune-aware" and found is not None and not dry_run:
+        with reporter.stage("tune"):
+            lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
+            limited, found = choice.selection(aware.all_limited(choice, kept))
+            everything = plan_of(limited.order, num_blocks, recipe, before, found)
+            kept, carried = aware.tuned(dense, recipe, choice, kept, everything, lessons, output, reporter)
+            chosen, found = choice.selection(kept)
+        prepared, gone = found.served, list(chosen.order)
+    units = {sublayer.block: len(each) for sublayer, each in (prepared or {}).items()} if narrower else None
     plan = plan_of(gone, num_blocks, recipe, before, found, units)
     if skipped:
         prepared = {**(prepared or {}), **skipped}
@@ -150,10 +161,23 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             return None  # the rest is one process's work
     with reporter.stage("emulate"):
         recovery = recovered(dense, plan, recipe, tokens, reporter, prepared, found)
+    if recipe.heal == "prune-aware" and narrower:
+        with reporter.stage("tune"):
+            lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
+            assert prepared is not None
+            assert isinstance(recovery, Recovery)
+            kept_units, recovery, carried = narrowing.tuned(
+                dense, recipe, narrower, prepared, recovery, lessons, output, reporter
+            )
+        units = {sublayer.block: len(each) for sublayer, each in kept_units.items()}
+        plan = plan_of([Unit(block, "ffn") for block in units], num_blocks, recipe, before, None, units)
+        sizes = predicted_bytes(dense, plan, context)
+        reporter.say(narrowing.described(plan))
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
-            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter, found)
+            lessons = lessons or lessons_of(dense, recipe, tokens, held_out, reporter)
+            recovery, healing = healed(dense, plan, recovery, lessons, output, reporter, found, carried)
     if not parallel.first_goes_on():
         journal.discard()
         return None
@@ -207,7 +231,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     with reporter.stage("verify"):
         manifest = verify(output, hashes)
     journal.discard()
-    healing_state(output).unlink(missing_ok=True)
+    for state in healing_states(output):
+        state.unlink(missing_ok=True)
     _say_what_was_made(dense, recipe, manifest, output, reporter)
     return manifest
 

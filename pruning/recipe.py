@@ -214,9 +214,12 @@ class Recipe(BaseModel):
         bool, RECOVERY, Field(description="Write the emulation into ordinary weights: no extra operation when served.")
     ] = False
     heal: Annotated[
-        Literal["none", "adapters", "lora"],
+        Literal["none", "adapters", "lora", "prune-aware"],
         HEALING,
-        Field(description="Train the adapters, or also low-rank changes of kept weights, merged before export (slow)."),
+        Field(
+            description="Train the adapters, or also low-rank changes of kept weights, merged before export (slow). "
+            "prune-aware: training also decides which KV heads stay full, or which FFN units stay."
+        ),
     ] = "none"
     heal_loss: Annotated[
         Literal["kl", "next-token", "hidden"],

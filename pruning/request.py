@@ -128,6 +128,8 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
     wanted = counts(recipe, source.num_blocks, len(own), cached)
     if cached is not None and cache_of(recipe.kind) == "none" and wanted.attention + wanted.blocks >= cached.full:
         raise RecipeError(f"{model} has {cached.full:g} attention layers left, and one must stay; ask for less")
+    if recipe.heal == "prune-aware" and wanted == Counts():
+        raise RecipeError(f"--heal prune-aware chooses what more to limit of {model}; say how much, or use --heal lora")
     kind = emulation_kind(recipe)
     if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
         raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
@@ -321,7 +323,7 @@ def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
         "--compensate": recipe.compensate,
         "--recalibrate": recipe.recalibrate,
         "--fuse": recipe.fuse,
-        "--heal lora": recipe.heal == "lora",
+        f"--heal {recipe.heal}": recipe.heal not in ("none", "adapters"),
     }
     return next((flag for flag, given in flags.items() if given), None)
 
