@@ -23,9 +23,11 @@ from pruning.models.loading import DenseModel
 from pruning.models.memory import STREAMED_STATE_BYTES
 from pruning.models.modeling import blocks_of
 from pruning.recipe import Recipe, by_head, limits, recalibrates
+from pruning.recovery.prune_aware import GATED
 from pruning.search.selection import SHORTLIST
 from pruning.variants import REMOVED, narrows
 from pruning.variants.narrow_fit import GRADIENT_TOKENS
+from pruning.variants.skip_fit import GRADIENT_TOKENS as SKIP_GRADIENT_TOKENS
 
 TIMED_TOKENS = 256
 CANDIDATES = 3  # sinks that are tried for every layer
@@ -95,10 +97,25 @@ def stages_of(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:
         size: Of the model.
     """
     made = _windows(recipe, size) if limits(recipe) else _others(recipe, wanted, size)
+    if recipe.ffn_skip is not None:
+        made = _with_skipping(recipe, size, made)
     if recipe.heal != "none" and recipe.heal_steps is not None and recipe.heal_minutes is None:
         length = recipe.row_tokens
         made["heal"] = TRAINING * size.forward(max(1, recipe.heal_steps * recipe.heal_batch_tokens // length), length)
     return made
+
+
+def _with_skipping(recipe: Recipe, size: Size, made: dict[str, float]) -> dict[str, float]:
+    """The same with predictors of what FFNs change, and a walk in which each is fitted."""
+    length = recipe.row_tokens
+    rows = -(-recipe.fit_tokens // length)
+    if not limits(recipe):
+        made = {"export": made["export"]}
+    gradients = size.gradients(max(1, min(rows, SKIP_GRADIENT_TOKENS // length)), length, both=False)
+    return made | {
+        "score": made.get("score", 0.0) + gradients + size.blocks(rows, length),
+        "emulate": FIT * size.blocks(rows, length),
+    }
 
 
 def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
@@ -210,7 +227,9 @@ def in_seconds(
     seconds = {name: each / plain * (fitting if name in ("score", "emulate") else timed) for name, each in work.items()}
     if recipe.heal != "none" and "heal" not in seconds:
         seconds["heal"] = 60 * (recipe.heal_minutes or stages.HEALING_MINUTES)
-    changed = recipe.heal == "lora" or not limits(recipe)
+    if recipe.heal == "prune-aware":
+        seconds["tune"], seconds["heal"] = GATED * seconds["heal"], (1 - GATED) * seconds["heal"]
+    changed = recipe.heal not in ("none", "adapters") or not limits(recipe)
     seconds["export"] += 2 * size.bytes / DISK_BYTES_PER_SECOND if changed else 0
     return seconds
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import pruning
 from pruning import narrowing, windows
-from pruning.budget import Counts
+from pruning.budget import Counts, skippable
 from pruning.console import Reporter, duration, quiet_libraries
 from pruning.errors import RecipeError, StorageError
 from pruning.estimate import announce
@@ -30,7 +31,7 @@ from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import describe_bytes, predicted_bytes
 from pruning.models.surgery import apply_plan
-from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind
+from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share
 from pruning.recipe import Recipe, by_head, emulation_kind, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
@@ -38,16 +39,18 @@ from pruning.recovery.fuse import Fusion
 from pruning.request import Request
 from pruning.search import selection
 from pruning.search.selection import Selection
+from pruning.search.skips import chosen as chosen_skips
+from pruning.search.skips import cost, predicted
 from pruning.stages import (
     calibrate,
     choose,
     forwards,
     healed,
     healing_precision,
-    healing_state,
     join,
     journal_of,
     judges_of,
+    lessons_of,
     opened,
     plan_of,
     recovered,
@@ -56,9 +59,11 @@ from pruning.stages import (
     tasks_of,
     within_budget,
 )
-from pruning.variants import changes_weights, narrows
+from pruning.variants import SKIPPING, changes_weights, narrows, skips
+from pruning.variants.skip import counting
+from pruning.windows import aware
 from pruning.windows.plans import choose as choose_heads
-from pruning.workdir import atomic_directory, check_free_space
+from pruning.workdir import atomic_directory, check_free_space, healing_states
 
 MEASURED_BATCH_TOKENS = 2048
 
@@ -108,20 +113,35 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             if narrower:
                 chosen, prepared = narrowing.choose(dense, recipe, narrower, reporter)
             elif found is not None and single:
-                chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
+                choice, kept = choose_heads(dense, recipe, judges, found, measured, reporter)
+                chosen, found = choice.selection(kept)
             else:
                 chosen = choose(judges, recipe, wanted, reporter)
         prepared = found.served if found else prepared
         gone = list(chosen.order)
         if not single and not narrower:
             gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, prepared)
+        skipped = _skipped(dense, recipe, tokens, reporter) if recipe.ffn_skip is not None else {}
         judged = recipe.task and not narrower
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
-    units = {sublayer.block: len(kept) for sublayer, kept in (prepared or {}).items()} if narrower else None
+    lessons, carried = None, None
+    if recipe.heal == "prune-aware" and found is not None and not dry_run:
+        with reporter.stage("tune"):
+            lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
+            limited, found = choice.selection(aware.all_limited(choice, kept))
+            everything = plan_of(limited.order, num_blocks, recipe, before, found)
+            kept, carried = aware.tuned(dense, recipe, choice, kept, everything, lessons, output, reporter)
+            chosen, found = choice.selection(kept)
+        prepared, gone = found.served, list(chosen.order)
+    units = {sublayer.block: len(each) for sublayer, each in (prepared or {}).items()} if narrower else None
     plan = plan_of(gone, num_blocks, recipe, before, found, units)
+    if skipped:
+        prepared = {**(prepared or {}), **skipped}
+        plan = replace(plan, removed=dict(sorted({**plan.removed, **dict.fromkeys(skipped, SKIPPING)}.items())))
     what = f"limiting to {windows.listed(plan)} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
-    reporter.say(narrowing.described(plan) if narrower else what + ", ".join(map(str, gone)))
+    if gone:
+        reporter.say(narrowing.described(plan) if narrower else what + ", ".join(map(str, gone)))
     if plan.full_heads:
         full = [f"{block}.{head}" for block, heads in sorted(plan.full_heads.items()) for head in heads]
         reporter.say("but for the KV heads " + ", ".join(full))
@@ -131,7 +151,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
         return None
-    limits_of_plan = {each: found.served[each] for each in plan.removed} if found is not None else {}
+    limits_of_plan = {each: found.served[each] for each in plan.removed if each not in skipped} if found else {}
     if recipe.heal == "none":
         if found is not None and parallel.process()[1] > 1:
             for each in ({}, limits_of_plan):  # while every process measures its share
@@ -141,15 +161,28 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             return None  # the rest is one process's work
     with reporter.stage("emulate"):
         recovery = recovered(dense, plan, recipe, tokens, reporter, prepared, found)
+    if recipe.heal == "prune-aware" and narrower:
+        with reporter.stage("tune"):
+            lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
+            assert prepared is not None
+            assert isinstance(recovery, Recovery)
+            kept_units, recovery, carried = narrowing.tuned(
+                dense, recipe, narrower, prepared, recovery, lessons, output, reporter
+            )
+        units = {sublayer.block: len(each) for sublayer, each in kept_units.items()}
+        plan = plan_of([Unit(block, "ffn") for block in units], num_blocks, recipe, before, None, units)
+        sizes = predicted_bytes(dense, plan, context)
+        reporter.say(narrowing.described(plan))
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
-            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter, found)
+            lessons = lessons or lessons_of(dense, recipe, tokens, held_out, reporter)
+            recovery, healing = healed(dense, plan, recovery, lessons, output, reporter, found, carried)
     if not parallel.first_goes_on():
         journal.discard()
         return None
     with reporter.stage("export"), atomic_directory(output) as directory:
-        if found is not None and healing is None and not recovery.weights:
+        if found is not None and healing is None and not recovery.weights and not skipped:
             quality = _measured(measured, limits_of_plan, held_out)
             apply_recovery(dense.model, dense.family, plan, recovery)
         elif not dense.residency.keeps_blocks:
@@ -198,9 +231,24 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     with reporter.stage("verify"):
         manifest = verify(output, hashes)
     journal.discard()
-    healing_state(output).unlink(missing_ok=True)
+    for state in healing_states(output):
+        state.unlink(missing_ok=True)
     _say_what_was_made(dense, recipe, manifest, output, reporter)
     return manifest
+
+
+def _skipped(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> dict[Sublayer, Any]:
+    """How many tokens skip each FFN."""
+    assert recipe.ffn_skip is not None
+    evaluator = Evaluator(dense.model, dense.family, tokens)
+    blocks = len(evaluator.blocks)
+    runs = round(parse_share(recipe.ffn_skip, "ffn-skip") * blocks * tokens.numel())
+    found = predicted(evaluator, skippable(recipe, blocks), recipe.rank, recipe.seed, reporter)
+    chosen = chosen_skips(found, runs)
+    shares = ", ".join(f"{each} {share.tokens / tokens.numel():.0%}" for each, share in chosen.items())
+    reporter.say(f"tokens that skip FFNs: {shares}")
+    reporter.say(f"predicted loss increase: {cost(found, runs):.4f} nats per token, each FFN alone")
+    return dict(chosen)
 
 
 def _say_what_was_made(
@@ -213,6 +261,8 @@ def _say_what_was_made(
     rows = f"rows of {quality['row_tokens']} tokens of held-out {_text_of(recipe)}"
     than = "dense" if dense.earlier is None or dense.earlier.whole else f"{dense.name}, which it was made of"
     reporter.say(f"perplexity on {rows}: {ratio:.4f} times {than}")
+    if "ffn_skipped" in quality:
+        reporter.say(f"FFN runs skipped on the same rows: {quality['ffn_skipped']['share']:.1%}")
     if "codes" in quality:
         mine, theirs = quality["codes"], quality["codes_dense"]
         how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"
@@ -267,10 +317,14 @@ def _cut_and_measure(
         quality["dense_loss"], codes = measured.loss({}), measured.codes({})
     else:
         evaluator = Evaluator(dense.model, family, held_out, batch)
-        plans = [{}, *([] if plan.units else [dict.fromkeys(plan.removed)])]
+        in_part = plan.units or any(map(skips, plan.removed.values()))
+        plans = [{}, *([] if in_part else [dict.fromkeys(plan.removed)])]
         quality |= zip(("dense_loss", "removed_loss"), evaluator.values(plans).mean(1).tolist(), strict=False)
     apply_recovery(dense.model, family, plan, recovery)
-    quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
+    emulations = {} if isinstance(recovery, Fusion) else recovery.emulations
+    with counting(emulations, plan.num_blocks) as rates:
+        quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
+    quality |= {"ffn_skipped": rates} if rates else {}
     if codes is not None:
         quality |= {"codes_dense": codes, "codes": windows.found_codes(dense, recipe, reporter)}
     check_numbers({name: value for name, value in quality.items() if isinstance(value, float)}, "held-out text")

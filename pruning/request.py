@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruning.budget import HELD_OUT_WINDOWS, Cached, Counts, check, counts, for_target, held_out_rows, resolved
+from pruning.budget import (
+    HELD_OUT_WINDOWS,
+    Cached,
+    Counts,
+    check,
+    counts,
+    for_target,
+    held_out_rows,
+    most_skipped,
+    resolved,
+)
 from pruning.console import Reporter
 from pruning.errors import ModelError, RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task, read_questions
@@ -17,11 +27,12 @@ from pruning.models.chain import Earlier
 from pruning.models.finding import Source, find_model
 from pruning.models.memory import FitWork, Work, needed
 from pruning.models.weight_files import weight_files
-from pruning.plan import KINDS, Kind, Sublayer, UnitKind, parse_bytes
+from pruning.plan import KINDS, Kind, Sublayer, UnitKind, parse_bytes, parse_share
 from pruning.recipe import Emulation, Recipe, emulation_kind, limits, recalibrates
 from pruning.texts.reading import read_text
 from pruning.variants import (
     REMOVED,
+    SKIPPING,
     cache_of,
     changes_weights,
     full_heads_of,
@@ -117,11 +128,15 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
     wanted = counts(recipe, source.num_blocks, len(own), cached)
     if cached is not None and cache_of(recipe.kind) == "none" and wanted.attention + wanted.blocks >= cached.full:
         raise RecipeError(f"{model} has {cached.full:g} attention layers left, and one must stay; ask for less")
+    if recipe.heal == "prune-aware" and wanted == Counts():
+        raise RecipeError(f"--heal prune-aware chooses what more to limit of {model}; say how much, or use --heal lora")
     kind = emulation_kind(recipe)
     if kind != REMOVED and row(kind).unit == "attention" and (wanted.ffn or wanted.sublayers):
         raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
     if kind != REMOVED:
         variant(kind).check(source.family, source.config)
+    if recipe.ffn_skip is not None:
+        _check_skipping(source, recipe)
     if not format_named(recipe.format).weights and (changing := weight_changing_flag(recipe, wanted)) is not None:
         raise RecipeError(f"--format {recipe.format} holds no weights, and {changing} changes some; leave it out, "
                           "or use --format shoal")  # fmt: skip
@@ -234,10 +249,24 @@ def _check_held_out(recipe: Recipe) -> None:
         return
     if not limits(recipe):
         raise RecipeError(f"--held-out-tokens is for windows, and this asks for {recipe.kind}; leave it out")
-    changed = recipe.compensate or recipe.recalibrate or recipe.heal != "none"
+    changed = recipe.compensate or recipe.recalibrate or recipe.heal != "none" or recipe.ffn_skip is not None
     if changed and recipe.held_out_tokens < (recipe.context or 0):
         raise RecipeError(f"--held-out-tokens {recipe.held_out_tokens} is less than the context of {recipe.context} "
-                          "tokens, at which a plan with changed weights is measured; give more")  # fmt: skip
+                          "tokens, at which a plan that changes more than windows is measured; give more")  # fmt: skip
+
+
+def _check_skipping(source: Source, recipe: Recipe) -> None:
+    """Refuse FFNs that tokens cannot skip, a format that cannot hold it, and more than can be spared."""
+    assert recipe.ffn_skip is not None
+    if source.earlier is not None:
+        raise RecipeError(f"--ffn-skip needs the dense model, and {source.name} is pruned already; leave it out")
+    variant(SKIPPING).check(source.family, source.config)
+    if not format_named(recipe.format).adapters:
+        raise RecipeError(f"--format {recipe.format} holds no FFNs that tokens skip; use --format shoal or plan")
+    most = most_skipped(recipe, source.num_blocks)
+    if parse_share(recipe.ffn_skip, "ffn-skip") > most:
+        raise RecipeError(f"--ffn-skip {recipe.ffn_skip} is out of reach: the first and the last block and the first "
+                          f"tokens skip nothing, so {most:.1%} can go")  # fmt: skip
 
 
 def _on_top(earlier: Earlier, recipe: Recipe, model: str, *, again: bool) -> Recipe:
@@ -294,7 +323,7 @@ def weight_changing_flag(recipe: Recipe, wanted: Counts) -> str | None:
         "--compensate": recipe.compensate,
         "--recalibrate": recipe.recalibrate,
         "--fuse": recipe.fuse,
-        "--heal lora": recipe.heal == "lora",
+        f"--heal {recipe.heal}": recipe.heal not in ("none", "adapters"),
     }
     return next((flag for flag, given in flags.items() if given), None)
 
@@ -390,8 +419,9 @@ def checked_sweep(
     for name in curves.emulations:
         if name != REMOVED and row(name).unit == "block":
             raise RecipeError(f"--emulations {name}: a sweep removes attention, and {name} replaces whole blocks")
-        if narrows(name):
-            raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with --weight-budget for FFNs")
+        if name != REMOVED and row(name).unit == "ffn":
+            how = "--weight-budget" if narrows(name) else "--ffn-skip"
+            raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with {how} for FFNs")
         if cache_of(name) == "window":
             raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with --kv-budget for windows")
     source = find_model(model, reporter)

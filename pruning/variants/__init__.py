@@ -24,6 +24,9 @@ REMOVED = "none"
 """The name in plans for a sublayer that nothing emulates."""
 
 
+SKIPPING = "skip"
+"""The name in plans for an FFN that some tokens skip."""
+
 FUSED = "fused"
 """The name in manifests for a sublayer whose emulation is part of ordinary weights."""
 
@@ -41,6 +44,7 @@ class Row:
         cache: What it keeps in the KV cache of each request: nothing, a window, or every token.
         unit: What it takes the place of: any sublayer, attention only, FFNs only, or whole blocks.
         fits: Whether it is fitted on calibration text.
+        part: What there is less of where an FFN stays in part: it has fewer units, or runs for fewer tokens.
         streams: Whether one block in memory is enough to make it.
         reads: Whether it reads kept attention layers, as many as --sources says.
     """
@@ -52,6 +56,7 @@ class Row:
     cache: Literal["none", "window", "full"] = "none"
     unit: Literal["sublayer", "attention", "ffn", "block"] = "sublayer"
     fits: bool = True
+    part: Literal["units", "tokens"] | None = None
     streams: bool = False
     reads: bool = False
 
@@ -93,7 +98,11 @@ VARIANTS: dict[str, Row] = {
     ),
     "narrow": Row(
         "pruning.variants.narrow:NARROW", "an FFN of fewer units, as many as a weight budget lets each layer keep",
-        "arXiv 2502.03460, 2301.00774", None, unit="ffn",
+        "arXiv 2502.03460, 2301.00774", None, unit="ffn", part="units",
+    ),
+    "skip": Row(
+        "pruning.variants.skip:SKIP", "an FFN that runs for some tokens only, with --ffn-skip; no weight changes",
+        "arXiv 2404.03865; the predictor is inferred", "skip", unit="ffn", part="tokens",
     ),
 }  # fmt: skip
 
@@ -173,10 +182,15 @@ def cache_of(kind: str | None) -> Literal["none", "window", "full"]:
 
 def narrows(kind: str) -> bool:
     """Whether a kind (as in a plan or as typed) narrows FFNs: a budget then says how much of each goes."""
-    return kind not in (REMOVED, FUSED) and row(kind).unit == "ffn"
+    return kind not in (REMOVED, FUSED) and row(kind).part == "units"
 
 
-def state_of(kind: str | None) -> Literal["kept", "limited", "narrowed", "emulated", "removed"]:
+def skips(kind: str) -> bool:
+    """Whether a kind (as in a plan or as typed) lets tokens skip FFNs: a rate then says how many."""
+    return kind not in (REMOVED, FUSED) and row(kind).part == "tokens"
+
+
+def state_of(kind: str | None) -> Literal["kept", "limited", "narrowed", "skipped", "emulated", "removed"]:
     """What a sublayer of this kind is called; None: it is kept as it is."""
     if kind is None:
         return "kept"
@@ -184,6 +198,8 @@ def state_of(kind: str | None) -> Literal["kept", "limited", "narrowed", "emulat
         return "removed"
     if narrows(kind):
         return "narrowed"
+    if skips(kind):
+        return "skipped"
     return "limited" if cache_of(kind) == "window" else "emulated"
 
 
@@ -216,4 +232,5 @@ def full_heads_of(entry: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _own_entries() -> list[str]:
     """Keys of a sublayer's entry that are a variant's own."""
-    return [each.entry for each in VARIANTS.values() if each.cache == "window" and each.entry is not None]
+    inside = [each for each in VARIANTS.values() if each.cache == "window" or each.part is not None]
+    return [each.entry for each in inside if each.entry is not None]
