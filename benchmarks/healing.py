@@ -21,7 +21,8 @@ from pruning.plan import Plan
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.distillation import cut_copy
 from pruning.recovery.emulation import recover
-from pruning.recovery.healing import Settings, heal
+from pruning.recovery.healing import heal
+from pruning.recovery.training import Settings
 from pruning.texts.calibration import from_files
 
 

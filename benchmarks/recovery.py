@@ -26,7 +26,8 @@ from pruning.plan import EmulationKind, Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery, recover
 from pruning.recovery.fuse import fuse
-from pruning.recovery.healing import Optimizer, Settings, Trained, heal
+from pruning.recovery.healing import heal
+from pruning.recovery.training import Optimizer, Settings, Trained
 from pruning.search.algorithms import greedy, rank
 from pruning.texts.calibration import from_files, other_windows
 from pruning.texts.reading import read_text

@@ -23,7 +23,8 @@ from pruning.models.sizes import predicted_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer
 from pruning.recovery.distillation import cut_copy
 from pruning.recovery.emulation import Recovery, recover
-from pruning.recovery.healing import Settings, heal
+from pruning.recovery.healing import heal
+from pruning.recovery.training import Settings
 from pruning.texts.calibration import from_files
 from pruning.variants import shared_fit as block_sharing
 from pruning.variants.shared import SharedLinear

@@ -12,6 +12,7 @@ from pruning.variants import REMOVED, cache_of, narrows, row, skips
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
 NARROW_TOKENS = 65536  # for narrower FFNs: a refit has as many regressors as there are units
 SKIP_TOKENS = 8192  # for predictors of what an FFN changes
+HELD_OUT_WINDOWS = 8  # rows that adapters are measured on at the end
 HELD_OUT_TOKENS = 8192  # that a window plan is measured on at the end
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
@@ -318,7 +319,24 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
     if recipe.heal != "none" and recipe.fuse:
         raise RecipeError("--heal trains adapters and --fuse leaves none; give one of them")
     if recipe.heal == "none" and (recipe.heal_minutes or recipe.heal_steps):
-        raise RecipeError("--heal-minutes and --heal-steps need --heal adapters or --heal lora")
+        raise RecipeError("--heal-minutes and --heal-steps need --heal adapters, lora or prune-aware")
+    if recipe.heal == "prune-aware":
+        _refuse_with_gates(recipe)
+
+
+def _refuse_with_gates(recipe: Recipe) -> None:
+    """Refuse what gates of KV heads and of FFN units cannot be trained for."""
+    flag = "--heal prune-aware"
+    if narrows(recipe.kind):
+        return
+    if not limits(recipe):
+        what = "which KV heads stay full (--kv-budget) or which FFN units stay (--emulation narrow)"
+        raise RecipeError(f"{flag} trains {what}, and this asks for {recipe.kind}; use --heal lora")
+    if recipe.search == "exchange":
+        raise RecipeError(f"{flag} and --search exchange both change the choice of heads; give one of them")
+    if not by_head(recipe):
+        how = "--importance aumann-shapley, --search rank, and a KV budget or a loss; not --task, --window-by layer"
+        raise RecipeError(f"{flag} needs windows that are chosen with {how}")
 
 
 def _refuse_with_narrower_ffns(recipe: Recipe, amounts: list[str]) -> None:

@@ -16,9 +16,10 @@ from pruning.console import Reporter, duration, quiet_libraries
 from pruning.errors import RecipeError, StorageError
 from pruning.estimate import announce
 from pruning.evaluation.evaluate import loss, perplexity_ratio
+from pruning.export.copying import as_stored, copied
 from pruning.export.formats import PrunedModel, format_named
 from pruning.export.report import score_table, write_card, write_report
-from pruning.export.untouched import known_hashes, untouched
+from pruning.export.untouched import BYTES, known_hashes, untouched
 from pruning.export.writing import copy_companions
 from pruning.families import Family
 from pruning.finite import check_numbers
@@ -29,6 +30,7 @@ from pruning.models.chain import continued
 from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import describe_bytes, predicted_bytes
+from pruning.models.surgery import apply_plan
 from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share
 from pruning.recipe import Recipe, by_head, emulation_kind, limits
 from pruning.recovery.apply import apply_recovery
@@ -45,10 +47,10 @@ from pruning.stages import (
     forwards,
     healed,
     healing_precision,
-    healing_state,
     join,
     journal_of,
     judges_of,
+    lessons_of,
     opened,
     plan_of,
     recovered,
@@ -59,8 +61,9 @@ from pruning.stages import (
 )
 from pruning.variants import SKIPPING, changes_weights, narrows, skips
 from pruning.variants.skip import counting
+from pruning.windows import aware
 from pruning.windows.plans import choose as choose_heads
-from pruning.workdir import atomic_directory, check_free_space
+from pruning.workdir import atomic_directory, check_free_space, healing_states
 
 MEASURED_BATCH_TOKENS = 2048
 
@@ -92,6 +95,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
         needed = int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05)
+        if (stored := dense.residency.dtype) is not None:
+            needed = needed * BYTES[stored] // dense.model.dtype.itemsize
         check_free_space(output, (0 if shares_weights(recipe, wanted, dense, output) else needed) + 2**24)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
@@ -108,7 +113,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             if narrower:
                 chosen, prepared = narrowing.choose(dense, recipe, narrower, reporter)
             elif found is not None and single:
-                chosen, found = choose_heads(dense, recipe, judges, found, measured, reporter)
+                choice, kept = choose_heads(dense, recipe, judges, found, measured, reporter)
+                chosen, found = choice.selection(kept)
             else:
                 chosen = choose(judges, recipe, wanted, reporter)
         prepared = found.served if found else prepared
@@ -119,7 +125,16 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         judged = recipe.task and not narrower
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
-    units = {sublayer.block: len(kept) for sublayer, kept in (prepared or {}).items()} if narrower else None
+    lessons, carried = None, None
+    if recipe.heal == "prune-aware" and found is not None and not dry_run:
+        with reporter.stage("tune"):
+            lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
+            limited, found = choice.selection(aware.all_limited(choice, kept))
+            everything = plan_of(limited.order, num_blocks, recipe, before, found)
+            kept, carried = aware.tuned(dense, recipe, choice, kept, everything, lessons, output, reporter)
+            chosen, found = choice.selection(kept)
+        prepared, gone = found.served, list(chosen.order)
+    units = {sublayer.block: len(each) for sublayer, each in (prepared or {}).items()} if narrower else None
     plan = plan_of(gone, num_blocks, recipe, before, found, units)
     if skipped:
         prepared = {**(prepared or {}), **skipped}
@@ -146,10 +161,23 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             return None  # the rest is one process's work
     with reporter.stage("emulate"):
         recovery = recovered(dense, plan, recipe, tokens, reporter, prepared, found)
+    if recipe.heal == "prune-aware" and narrower:
+        with reporter.stage("tune"):
+            lessons = lessons_of(dense, recipe, tokens, held_out, reporter)
+            assert prepared is not None
+            assert isinstance(recovery, Recovery)
+            kept_units, recovery, carried = narrowing.tuned(
+                dense, recipe, narrower, prepared, recovery, lessons, output, reporter
+            )
+        units = {sublayer.block: len(each) for sublayer, each in kept_units.items()}
+        plan = plan_of([Unit(block, "ffn") for block in units], num_blocks, recipe, before, None, units)
+        sizes = predicted_bytes(dense, plan, context)
+        reporter.say(narrowing.described(plan))
     healing = None
     if not isinstance(recovery, Fusion) and recipe.heal != "none":
         with reporter.stage("heal"):
-            recovery, healing = healed(dense, recipe, plan, recovery, tokens, held_out, output, reporter, found)
+            lessons = lessons or lessons_of(dense, recipe, tokens, held_out, reporter)
+            recovery, healing = healed(dense, plan, recovery, lessons, output, reporter, found, carried)
     if not parallel.first_goes_on():
         journal.discard()
         return None
@@ -157,6 +185,9 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         if found is not None and healing is None and not recovery.weights and not skipped:
             quality = _measured(measured, limits_of_plan, held_out)
             apply_recovery(dense.model, dense.family, plan, recovery)
+        elif not dense.residency.keeps_blocks:
+            assert isinstance(recovery, Recovery)
+            quality = _measure_and_cut(dense, plan, recovery, held_out)
         else:
             quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
         if healing is not None:
@@ -183,7 +214,11 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             manifest = continued(manifest, dense.earlier)
         whole = not recovery.weights and not changes_weights(manifest.removed.values())
         shared = untouched(dense, manifest, recipe.dtype) if whole else None
-        pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared)
+        taken = None
+        if not whole and not dense.residency.keeps_blocks:
+            assert isinstance(recovery, Recovery)
+            taken = copied(dense, plan, recovery.weights, manifest)
+        pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared, taken)
         if (reason := format_named(recipe.format).refusal(pruned)) is not None:
             raise RecipeError(f"--format {recipe.format}: {reason}")
         manifest.sizes["weights"] = format_named(recipe.format).write(pruned, directory)
@@ -191,12 +226,13 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             copy_companions(dense.directory, directory)
         write_card(directory, manifest)
         write_report(directory, manifest)
-        hashes = known_hashes(shared, directory)
+        hashes = known_hashes(shared or taken, directory)
         write_manifest(directory, manifest, hashes)
     with reporter.stage("verify"):
         manifest = verify(output, hashes)
     journal.discard()
-    healing_state(output).unlink(missing_ok=True)
+    for state in healing_states(output):
+        state.unlink(missing_ok=True)
     _say_what_was_made(dense, recipe, manifest, output, reporter)
     return manifest
 
@@ -293,6 +329,25 @@ def _cut_and_measure(
         quality |= {"codes_dense": codes, "codes": windows.found_codes(dense, recipe, reporter)}
     check_numbers({name: value for name, value in quality.items() if isinstance(value, float)}, "held-out text")
     return quality
+
+
+def _measure_and_cut(dense: DenseModel, plan: Plan, recovery: Recovery, held_out: Tensor) -> dict[str, Any]:
+    """As `_cut_and_measure`, of removal from a model whose blocks are read one at a time; all plans in one reading."""
+    assert dense.residency.dtype is not None
+    as_stored(recovery.emulations, dense.residency.dtype)
+    batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
+    evaluator = Evaluator(dense.model, dense.family, held_out, batch, residency=dense.residency)
+    plans: list[Mapping[Sublayer, Any]] = [{}, dict.fromkeys(plan.removed), recovery.emulations]
+    if recovery.weights:
+        values = evaluator.values(plans[:2]).mean(1).tolist()
+        dense.residency.change(recovery.weights)
+        values.append(float(evaluator.loss(recovery.emulations).mean()))
+    else:
+        values = evaluator.values(plans).mean(1).tolist()
+    found = dict(zip(("dense_loss", "removed_loss", "pruned_loss"), values, strict=True))
+    check_numbers(found, "held-out text")
+    apply_plan(dense.model, dense.family, plan, recovery.emulations)
+    return {"text": TEXT, "row_tokens": held_out.shape[1], **found}
 
 
 def score(request: Request, output: Path | None, *, units: Sequence[UnitKind], reporter: Reporter) -> None:

@@ -214,9 +214,12 @@ class Recipe(BaseModel):
         bool, RECOVERY, Field(description="Write the emulation into ordinary weights: no extra operation when served.")
     ] = False
     heal: Annotated[
-        Literal["none", "adapters", "lora"],
+        Literal["none", "adapters", "lora", "prune-aware"],
         HEALING,
-        Field(description="Train the adapters, or also low-rank changes of kept weights, merged before export (slow)."),
+        Field(
+            description="Train the adapters, or also low-rank changes of kept weights, merged before export (slow). "
+            "prune-aware: training also decides which KV heads stay full, or which FFN units stay."
+        ),
     ] = "none"
     heal_loss: Annotated[
         Literal["kl", "next-token", "hidden"],
@@ -287,7 +290,7 @@ class Recipe(BaseModel):
     stream: Annotated[
         bool,
         OUTPUT,
-        Field(description="Read the blocks from disk one at a time, for windows and `score`; see --memory."),
+        Field(description="Read the blocks from disk one at a time; see --memory."),
     ] = False
     memory: Annotated[
         str | None,
@@ -339,6 +342,11 @@ KV_BUDGET = "30%"  # kept where nothing says how much
 def limits(recipe: Recipe) -> bool:
     """Whether attention is limited to windows, not removed."""
     return state_of(recipe.kind) == "limited"
+
+
+def recalibrates(recipe: Recipe) -> bool:
+    """Whether the final norm is scaled in the end."""
+    return recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
 
 
 def by_head(recipe: Recipe) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pruning
 from pruning import windows
-from pruning.budget import Counts, counts
+from pruning.budget import HELD_OUT_WINDOWS, Counts, counts
 from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task
@@ -27,21 +27,23 @@ from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, Scores
 from pruning.models.finding import Source
 from pruning.models.loading import DenseModel, load_model
+from pruning.models.memory import STREAMED_STATE_BYTES
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Recipe, by_head, emulation_kind, limits
+from pruning.recipe import Recipe, by_head, emulation_kind, limits, recalibrates
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
-from pruning.recovery.healing import Precision, Settings, heal
+from pruning.recovery.healing import heal
+from pruning.recovery.training import Lessons, Precision, Settings
+from pruning.recovery.training_state import Carried
 from pruning.request import weight_changing_flag
 from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
 from pruning.texts.shipped import rows_held_out, rows_to_choose_on
 from pruning.variants import REMOVED, cache_of, narrows, row, skips
-from pruning.workdir import Journal, cache_directory
+from pruning.workdir import Journal, cache_directory, healing_states
 
-HELD_OUT_WINDOWS = 8
 HEALING_VALIDATION_WINDOWS = 16
 HEALING_TOKENS = 10_000_000  # text read where the number of updates is not known
 HEALING_MINUTES = 30.0
@@ -103,7 +105,8 @@ def judges_of(
         found = found or windows.limited(dense, recipe, tokens, reporter)
         limiting = windows.judges(dense, recipe, tokens, found, journal, reporter)
     settings: dict[str, Any] = {
-        "state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": dense.residency
+        "state_bytes": SCORING_STATE_BYTES if dense.residency.keeps_blocks else STREAMED_STATE_BYTES,
+        "journal": journal, "residency": dense.residency,
     }  # fmt: skip
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
@@ -348,8 +351,7 @@ def recovered(
     Kept weights are refitted beside limited layers (`found`) that have windows for these rows.
     """
     evaluator = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
-    recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
-    how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
+    how = {"compensated": recipe.compensate, "recalibrated": recalibrates(recipe)}
     with forwards(dense, recipe):
         if not recipe.fuse:
             recovery = recover(
@@ -362,22 +364,19 @@ def recovered(
         return fuse(evaluator, plan.removed, plan.rank, reporter, biased=biased, **how)
 
 
-def healed(
-    dense: DenseModel, recipe: Recipe, plan: Plan, recovery: Recovery, tokens: Tensor, held_out: Tensor, output: Path,
-    reporter: Reporter, found: windows.Limits | None = None,
-) -> tuple[Recovery, dict[str, Any]]:  # fmt: skip
-    """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
+def lessons_of(
+    dense: DenseModel, recipe: Recipe, tokens: Tensor, held_out: Tensor, reporter: Reporter
+) -> Lessons:  # fmt: skip
+    """The text to train on, and how.
 
-    Trained on the windows that were fitted on and on the files' others, chosen by windows of neither. Without files
-    the model writes as many others again; narrower FFNs take the rest of the package's text. Limited layers (`found`)
-    are trained with windows for these rows.
+    Windows that were fitted on and the files' others, chosen by windows of neither. Without files the model writes as
+    many others again; windows and narrower FFNs take the rest of the package's text.
     """
     length = recipe.row_tokens
     budget = HEALING_TOKENS if recipe.heal_steps is None else recipe.heal_steps * recipe.heal_batch_tokens
     budget += HEALING_VALIDATION_WINDOWS * length
-    if found is not None:
+    if limits(recipe):
         others = windows.others(dense, recipe, budget, tokens, held_out)
-        recovery = replace(recovery, emulations={sublayer: found.scored[sublayer] for sublayer in recovery.emulations})
     elif recipe.calibration:
         others = other_windows(recipe.calibration, dense.tokenizer, budget, length, torch.cat([held_out, tokens]))
     elif narrows(recipe.kind):
@@ -389,15 +388,29 @@ def healed(
     if len(rows) < 2:
         raise CalibrationError("--heal needs two calibration windows at least; give more text")
     settings = Settings(
-        trained="lora" if recipe.heal == "lora" else "adapters", loss=recipe.heal_loss, optimizer=recipe.heal_optimizer,
-        learning_rate=recipe.heal_learning_rate, lora_rank=recipe.heal_lora_rank, steps=recipe.heal_steps,
-        minutes=HEALING_MINUTES if recipe.heal_steps is None and recipe.heal_minutes is None else recipe.heal_minutes,
-        batch_tokens=recipe.heal_batch_tokens, precision=healing_precision(dense, recipe), seed=recipe.seed,
+        trained="adapters" if recipe.heal == "adapters" else "lora", loss=recipe.heal_loss,
+        optimizer=recipe.heal_optimizer, learning_rate=recipe.heal_learning_rate, lora_rank=recipe.heal_lora_rank,
+        steps=recipe.heal_steps, minutes=HEALING_MINUTES if {recipe.heal_steps, recipe.heal_minutes} == {None} else
+        recipe.heal_minutes, batch_tokens=recipe.heal_batch_tokens, precision=healing_precision(dense, recipe),
+        seed=recipe.seed,
     )  # fmt: skip
     scope = f"{dense.weight_hash} {torch.get_num_threads()} {recipe.model_dump_json()}"
+    return Lessons(rows[count:], rows[:count], settings, scope)
+
+
+def healed(
+    dense: DenseModel, plan: Plan, recovery: Recovery, lessons: Lessons, output: Path, reporter: Reporter,
+    found: windows.Limits | None = None, carried: Carried | None = None,
+) -> tuple[Recovery, dict[str, Any]]:  # fmt: skip
+    """The recovery after training, and how that went; resumed where an earlier run of the same request was killed.
+
+    Limited layers (`found`) are trained with windows for these rows. `carried` is what was trained with gates before.
+    """
+    if found is not None:
+        recovery = replace(recovery, emulations={sublayer: found.scored[sublayer] for sublayer in recovery.emulations})
     recovery, record = heal(
-        dense.model, dense.family, plan, recovery, rows[count:], rows[:count], settings, reporter,
-        state=healing_state(output), scope=scope,
+        dense.model, dense.family, plan, recovery, lessons.rows, lessons.validation, lessons.settings, reporter,
+        state=healing_states(output)[1], scope=lessons.scope, carried=carried,
     )  # fmt: skip
     if found is not None:
         recovery = replace(recovery, emulations=windows.as_served(recovery.emulations, found))
@@ -415,12 +428,6 @@ def healing_precision(dense: DenseModel, recipe: Recipe) -> Precision:
             raise RecipeError("--heal cannot train in float16 on a CPU; use --dtype float32 or bfloat16")
         return "fp16"
     return "bf16" if dense.model.dtype == torch.bfloat16 or recipe.heal_precision == "bfloat16" else "no"
-
-
-def healing_state(output: Path) -> Path:
-    """Where training is kept until the checkpoint is whole; one file for all processes."""
-    key = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    return cache_directory() / "journals" / f"{key}.healing.safetensors"
 
 
 def table_of(scores: Mapping[str, Scores], importance: str) -> dict[str, dict[str, float]]:

@@ -21,6 +21,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal"
 
 
+def healing_states(output: Path) -> tuple[Path, Path]:
+    """Where training with gates, and training of a plan, are kept until the checkpoint is whole; for all processes."""
+    key = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    journals = cache_directory() / "journals"
+    return journals / f"{key}.gates.safetensors", journals / f"{key}.healing.safetensors"
+
+
 def unexpected(error: Exception, command: Sequence[str]) -> str:
     """Keep the traceback of an error that nothing foresaw in a file; one line that says what to report.
 

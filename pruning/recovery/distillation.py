@@ -114,7 +114,7 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, family: Family, first: int) -> None:
         self._evaluator = Evaluator(model, family, [])
         self.device = model.device
-        self._first = first
+        self.first = first
         self.head = Head(model, family)
 
     @torch.no_grad()
@@ -123,12 +123,12 @@ class Teacher:
         hidden, kwargs = self._evaluator.embed(rows)
         entering, states = hidden, []
         for index in range(len(self._evaluator.blocks)):
-            if index == self._first:
+            if index == self.first:
                 entering = hidden
                 if entering_only:
                     break
             hidden = self._evaluator.run_block(index, hidden, kwargs[index], {})
-            if index >= self._first:
+            if index >= self.first:
                 states.append(hidden)
         return entering, states
 

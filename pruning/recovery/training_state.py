@@ -35,6 +35,45 @@ class TrainingState:
     best_step: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What one part of a training leaves to the next, which trains another student with some of the same parts.
+
+    Attributes:
+        parameters: Name -> trained parameter.
+        moments: Name -> what the optimizer keeps of it; nothing where the part is new.
+        step: Updates done.
+        seconds: Time they took.
+        first: The block from which on weights were trained.
+    """
+
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Any]]
+    step: int
+    seconds: float
+    first: int = 0
+
+    @classmethod
+    def of(
+        cls, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState, first: int
+    ) -> "Carried":
+        """All there is after the first part."""
+        moments = {name: dict(optimizer.state.get(parameter, {})) for name, parameter in parameters.items()}
+        trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        return cls(trained, moments, state.step, state.seconds, first)
+
+
+@torch.no_grad()
+def carry(carried: Carried, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put the parameters of the second part, and what its optimizer keeps of them, where the first part left them."""
+    for name, parameter in parameters.items():
+        parameter.copy_(carried.parameters[name])
+        optimizer.state[parameter] = {
+            kind: value.clone() if isinstance(value, Tensor) else value
+            for kind, value in carried.moments.get(name, {}).items()
+        }
+
+
 def save_state(
     path: Path | None,
     scope: str,
@@ -49,7 +88,7 @@ def save_state(
         scope: What the run depends on; another one does not find this state.
         state: Where the run is.
         parameters: What is trained, by name.
-        optimizer: Its moments are kept.
+        optimizer: Its moments are kept; it may train some of them only.
 
     Raises:
         StorageError: The file cannot be written.
@@ -59,7 +98,7 @@ def save_state(
     tensors = {f"now.{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in parameters.items():
-        tensors |= {f"optimizer:{key}:{name}": value for key, value in optimizer.state[parameter].items()}
+        tensors |= {f"optimizer:{key}:{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
     header = {
         "scope": _digest(scope), "step": state.step, "seconds": state.seconds, "best_step": state.best_step,
         "curve": state.curve,
@@ -93,7 +132,8 @@ def load_state(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"now.{name}"])
-            best[name] = tensors[f"best.{name}"].to(parameter.device)
+            if f"best.{name}" in tensors:
+                best[name] = tensors[f"best.{name}"].to(parameter.device)
         for key, tensor in tensors.items():
             if key.startswith("optimizer:"):
                 _, kind, name = key.split(":", 2)

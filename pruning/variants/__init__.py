@@ -45,6 +45,8 @@ class Row:
         unit: What it takes the place of: any sublayer, attention only, FFNs only, or whole blocks.
         fits: Whether it is fitted on calibration text.
         part: What there is less of where an FFN stays in part: it has fewer units, or runs for fewer tokens.
+        streams: Whether one block in memory is enough to make it.
+        reads: Whether it reads kept attention layers, as many as --sources says.
     """
 
     target: str
@@ -55,25 +57,33 @@ class Row:
     unit: Literal["sublayer", "attention", "ffn", "block"] = "sublayer"
     fits: bool = True
     part: Literal["units", "tokens"] | None = None
+    streams: bool = False
+    reads: bool = False
 
 
 VARIANTS: dict[str, Row] = {
     "window": Row(
         "pruning.variants.window:WINDOW", "attention to the last tokens only, with a planted sink",
         "arXiv 2309.17453; the planted sink is inferred", "window", cache="window", unit="attention",
+        streams=True,
     ),
-    "bias": Row("pruning.variants.bias:BIAS", "a constant, the mean update", "arXiv 2407.16286", "bias"),
+    "bias": Row(
+        "pruning.variants.bias:BIAS", "a constant, the mean update", "arXiv 2407.16286", "bias", streams=True
+    ),
     "self_only": Row(
         "pruning.variants.low_rank:SELF_ONLY", "attention of each token to itself alone; needs no text", "inferred",
-        "low_rank", unit="attention", fits=False,
+        "low_rank", unit="attention", fits=False, streams=True,
     ),
     "low_rank": Row(
-        "pruning.variants.low_rank:LOW_RANK", "an affine map of rank --rank", "arXiv 2407.16286", "low_rank"
+        "pruning.variants.low_rank:LOW_RANK", "an affine map of rank --rank", "arXiv 2407.16286", "low_rank",
+        streams=True,
     ),
-    "linear": Row("pruning.variants.low_rank:LINEAR", "an affine map of full rank", "arXiv 2505.02819", "low_rank"),
+    "linear": Row(
+        "pruning.variants.low_rank:LINEAR", "an affine map of full rank", "arXiv 2505.02819", "low_rank", streams=True
+    ),
     "context": Row(
         "pruning.variants.context:CONTEXT", "a low-rank map that also reads kept attention layers", "inferred",
-        "context",
+        "context", streams=True, reads=True,
     ),
     "kv_share": Row(
         "pruning.variants.kv_share:KV_SHARE", "attention over a kept layer's cache", "arXiv 2405.12981", "kv_share"
@@ -151,6 +161,16 @@ def replaces(kind: str) -> bool:
 def changes_weights(kinds: Iterable[str]) -> bool:
     """Whether one of these kinds lets weights of the dense model go or changes them."""
     return any(kind in (REMOVED, FUSED) or variant(kind).changes_weights for kind in kinds)
+
+
+def streams(kind: str) -> bool:
+    """Whether one block in memory is enough to make a plan of a kind (as in a plan or as typed), or of "none"."""
+    return kind == REMOVED or row(kind).streams
+
+
+def reads(kind: str) -> bool:
+    """Whether a kind (as in a plan or as typed), or "none", reads kept attention layers, as many as --sources says."""
+    return kind != REMOVED and row(kind).reads
 
 
 def cache_of(kind: str | None) -> Literal["none", "window", "full"]:

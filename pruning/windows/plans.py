@@ -116,12 +116,25 @@ class Choice:
         layers = self._within(budget, whole=True)
         return layers if self.predicted(layers) <= WHOLE_LAYERS_MAY_LOSE * self.predicted(single) else single
 
-    def _within(self, budget: float, *, whole: bool) -> heads.HeadPlan:
+    def again(self, plan: heads.HeadPlan, budget: float) -> heads.HeadPlan:
+        """The best plan within a budget whose windows have the sizes of `plan`, of whole layers where that is."""
+        return self._within(budget, whole=self.takes_layers(plan), like=plan)
+
+    def takes_layers(self, plan: heads.HeadPlan) -> bool:
+        """Whether a plan keeps all free heads of a layer or none, and may do so."""
+        full = Counter(block for block, _ in plan.full & self.free)
+        return self.by != "head" and all(full[block] in (0, self.each) for block in self.blocks)
+
+    def _within(self, budget: float, *, whole: bool, like: heads.HeadPlan | None = None) -> heads.HeadPlan:
         of_block = {block: [head for each, head in sorted(self.free) if each == block] for block in self.blocks}
         scores = {size: self.scores[size] for size in self.sizes(budget) if size in self.scores}
         options = {
-            block: heads.options(scores, block, free, self.ranks, whole=whole) for block, free in of_block.items()
-        }
+            block: heads.options(
+                scores if like is None else {like.size(block): self.scores[like.size(block)]},
+                block, free, self.ranks, whole=whole,
+            )
+            for block, free in of_block.items()
+        }  # fmt: skip
 
         items = [
             [(cost, self._kept(block, size, len(full))) for cost, size, full in some] for block, some in options.items()
@@ -156,6 +169,10 @@ class Choice:
         full = Counter(block for block, _ in plan.full)
         return sum(self._kept(block, plan.size(block), full[block]) for block in blocks) / self.total
 
+    def cost_of_a_head(self, block: int, plan: heads.HeadPlan) -> float:
+        """What a full head keeps more than a limited one of a plan, in the cache of a head that keeps every token."""
+        return self._kept(block, plan.size(block), 1) - self._kept(block, plan.size(block), 0)
+
     def _kept(self, block: int, size: float, full: int) -> float:
         """Cache of a layer with so many full heads, in that of one head that keeps every token."""
         window = window_part(self.limits.served[Sublayer(block, "attention")].size, size)
@@ -171,11 +188,11 @@ class Choice:
 
 def choose(
     dense: DenseModel, recipe: Recipe, judges: Sequence[Judge], found: Limits, measured: Measured, reporter: Reporter
-) -> tuple[Selection, Limits]:
+) -> tuple[Choice, heads.HeadPlan]:
     """Which KV heads keep every token: within the budget, or as few as the loss that is allowed lets.
 
     Returns:
-        The limited layers and the scores of all, and the limits of the plan.
+        The scores of all heads, and the plan.
 
     Raises:
         RecipeError: No plan stays within the loss.
@@ -187,7 +204,7 @@ def choose(
         plan = smallest(choice, recipe.max_loss_increase or LOSS_INCREASE, measured, reporter)
     if recipe.search == "exchange":
         plan = exchanged(choice, plan, judges, reporter)
-    return choice.selection(plan)
+    return choice, plan
 
 
 def exchanged(choice: Choice, plan: heads.HeadPlan, judges: Sequence[Judge], reporter: Reporter) -> heads.HeadPlan:

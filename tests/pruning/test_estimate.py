@@ -58,6 +58,8 @@ def test_more_work_takes_longer(less, more, stage):
 def test_time_to_train_is_taken_as_it_was_asked_for():
     assert seconds(heal="lora", heal_minutes=2.5)["heal"] == 150
     assert seconds(heal="lora")["heal"] == 1800
+    gates = seconds(heal="prune-aware", heal_minutes=10)
+    assert (gates["tune"], gates["heal"]) == pytest.approx((240, 360))
     assert "heal" not in seconds()
 
 

@@ -16,7 +16,8 @@ from pruning.forward import parallel
 from pruning.forward.evaluator import Evaluator
 from pruning.plan import Plan, Sublayer
 from pruning.recovery.emulation import Recovery, recover
-from pruning.recovery.healing import Settings, heal
+from pruning.recovery.healing import heal
+from pruning.recovery.training import Settings
 from tests.conftest import pico_model, tokens
 
 PLAN = Plan(6, {Sublayer(2, "attention"): "low_rank", Sublayer(4, "ffn"): "bias"}, rank=4)

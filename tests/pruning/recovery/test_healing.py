@@ -26,9 +26,10 @@ from pruning.plan import Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.distillation import Student, Teacher, cut_copy, head_gradient
 from pruning.recovery.emulation import recover
-from pruning.recovery.healing import Judge, batch_of, first_block, heal, schedule
+from pruning.recovery.healing import first_block, heal
 from pruning.recovery.lora import add_lora
 from pruning.recovery.spam import SPAM, rewarmed
+from pruning.recovery.training import Judge, batch_of, schedule
 from tests.conftest import run_prune_export as run_cli
 
 SCRIPT = Path(__file__).with_name("healing_run.py")

@@ -17,7 +17,8 @@ from pruning.models.sizes import shape_of
 from pruning.plan import Plan, Sublayer
 from pruning.recovery.emulation import fit_candidates, fit_plan, recover
 from pruning.recovery.fitting import fit_plans
-from pruning.recovery.healing import Settings, heal
+from pruning.recovery.healing import heal
+from pruning.recovery.training import Settings
 from pruning.variants import kv_share_fit as kv_sharing
 from pruning.variants import variant
 from pruning.variants.kv_share import KVShareEmulation

@@ -23,7 +23,8 @@ from pruning.models.sizes import predicted_bytes, weight_bytes
 from pruning.models.surgery import apply_plan
 from pruning.plan import KINDS, Plan, Sublayer
 from pruning.recovery.emulation import fit_plan, recover
-from pruning.recovery.healing import Settings, heal
+from pruning.recovery.healing import heal
+from pruning.recovery.training import Settings
 from pruning.resources import plan_resources
 from pruning.variants.shared import SharedEmulation, SharedLinear, materialised
 from pruning.variants.shared_fit import differences, low_rank
