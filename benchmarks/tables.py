@@ -414,13 +414,40 @@ def written(results: Results) -> str:
     return _table(["", "task, tokens", "n", "right", "difference from dense"], rows)
 
 
+def skipping(results: Results) -> str:
+    """FFNs that tokens skip, and whole FFNs removed: perplexity over dense at each share of runs."""
+    rows = []
+    for row in results.rows("skipping"):
+        ratios = [{name: math.exp(value) for name, value in each["loss_increase"].items()}
+                  for each in (row, row["whole_ffns"])]  # fmt: skip
+        rows.append([
+            f"{row['rate']:.0%}", f"{row['skipped']:.1%}", f"{math.exp(row['predicted_loss_increase']):.2f}",
+            _interval(ratios[0], 2), f"{len(row['whole_ffns']['removed'])} FFNs: {_interval(ratios[1], 2)}",
+        ])  # fmt: skip
+    head = ["asked for", "skipped on this text", "predicted", "perplexity / dense", "whole FFNs removed instead"]
+    return _table(head, rows)
+
+
+def skipping_steps(results: Results) -> str:
+    """Time of a decoding step where tokens skip FFNs, over that of the dense model."""
+    found = results.document("skipping").get("steps") or {}
+    batches = list(next(iter(found.values()), {}))
+    rows = []
+    for name, cells in found.items():
+        label = name if name == "dense" else f"{float(name):.0%}"
+        each = [f"{one['processor_ms']:.0f} ms, {one['processor_over_dense']:.2f} ({one['skipped']:.0%} skipped)"
+                for one in cells.values()]  # fmt: skip
+        rows.append([label, *each])
+    return _table(["", *(f"batch {batch}, over dense" for batch in batches)], rows)
+
+
 TABLES = {
     function.__name__: function
     for function in (
         serving, serving_short, serving_windows, serving_windows_short, windows, windows_qwen, windows_2048,
         window_orders, efforts, latency, latency_windows,
         recovery, healing, overhead, quality, choosers, subnetworks, speculation, glance, peers, peers_differ,
-        paper, paper_questions, paper_emulation, written,
+        paper, paper_questions, paper_emulation, written, skipping, skipping_steps,
     )
 }  # fmt: skip
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruning.errors import RecipeError
-from pruning.plan import layers_within, parse_amount, parse_bytes, parse_share, window_part
+from pruning.plan import FIRST_TOKENS, layers_within, parse_amount, parse_bytes, parse_share, window_part
 from pruning.recipe import FIT_TOKENS, KV_BUDGET, SHORT_ROW_TOKENS, Recipe, by_head, limits
-from pruning.variants import REMOVED, cache_of, narrows, row
+from pruning.variants import REMOVED, cache_of, narrows, row, skips
 
 LONG_ROW_TOKENS, CHOICE_TOKENS = 1024, 6144  # for windows: as large a share of a row as of the context
 NARROW_TOKENS = 65536  # for narrower FFNs: a refit has as many regressors as there are units
+SKIP_TOKENS = 8192  # for predictors of what an FFN changes
+HELD_OUT_WINDOWS = 8  # rows that adapters are measured on at the end
 HELD_OUT_TOKENS = 8192  # that a window plan is measured on at the end
 LONGEST_CONTEXT = 8192  # that a budget counts where nothing else is asked for
 WINDOW_SHARE = 8  # the context is so many windows long where nothing else is asked for
@@ -51,7 +53,8 @@ def resolved(recipe: Recipe, model_context: int) -> Recipe:
         raise RecipeError(f"--window {window} is no shorter than the context of {context} tokens: nothing is saved")
     length = recipe.sequence_length or (SHORT_ROW_TOKENS if window is None else min(context, LONG_ROW_TOKENS))
     usual = FIT_TOKENS if window is None else max(length, CHOICE_TOKENS)
-    tokens = recipe.calibration_tokens or (NARROW_TOKENS if narrows(recipe.kind) else usual)
+    usual = NARROW_TOKENS if narrows(recipe.kind) else SKIP_TOKENS if skips(recipe.kind) else usual
+    tokens = recipe.calibration_tokens or usual
     sizes = recipe.window_sizes or ("auto" if by_head(recipe) and recipe.window is None else "one")
     named: dict[str, Any] = {
         "context": context,
@@ -94,7 +97,8 @@ def check(recipe: Recipe) -> None:
         parse_amount(amount, None, kind)
     if recipe.kv_memory is not None:
         parse_bytes(recipe.kv_memory)
-    for flag, share in (("kv-budget", recipe.kv_budget), ("weight-budget", recipe.weight_budget)):
+    budgets = {"kv-budget": recipe.kv_budget, "weight-budget": recipe.weight_budget, "ffn-skip": recipe.ffn_skip}
+    for flag, share in budgets.items():
         if share is not None:
             parse_share(share, flag)
 
@@ -212,7 +216,7 @@ def counts(recipe: Recipe, num_blocks: int, sliding: int = 0, cached: Cached | N
             amounts["ffn"] = free  # of each a part
         else:
             amounts["sublayers"] = min(2 * free, 2 * num_blocks - 2)
-    elif not amounts and cached is not None and recipe.heal != "none":
+    elif not amounts and (skips(recipe.kind) or (cached is not None and recipe.heal != "none")):
         return Counts()
     elif not amounts and limits(recipe):
         default = recipe.model_copy(update={"kv_budget": KV_BUDGET})
@@ -273,6 +277,8 @@ def _refuse_contradictions(recipe: Recipe, amounts: dict[str, str | int]) -> Non
     named = [flag for flag, value in budgets.items() if value is not None]
     if narrows(recipe.kind):
         _refuse_with_narrower_ffns(recipe, [*named, *(f"--{kind}" for kind in amounts)])
+    if recipe.ffn_skip is not None or skips(recipe.kind):
+        _refuse_with_skipped_ffns(recipe, [*named, *(f"--{kind}" for kind in amounts)])
     if len(named) > 1 or (named and amounts):
         both = [*named, *(f"--{kind}" for kind in amounts)][:2]
         raise RecipeError(f"{both[0]} and {both[1]} both say how much goes; give one")
@@ -348,6 +354,35 @@ def _refuse_with_narrower_ffns(recipe: Recipe, amounts: list[str]) -> None:
             raise RecipeError(f"{flag} chooses by gradients on calibration text; leave {other} out")
     if recipe.search != "rank":
         raise RecipeError(f"{flag} has a search of its own; leave --search {recipe.search} out (--effort quick)")
+
+
+def _refuse_with_skipped_ffns(recipe: Recipe, amounts: list[str]) -> None:
+    """Refuse what contradicts FFNs that tokens skip."""
+    if recipe.ffn_skip is None:
+        raise RecipeError(f"--emulation {recipe.kind} needs --ffn-skip, such as 25%: it says how many FFN runs go")
+    if not skips(recipe.kind) and not limits(recipe):
+        raise RecipeError(f"--ffn-skip goes alone or beside windows, and this asks for {recipe.kind}; leave it out")
+    beside = ("--kv-budget", "--target-tokens") if limits(recipe) else ()
+    if others := [each for each in amounts if each not in beside]:
+        raise RecipeError(f"--ffn-skip goes alone, or with --kv-budget beside windows; leave {others[0]} out")
+    flags = {
+        "--compensate": recipe.compensate, "--recalibrate": recipe.recalibrate, "--fuse": recipe.fuse,
+        "--recovery-aware": recipe.recovery_aware, f"--heal {recipe.heal}": recipe.heal != "none",
+        "--stream": recipe.stream, "--memory": recipe.memory,
+    }  # fmt: skip
+    if asked := [flag for flag, given in flags.items() if given]:
+        raise RecipeError(f"--ffn-skip leaves all weights as they are and in memory; leave {asked[0]} out")
+
+
+def most_skipped(recipe: Recipe, num_blocks: int) -> float:
+    """Share of all FFN runs that can be spared: those of the first and the last block and of first tokens stay."""
+    rows = recipe.row_tokens
+    return (len(skippable(recipe, num_blocks)) / num_blocks) * max(0, rows - FIRST_TOKENS) / rows
+
+
+def skippable(recipe: Recipe, num_blocks: int) -> list[int]:
+    """Blocks whose FFNs may be skipped."""
+    return [block for block in range(1, num_blocks - 1) if block not in recipe.keep]
 
 
 def _refuse_with_whole_blocks(recipe: Recipe, kinds: set[str]) -> None:

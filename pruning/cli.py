@@ -121,7 +121,7 @@ def score_units(
 
     reporter = Reporter()
     if recipe.memory is not None:
-        raise RecipeError("--memory plans a window plan; for scores give --stream")
+        raise RecipeError("--memory plans what a whole run takes; for scores give --stream")
     bare = recipe.model_copy(update={"emulation": recipe.emulation or "none"})
     request = checked(model, bare, reporter)
     kinds = units_to_score(request.recipe, units)

@@ -14,18 +14,20 @@ from dataclasses import dataclass
 import torch
 
 from pruning import stages, windows
-from pruning.budget import Counts, held_out_rows, window_sizes
+from pruning.budget import HELD_OUT_WINDOWS, Counts, held_out_rows, window_sizes
 from pruning.console import LEAST_SECONDS, Reporter, duration
 from pruning.families import head_dim
 from pruning.forward.evaluator import Evaluator
 from pruning.importance import metric
 from pruning.models.loading import DenseModel
+from pruning.models.memory import STREAMED_STATE_BYTES
 from pruning.models.modeling import blocks_of
-from pruning.recipe import Recipe, by_head, limits
+from pruning.recipe import Recipe, by_head, limits, recalibrates
 from pruning.recovery.prune_aware import GATED
 from pruning.search.selection import SHORTLIST
 from pruning.variants import REMOVED, narrows
 from pruning.variants.narrow_fit import GRADIENT_TOKENS
+from pruning.variants.skip_fit import GRADIENT_TOKENS as SKIP_GRADIENT_TOKENS
 
 TIMED_TOKENS = 256
 CANDIDATES = 3  # sinks that are tried for every layer
@@ -95,10 +97,25 @@ def stages_of(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:
         size: Of the model.
     """
     made = _windows(recipe, size) if limits(recipe) else _others(recipe, wanted, size)
+    if recipe.ffn_skip is not None:
+        made = _with_skipping(recipe, size, made)
     if recipe.heal != "none" and recipe.heal_steps is not None and recipe.heal_minutes is None:
         length = recipe.row_tokens
         made["heal"] = TRAINING * size.forward(max(1, recipe.heal_steps * recipe.heal_batch_tokens // length), length)
     return made
+
+
+def _with_skipping(recipe: Recipe, size: Size, made: dict[str, float]) -> dict[str, float]:
+    """The same with predictors of what FFNs change, and a walk in which each is fitted."""
+    length = recipe.row_tokens
+    rows = -(-recipe.fit_tokens // length)
+    if not limits(recipe):
+        made = {"export": made["export"]}
+    gradients = size.gradients(max(1, min(rows, SKIP_GRADIENT_TOKENS // length)), length, both=False)
+    return made | {
+        "score": made.get("score", 0.0) + gradients + size.blocks(rows, length),
+        "emulate": FIT * size.blocks(rows, length),
+    }
 
 
 def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
@@ -125,11 +142,9 @@ def _windows(recipe: Recipe, size: Size) -> dict[str, float]:
 
 def _others(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:
     length = recipe.row_tokens
-    rows, held = max(1, recipe.fit_tokens // length), stages.HELD_OUT_WINDOWS
+    rows, held = max(1, recipe.fit_tokens // length), HELD_OUT_WINDOWS
     scored = max(1, recipe.score_tokens // length) * (1 + 2 * bool(recipe.copying)) * max(1, len(recipe.task))
-    kinds = (wanted.attention > 0) + (wanted.ffn > 0) + (wanted.blocks > 0) + 2 * (wanted.sublayers > 0)
-    units = max(1, size.layers - len(recipe.keep)) * kinds
-    count = wanted.attention + wanted.ffn + wanted.blocks + wanted.sublayers
+    units, count = _units(recipe, wanted, size.layers), _count(wanted)
     score = _scoring(recipe, size, scored, length, units)
     bases = 1.0
     if recipe.search in ("greedy", "exchange"):
@@ -147,7 +162,8 @@ def _others(recipe: Recipe, wanted: Counts, size: Size) -> dict[str, float]:
     if narrows(recipe.kind):
         score = size.gradients(min(rows, GRADIENT_TOKENS // length), length, both=False)
         score += FIT * size.blocks(rows, length)  # the order of the units
-    written = 0.0 if recipe.calibration or narrows(recipe.kind) else GENERATION * size.forward(rows + held, length)
+    given = bool(recipe.calibration) or recipe.stream or narrows(recipe.kind)
+    written = 0.0 if given else GENERATION * size.forward(rows + held, length)
     return {
         "calibrate": written,
         "score": score + _bisection(recipe, size, held, length),
@@ -183,7 +199,8 @@ def announce(dense: DenseModel, recipe: Recipe, wanted: Counts, reporter: Report
     seconds = in_seconds(stages_of(recipe, wanted, size), size, timed, fitting, recipe)
     if recipe.stream:
         once = size.layers * timed_reading(dense)
-        seconds = {name: each + once * readings(recipe).get(name, 0) for name, each in seconds.items()}
+        read = readings(recipe) if limits(recipe) else readings_of_a_fit(recipe, wanted, dense)
+        seconds = {name: each + once * read.get(name, 0) for name, each in seconds.items()}
     if dry_run:
         seconds = {name: each for name, each in seconds.items() if name in ("calibrate", "score")}
     reporter.expect(seconds)
@@ -272,6 +289,37 @@ def readings(recipe: Recipe) -> dict[str, int]:
     judges += (judges - 1) * (max(sizes) > 1) + judges * (min(sizes) < 1)
     measured = 2 * TRIED_PLANS if recipe.kv_budget is None else 0
     return {"score": 2 + judges * 2 * recipe.draws + measured, "export": 0 if measured else 4}
+
+
+def readings_of_a_fit(recipe: Recipe, wanted: Counts, dense: DenseModel) -> dict[str, int]:
+    """The same of removal. Scores: so many plans at a time as their streams fit into memory; one for a fit; figures."""
+    units = _units(recipe, wanted, len(blocks_of(dense.model, dense.family)))
+    stream = recipe.score_tokens * dense.model.config.hidden_size * dense.model.dtype.itemsize
+    together = max(1, STREAMED_STATE_BYTES // stream)
+    row = metric(recipe.metric)
+
+    def scoring(plans: int) -> int:
+        if row.target.startswith("pruning.importance.gradient"):
+            return 2 * (recipe.draws if row.draws else 1)
+        return math.ceil((recipe.draws * plans if row.draws else plans + 1 if row.apart else 1) / together)
+
+    score = scoring(units) if recipe.metric != "random" else 0
+    if recipe.search in ("greedy", "exchange"):
+        again = _count(wanted) * (2 if recipe.search == "exchange" else 1)
+        score += again * scoring(min(units, RESCORED * SHORTLIST) if row.apart else units)
+    elif recipe.search in ("evolutionary", "policy-gradient"):
+        score += recipe.generations * math.ceil(recipe.offspring / together)
+    changed = recipe.compensate or recalibrates(recipe)
+    return {"score": score, "emulate": int(recipe.kind != REMOVED or changed), "export": 1 + changed}
+
+
+def _units(recipe: Recipe, wanted: Counts, layers: int) -> int:
+    kinds = (wanted.attention > 0) + (wanted.ffn > 0) + (wanted.blocks > 0) + 2 * (wanted.sublayers > 0)
+    return max(1, layers - len(recipe.keep)) * kinds
+
+
+def _count(wanted: Counts) -> int:
+    return wanted.attention + wanted.ffn + wanted.blocks + wanted.sublayers
 
 
 def _seconds(dense: DenseModel, row: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from torch import Tensor
 
 import pruning
 from pruning import narrowing, windows
-from pruning.budget import Counts
+from pruning.budget import Counts, skippable
 from pruning.console import Reporter, duration, quiet_libraries
 from pruning.errors import RecipeError, StorageError
 from pruning.estimate import announce
 from pruning.evaluation.evaluate import loss, perplexity_ratio
+from pruning.export.copying import as_stored, copied
 from pruning.export.formats import PrunedModel, format_named
 from pruning.export.report import score_table, write_card, write_report
-from pruning.export.untouched import known_hashes, untouched
+from pruning.export.untouched import BYTES, known_hashes, untouched
 from pruning.export.writing import copy_companions
 from pruning.families import Family
 from pruning.finite import check_numbers
@@ -28,7 +30,8 @@ from pruning.models.chain import continued
 from pruning.models.checkpoint import Manifest, verify, write_manifest
 from pruning.models.loading import DenseModel
 from pruning.models.sizes import describe_bytes, predicted_bytes
-from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind
+from pruning.models.surgery import apply_plan
+from pruning.plan import EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share
 from pruning.recipe import Recipe, by_head, emulation_kind, limits
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery
@@ -36,6 +39,8 @@ from pruning.recovery.fuse import Fusion
 from pruning.request import Request
 from pruning.search import selection
 from pruning.search.selection import Selection
+from pruning.search.skips import chosen as chosen_skips
+from pruning.search.skips import cost, predicted
 from pruning.stages import (
     calibrate,
     choose,
@@ -54,7 +59,8 @@ from pruning.stages import (
     tasks_of,
     within_budget,
 )
-from pruning.variants import changes_weights, narrows
+from pruning.variants import SKIPPING, changes_weights, narrows, skips
+from pruning.variants.skip import counting
 from pruning.windows import aware
 from pruning.windows.plans import choose as choose_heads
 from pruning.workdir import atomic_directory, check_free_space, healing_states
@@ -89,6 +95,8 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     if not dry_run:
         dearest = plan_of([Unit(0, "attention")], num_blocks, recipe)
         needed = int(predicted_bytes(dense, dearest, context, fused=recipe.fuse)["weights"] * 1.05)
+        if (stored := dense.residency.dtype) is not None:
+            needed = needed * BYTES[stored] // dense.model.dtype.itemsize
         check_free_space(output, (0 if shares_weights(recipe, wanted, dense, output) else needed) + 2**24)
     with reporter.stage("calibrate"):
         tokens, held_out = calibrate(dense, recipe, reporter)
@@ -113,6 +121,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         gone = list(chosen.order)
         if not single and not narrower:
             gone = within_budget(dense, recipe, chosen.order, tokens, held_out, reporter, prepared)
+        skipped = _skipped(dense, recipe, tokens, reporter) if recipe.ffn_skip is not None else {}
         judged = recipe.task and not narrower
         tasks = tasks_of(judges, recipe, wanted, Selection(gone, chosen.scores), reporter) if judged else {}
     before = dict.fromkeys(dense.limits, emulation_kind(recipe))
@@ -127,8 +136,12 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         prepared, gone = found.served, list(chosen.order)
     units = {sublayer.block: len(each) for sublayer, each in (prepared or {}).items()} if narrower else None
     plan = plan_of(gone, num_blocks, recipe, before, found, units)
+    if skipped:
+        prepared = {**(prepared or {}), **skipped}
+        plan = replace(plan, removed=dict(sorted({**plan.removed, **dict.fromkeys(skipped, SKIPPING)}.items())))
     what = f"limiting to {windows.listed(plan)} tokens: " if limits(recipe) else f"removing ({recipe.kind}): "
-    reporter.say(narrowing.described(plan) if narrower else what + ", ".join(map(str, gone)))
+    if gone:
+        reporter.say(narrowing.described(plan) if narrower else what + ", ".join(map(str, gone)))
     if plan.full_heads:
         full = [f"{block}.{head}" for block, heads in sorted(plan.full_heads.items()) for head in heads]
         reporter.say("but for the KV heads " + ", ".join(full))
@@ -138,7 +151,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
     if dry_run:
         reporter.say("predicted: " + describe_bytes(sizes))
         return None
-    limits_of_plan = {each: found.served[each] for each in plan.removed} if found is not None else {}
+    limits_of_plan = {each: found.served[each] for each in plan.removed if each not in skipped} if found else {}
     if recipe.heal == "none":
         if found is not None and parallel.process()[1] > 1:
             for each in ({}, limits_of_plan):  # while every process measures its share
@@ -169,9 +182,12 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         journal.discard()
         return None
     with reporter.stage("export"), atomic_directory(output) as directory:
-        if found is not None and healing is None and not recovery.weights:
+        if found is not None and healing is None and not recovery.weights and not skipped:
             quality = _measured(measured, limits_of_plan, held_out)
             apply_recovery(dense.model, dense.family, plan, recovery)
+        elif not dense.residency.keeps_blocks:
+            assert isinstance(recovery, Recovery)
+            quality = _measure_and_cut(dense, plan, recovery, held_out)
         else:
             quality = _cut_and_measure(dense, plan, recovery, held_out, recipe, measured, reporter)
         if healing is not None:
@@ -198,7 +214,11 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             manifest = continued(manifest, dense.earlier)
         whole = not recovery.weights and not changes_weights(manifest.removed.values())
         shared = untouched(dense, manifest, recipe.dtype) if whole else None
-        pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared)
+        taken = None
+        if not whole and not dense.residency.keeps_blocks:
+            assert isinstance(recovery, Recovery)
+            taken = copied(dense, plan, recovery.weights, manifest)
+        pruned = PrunedModel.of(dense.model, dense.family, dense.directory, shared, taken)
         if (reason := format_named(recipe.format).refusal(pruned)) is not None:
             raise RecipeError(f"--format {recipe.format}: {reason}")
         manifest.sizes["weights"] = format_named(recipe.format).write(pruned, directory)
@@ -206,7 +226,7 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
             copy_companions(dense.directory, directory)
         write_card(directory, manifest)
         write_report(directory, manifest)
-        hashes = known_hashes(shared, directory)
+        hashes = known_hashes(shared or taken, directory)
         write_manifest(directory, manifest, hashes)
     with reporter.stage("verify"):
         manifest = verify(output, hashes)
@@ -215,6 +235,20 @@ def run(request: Request, output: Path, *, dry_run: bool, reporter: Reporter) ->
         state.unlink(missing_ok=True)
     _say_what_was_made(dense, recipe, manifest, output, reporter)
     return manifest
+
+
+def _skipped(dense: DenseModel, recipe: Recipe, tokens: Tensor, reporter: Reporter) -> dict[Sublayer, Any]:
+    """How many tokens skip each FFN."""
+    assert recipe.ffn_skip is not None
+    evaluator = Evaluator(dense.model, dense.family, tokens)
+    blocks = len(evaluator.blocks)
+    runs = round(parse_share(recipe.ffn_skip, "ffn-skip") * blocks * tokens.numel())
+    found = predicted(evaluator, skippable(recipe, blocks), recipe.rank, recipe.seed, reporter)
+    chosen = chosen_skips(found, runs)
+    shares = ", ".join(f"{each} {share.tokens / tokens.numel():.0%}" for each, share in chosen.items())
+    reporter.say(f"tokens that skip FFNs: {shares}")
+    reporter.say(f"predicted loss increase: {cost(found, runs):.4f} nats per token, each FFN alone")
+    return dict(chosen)
 
 
 def _say_what_was_made(
@@ -227,6 +261,8 @@ def _say_what_was_made(
     rows = f"rows of {quality['row_tokens']} tokens of held-out {_text_of(recipe)}"
     than = "dense" if dense.earlier is None or dense.earlier.whole else f"{dense.name}, which it was made of"
     reporter.say(f"perplexity on {rows}: {ratio:.4f} times {than}")
+    if "ffn_skipped" in quality:
+        reporter.say(f"FFN runs skipped on the same rows: {quality['ffn_skipped']['share']:.1%}")
     if "codes" in quality:
         mine, theirs = quality["codes"], quality["codes_dense"]
         how_many = f"{mine['found']} of {mine['asked']} found (dense {theirs['found']})"
@@ -281,14 +317,37 @@ def _cut_and_measure(
         quality["dense_loss"], codes = measured.loss({}), measured.codes({})
     else:
         evaluator = Evaluator(dense.model, family, held_out, batch)
-        plans = [{}, *([] if plan.units else [dict.fromkeys(plan.removed)])]
+        in_part = plan.units or any(map(skips, plan.removed.values()))
+        plans = [{}, *([] if in_part else [dict.fromkeys(plan.removed)])]
         quality |= zip(("dense_loss", "removed_loss"), evaluator.values(plans).mean(1).tolist(), strict=False)
     apply_recovery(dense.model, family, plan, recovery)
-    quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
+    emulations = {} if isinstance(recovery, Fusion) else recovery.emulations
+    with counting(emulations, plan.num_blocks) as rates:
+        quality["pruned_loss"] = loss(dense.model, family, held_out, batch)
+    quality |= {"ffn_skipped": rates} if rates else {}
     if codes is not None:
         quality |= {"codes_dense": codes, "codes": windows.found_codes(dense, recipe, reporter)}
     check_numbers({name: value for name, value in quality.items() if isinstance(value, float)}, "held-out text")
     return quality
+
+
+def _measure_and_cut(dense: DenseModel, plan: Plan, recovery: Recovery, held_out: Tensor) -> dict[str, Any]:
+    """As `_cut_and_measure`, of removal from a model whose blocks are read one at a time; all plans in one reading."""
+    assert dense.residency.dtype is not None
+    as_stored(recovery.emulations, dense.residency.dtype)
+    batch = max(1, MEASURED_BATCH_TOKENS // held_out.shape[1])
+    evaluator = Evaluator(dense.model, dense.family, held_out, batch, residency=dense.residency)
+    plans: list[Mapping[Sublayer, Any]] = [{}, dict.fromkeys(plan.removed), recovery.emulations]
+    if recovery.weights:
+        values = evaluator.values(plans[:2]).mean(1).tolist()
+        dense.residency.change(recovery.weights)
+        values.append(float(evaluator.loss(recovery.emulations).mean()))
+    else:
+        values = evaluator.values(plans).mean(1).tolist()
+    found = dict(zip(("dense_loss", "removed_loss", "pruned_loss"), values, strict=True))
+    check_numbers(found, "held-out text")
+    apply_plan(dense.model, dense.family, plan, recovery.emulations)
+    return {"text": TEXT, "row_tokens": held_out.shape[1], **found}
 
 
 def score(request: Request, output: Path | None, *, units: Sequence[UnitKind], reporter: Reporter) -> None:

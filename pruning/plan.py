@@ -13,6 +13,8 @@ UnitKind = Literal["attention", "ffn", "block"]
 EmulationKind = str
 """A kind of `pruning.variants`, or "none"."""
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
+FIRST_TOKENS = 4
+"""Positions of a text that skip nothing: first tokens make the massive activations that all others rest on."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

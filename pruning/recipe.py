@@ -65,6 +65,14 @@ class Recipe(BaseModel):
         FIRST,
         Field(description="Or: weight bytes to keep, such as 90%: removes sublayers of both kinds, or narrows FFNs."),
     ] = None
+    ffn_skip: Annotated[
+        Share,
+        SELECTION,
+        Field(
+            description="FFN runs that tokens skip, such as 25%: those predicted to change least. Alone, or beside "
+            "windows with --kv-budget."
+        ),
+    ] = None
     max_loss_increase: Annotated[
         float | None,
         FIRST,
@@ -174,7 +182,11 @@ class Recipe(BaseModel):
     rank: Annotated[
         int,
         RECOVERY,
-        Field(ge=1, description="Adapter rank r; of kv-share, its map of the own input; of shared, each difference."),
+        Field(
+            ge=1,
+            description="Adapter rank r; of kv-share, its map of the own input; of shared, each difference; of "
+            "--ffn-skip, what tokens get that skip an FFN.",
+        ),
     ] = 64
     sources: Annotated[
         int, RECOVERY, Field(ge=1, description="Kept attention layers whose output a context adapter reads.")
@@ -245,7 +257,8 @@ class Recipe(BaseModel):
         CALIBRATION,
         Field(
             ge=1,
-            description="Tokens to fit on: 16384 for adapters, 65536 for narrower FFNs, 6144 for windows.",
+            description="Tokens to fit on: 16384 for adapters, 65536 for narrower FFNs, 8192 for --ffn-skip, 6144 for "
+            "windows.",
         ),
     ] = None
     score_tokens: Annotated[
@@ -277,7 +290,7 @@ class Recipe(BaseModel):
     stream: Annotated[
         bool,
         OUTPUT,
-        Field(description="Read the blocks from disk one at a time, for windows and `score`; see --memory."),
+        Field(description="Read the blocks from disk one at a time; see --memory."),
     ] = False
     memory: Annotated[
         str | None,
@@ -297,7 +310,8 @@ class Recipe(BaseModel):
         others = self.ffn is not None or self.blocks is not None or self.sublayers is not None
         others = others or self.weight_budget is not None or self.format in ("nemotron-nas", "gguf")
         others = others or self.recovery_aware or self.copying > 0 or self.compensate or self.fuse or bool(self.task)
-        return self.emulation or ("low-rank" if others else "window")
+        alone = self.ffn_skip is not None and self.kv_budget is None and self.target_tokens is None
+        return self.emulation or ("low-rank" if others else "skip" if alone else "window")
 
     @property
     def metric(self) -> str:
@@ -328,6 +342,11 @@ KV_BUDGET = "30%"  # kept where nothing says how much
 def limits(recipe: Recipe) -> bool:
     """Whether attention is limited to windows, not removed."""
     return state_of(recipe.kind) == "limited"
+
+
+def recalibrates(recipe: Recipe) -> bool:
+    """Whether the final norm is scaled in the end."""
+    return recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
 
 
 def by_head(recipe: Recipe) -> bool:

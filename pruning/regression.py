@@ -10,16 +10,16 @@ RIDGES = (1e-4, 1e-2, 1e-1, 3e-1, 1.0, 3.0)
 HOLD_OUT_WINDOWS = 5  # no divisor of the number of texts that calibration usually mixes
 
 
-@dataclass
 class NormalEquations:
-    """Weighted moments of features x [N, D] and targets y [N, M], accumulated in a stream, float64."""
+    """Weighted moments of features x [N, D] and targets y [N, M], accumulated in a stream, float64.
 
-    weight: float
-    x_sum: Tensor
-    y_sum: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: float
+    Sums grow on the device of the rows that are added and come to the CPU when they are read: once for each fit, and
+    nothing waits for an accelerator before.
+    """
+
+    def __init__(self, weight: float, x_sum: Tensor, y_sum: Tensor, xx: Tensor, xy: Tensor, yy: float) -> None:
+        ends = (torch.tensor(float(each), dtype=torch.float64) for each in (weight, yy))
+        self._sums = [next(ends), x_sum, y_sum, xx, xy, next(ends)]
 
     @classmethod
     def zeros(cls, features: int, targets: int) -> "NormalEquations":
@@ -34,20 +34,55 @@ class NormalEquations:
             0.0,
         )
 
+    @property
+    def weight(self) -> float:
+        """Sum of the rows' weights."""
+        return float(self._on("cpu")[0])
+
+    @property
+    def x_sum(self) -> Tensor:
+        """[D]."""
+        return self._on("cpu")[1]
+
+    @property
+    def y_sum(self) -> Tensor:
+        """[M]."""
+        return self._on("cpu")[2]
+
+    @property
+    def xx(self) -> Tensor:
+        """[D, D]."""
+        return self._on("cpu")[3]
+
+    @property
+    def xy(self) -> Tensor:
+        """[D, M]."""
+        return self._on("cpu")[4]
+
+    @property
+    def yy(self) -> float:
+        """Weighted sum of squares of the targets."""
+        return float(self._on("cpu")[5])
+
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add rows x [n, D], y [n, M] with weights [n] >= 0.
 
         Products of float32 rows are formed in float32 (a call holds few rows) and summed over the calls in float64.
         """
+        sums = self._on(x.device)
         root = weights.to(x.device, torch.promote_types(x.dtype, torch.float32)).sqrt()[:, None]
         x, y = x * root, y.to(root) * root
-        self.weight += float(weights.sum())
-        self.x_sum += (x * root).sum(0).double().cpu()
-        self.y_sum += (y * root).sum(0).double().cpu()
         with torch.autocast(x.device.type, enabled=False):
-            self.xx += (x.T @ x).double().cpu()
-            self.xy += (x.T @ y).double().cpu()
-        self.yy += float(y.double().pow(2).sum())
+            products = x.T @ x, x.T @ y
+        found = weights.to(sums[0]).sum(), (x * root).sum(0), (y * root).sum(0), *products, y.double().pow(2).sum()
+        for total, part in zip(sums, found, strict=True):
+            total += part  # formed in the wider of the two
+
+    def _on(self, device: torch.device | str) -> list[Tensor]:
+        """All sums, moved there."""
+        if self._sums[0].device != torch.device(device):
+            self._sums = [each.to(device) for each in self._sums]
+        return self._sums
 
     def plus(self, other: "NormalEquations") -> "NormalEquations":
         """Moments of both sets of rows."""
@@ -211,10 +246,12 @@ class HeldOutMoments:
 
     def add_windows(self, first: int, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add windows, the first of which is number `first`: x [b, T, D], y [b, T, M], weights [b, T]."""
-        held = held_out(first, len(x)).to(x.device)
+        held = held_out(first, len(x))
         for part, rows in ((self.train, ~held), (self.held_out, held)):
-            if rows.any():
-                part.add(x[rows].flatten(0, -2), y[rows].flatten(0, -2), weights[rows].flatten())
+            numbers = rows.nonzero()[:, 0]  # known on the CPU, so nothing waits for an accelerator
+            if len(numbers):
+                some, targets, each = (tensor[numbers.to(tensor.device)] for tensor in (x, y, weights))
+                part.add(some.flatten(0, -2), targets.flatten(0, -2), each.flatten())
 
     def fitted(self, judged: bool) -> NormalEquations:
         """Moments of every row; with `judged` of those that are not held out, where any are."""

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruning.budget import Cached, Counts, check, counts, for_target, held_out_rows, resolved
+from pruning.budget import (
+    HELD_OUT_WINDOWS,
+    Cached,
+    Counts,
+    check,
+    counts,
+    for_target,
+    held_out_rows,
+    most_skipped,
+    resolved,
+)
 from pruning.console import Reporter
 from pruning.errors import ModelError, RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task, read_questions
@@ -15,16 +25,29 @@ from pruning.families import head_dim, own_window
 from pruning.importance import metric
 from pruning.models.chain import Earlier
 from pruning.models.finding import Source, find_model
-from pruning.models.memory import Work, needed
+from pruning.models.memory import FitWork, Work, needed
 from pruning.models.weight_files import weight_files
-from pruning.plan import KINDS, Kind, Sublayer, UnitKind, parse_bytes
-from pruning.recipe import Emulation, Recipe, emulation_kind, limits
+from pruning.plan import KINDS, Kind, Sublayer, UnitKind, parse_bytes, parse_share
+from pruning.recipe import Emulation, Recipe, emulation_kind, limits, recalibrates
 from pruning.texts.reading import read_text
-from pruning.variants import REMOVED, cache_of, changes_weights, full_heads_of, narrows, positions_of, row, variant
+from pruning.variants import (
+    REMOVED,
+    SKIPPING,
+    cache_of,
+    changes_weights,
+    full_heads_of,
+    narrows,
+    positions_of,
+    reads,
+    row,
+    streams,
+    variant,
+)
 from pruning.workdir import check_output
 
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2}
 """Of a dtype that keys and values are cached in, or that is computed in; others: 4."""
+FIT_ROWS = 4  # that go through a block together where adapters are fitted (forward/evaluator.py)
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -112,6 +135,8 @@ def checked(model: str, recipe: Recipe, reporter: Reporter, *, again: bool = Fal
         raise RecipeError(f"--emulation {recipe.kind} is for attention only; choose another for FFNs")
     if kind != REMOVED:
         variant(kind).check(source.family, source.config)
+    if recipe.ffn_skip is not None:
+        _check_skipping(source, recipe)
     if not format_named(recipe.format).weights and (changing := weight_changing_flag(recipe, wanted)) is not None:
         raise RecipeError(f"--format {recipe.format} holds no weights, and {changing} changes some; leave it out, "
                           "or use --format shoal")  # fmt: skip
@@ -151,8 +176,6 @@ def within_memory(request: Request, reporter: Reporter, *, exports: bool) -> Rec
         raise RecipeError(f"--stream holds one block at a time, and {reason}; leave it out")
     if recipe.memory is None:
         return recipe
-    if not limits(recipe):
-        raise RecipeError(f"--memory is planned for windows only, and this asks for {recipe.kind}; leave it out")
     needs = needed(weight_files(source.directory), source.family, _work(source, recipe))
     given = parse_bytes(recipe.memory, "memory")
     about = f"--memory {recipe.memory}: about {_gib(needs.whole)} with the whole model, {_gib(needs.streamed)} streamed"
@@ -162,7 +185,8 @@ def within_memory(request: Request, reporter: Reporter, *, exports: bool) -> Rec
     if reason is not None:
         raise RecipeError(f"{about}, and {reason}; give more memory, or ask for less")
     if needs.streamed > given:
-        raise RecipeError(f"{about}; give more, or lower --context, --held-out-tokens and --sequence-length")
+        less = "--context, --held-out-tokens and --sequence-length" if limits(recipe) else "--calibration-tokens"
+        raise RecipeError(f"{about}; give more, or lower {less}")
     reporter.say(f"{about}; blocks are read from disk one at a time")
     return recipe.model_copy(update={"stream": True})
 
@@ -172,12 +196,22 @@ def _needs_the_whole(request: Request) -> str | None:
     source, recipe = request.source, request.recipe
     if source.earlier is not None:
         return f"{source.name} is pruned already, which only loads as a whole"
-    if not limits(recipe):
-        return f"--emulation {recipe.kind} changes weights, which needs the whole model"
     if recipe.heal != "none":
         return f"--heal {recipe.heal} trains, which needs the whole model"
-    if (flag := weight_changing_flag(recipe, request.wanted)) is not None:
-        return f"{flag} changes weights, which needs the whole model"
+    if recipe.recovery_aware:
+        return "--recovery-aware fits emulations while it chooses, which needs the whole model"
+    if recipe.fit_precision != "auto":
+        return f"--fit-precision {recipe.fit_precision} does not go with it, as blocks are computed in --dtype"
+    if recipe.fuse:
+        return "--fuse makes FFNs anew, which needs the whole model"
+    if not streams(recipe.kind):
+        return f"--emulation {recipe.kind} reads several blocks at a time, which needs the whole model"
+    form = format_named(recipe.format)
+    if limits(recipe):
+        if (flag := weight_changing_flag(recipe, request.wanted)) is not None:
+            return f"{flag} changes weights beside windows, which needs the whole model"
+    elif not form.copies:
+        return f"--format {recipe.format} writes weights anew, which needs the whole model"
     if source.fields.get("quantization_config"):
         return f"{source.name} is quantised, which only loads as a whole"
     files = weight_files(source.directory)
@@ -189,12 +223,19 @@ def _needs_the_whole(request: Request) -> str | None:
 
 
 def _work(source: Source, recipe: Recipe) -> Work:
-    """What a window plan runs through the model."""
-    held, measured = held_out_rows(recipe)
-    return Work(
-        itemsize=NUMBER_BYTES.get(recipe.dtype, 4), row=recipe.row_tokens, rows=max(recipe.fit_tokens, held * measured),
-        measured=measured, hidden=source.hidden_size, ffn=int(source.config.intermediate_size),
-        layers=source.num_blocks, heads=int(source.config.num_attention_heads),
+    """What a plan runs through the model."""
+    sizes: dict[str, int] = {
+        "itemsize": NUMBER_BYTES.get(recipe.dtype, 4), "hidden": source.hidden_size, "layers": source.num_blocks,
+        "ffn": int(source.config.intermediate_size), "heads": int(source.config.num_attention_heads),
+    }  # fmt: skip
+    if limits(recipe):
+        held, measured = held_out_rows(recipe)
+        return Work(row=recipe.row_tokens, rows=max(recipe.fit_tokens, held * measured), measured=measured, **sizes)
+    length = recipe.row_tokens
+    return FitWork(
+        row=FIT_ROWS * length, rows=max(recipe.fit_tokens, recipe.score_tokens), measured=HELD_OUT_WINDOWS * length,
+        sources=recipe.sources if reads(recipe.kind) else 0, compensated=recipe.compensate,
+        recalibrated=int(source.config.vocab_size) if recalibrates(recipe) else 0, **sizes,
     )  # fmt: skip
 
 
@@ -208,10 +249,24 @@ def _check_held_out(recipe: Recipe) -> None:
         return
     if not limits(recipe):
         raise RecipeError(f"--held-out-tokens is for windows, and this asks for {recipe.kind}; leave it out")
-    changed = recipe.compensate or recipe.recalibrate or recipe.heal != "none"
+    changed = recipe.compensate or recipe.recalibrate or recipe.heal != "none" or recipe.ffn_skip is not None
     if changed and recipe.held_out_tokens < (recipe.context or 0):
         raise RecipeError(f"--held-out-tokens {recipe.held_out_tokens} is less than the context of {recipe.context} "
-                          "tokens, at which a plan with changed weights is measured; give more")  # fmt: skip
+                          "tokens, at which a plan that changes more than windows is measured; give more")  # fmt: skip
+
+
+def _check_skipping(source: Source, recipe: Recipe) -> None:
+    """Refuse FFNs that tokens cannot skip, a format that cannot hold it, and more than can be spared."""
+    assert recipe.ffn_skip is not None
+    if source.earlier is not None:
+        raise RecipeError(f"--ffn-skip needs the dense model, and {source.name} is pruned already; leave it out")
+    variant(SKIPPING).check(source.family, source.config)
+    if not format_named(recipe.format).adapters:
+        raise RecipeError(f"--format {recipe.format} holds no FFNs that tokens skip; use --format shoal or plan")
+    most = most_skipped(recipe, source.num_blocks)
+    if parse_share(recipe.ffn_skip, "ffn-skip") > most:
+        raise RecipeError(f"--ffn-skip {recipe.ffn_skip} is out of reach: the first and the last block and the first "
+                          f"tokens skip nothing, so {most:.1%} can go")  # fmt: skip
 
 
 def _on_top(earlier: Earlier, recipe: Recipe, model: str, *, again: bool) -> Recipe:
@@ -364,8 +419,9 @@ def checked_sweep(
     for name in curves.emulations:
         if name != REMOVED and row(name).unit == "block":
             raise RecipeError(f"--emulations {name}: a sweep removes attention, and {name} replaces whole blocks")
-        if narrows(name):
-            raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with --weight-budget for FFNs")
+        if name != REMOVED and row(name).unit == "ffn":
+            how = "--weight-budget" if narrows(name) else "--ffn-skip"
+            raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with {how} for FFNs")
         if cache_of(name) == "window":
             raise RecipeError(f"--emulations {name}: a sweep removes attention; prune with --kv-budget for windows")
     source = find_model(model, reporter)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pruning
 from pruning import windows
-from pruning.budget import Counts, counts
+from pruning.budget import HELD_OUT_WINDOWS, Counts, counts
 from pruning.console import Reporter
 from pruning.errors import CalibrationError, RecipeError
 from pruning.evaluation.questions import holds_questions, parse_task
@@ -27,9 +27,10 @@ from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, Scores
 from pruning.models.finding import Source
 from pruning.models.loading import DenseModel, load_model
+from pruning.models.memory import STREAMED_STATE_BYTES
 from pruning.models.sizes import biases_bytes, saved_bytes, weight_bytes
 from pruning.plan import KINDS, EmulationKind, Plan, Sublayer, Unit, UnitKind, parse_share, shortest, sublayers_of
-from pruning.recipe import Recipe, by_head, emulation_kind, limits
+from pruning.recipe import Recipe, by_head, emulation_kind, limits, recalibrates
 from pruning.recovery.emulation import Recovery, fit_candidates, fit_plan, recover
 from pruning.recovery.fuse import Fusion, check_fusable, fuse
 from pruning.recovery.healing import heal
@@ -40,10 +41,9 @@ from pruning.search import selection
 from pruning.search.selection import Judge, Selection
 from pruning.texts.calibration import from_files, other_windows, repeated, self_generated, standard_library
 from pruning.texts.shipped import rows_held_out, rows_to_choose_on
-from pruning.variants import REMOVED, cache_of, narrows, row
+from pruning.variants import REMOVED, cache_of, narrows, row, skips
 from pruning.workdir import Journal, cache_directory, healing_states
 
-HELD_OUT_WINDOWS = 8
 HEALING_VALIDATION_WINDOWS = 16
 HEALING_TOKENS = 10_000_000  # text read where the number of updates is not known
 HEALING_MINUTES = 30.0
@@ -78,7 +78,7 @@ def _texts(dense: DenseModel, recipe: Recipe, reporter: Reporter) -> tuple[Tenso
     tokens = recipe.fit_tokens + HELD_OUT_WINDOWS * length
     if recipe.calibration:
         rows = from_files(recipe.calibration, dense.tokenizer, tokens, length, recipe.seed)
-    elif narrows(recipe.kind):
+    elif narrows(recipe.kind) or skips(recipe.kind):
         chosen = rows_to_choose_on(dense.tokenizer, length, -(-recipe.fit_tokens // length))
         return chosen, rows_held_out(dense.tokenizer, length, HELD_OUT_WINDOWS)
     elif recipe.stream:
@@ -105,7 +105,8 @@ def judges_of(
         found = found or windows.limited(dense, recipe, tokens, reporter)
         limiting = windows.judges(dense, recipe, tokens, found, journal, reporter)
     settings: dict[str, Any] = {
-        "state_bytes": SCORING_STATE_BYTES, "journal": journal, "residency": dense.residency
+        "state_bytes": SCORING_STATE_BYTES if dense.residency.keeps_blocks else STREAMED_STATE_BYTES,
+        "journal": journal, "residency": dense.residency,
     }  # fmt: skip
     count = max(1, recipe.score_tokens // recipe.row_tokens)
     fitted = max(1, SEARCH_FIT_TOKENS // recipe.row_tokens)
@@ -350,13 +351,12 @@ def recovered(
     Kept weights are refitted beside limited layers (`found`) that have windows for these rows.
     """
     evaluator = Evaluator(dense.model, dense.family, tokens, residency=dense.residency)
-    recalibrated = recipe.compensate or recipe.fuse if recipe.recalibrate is None else recipe.recalibrate
-    how = {"compensated": recipe.compensate, "recalibrated": recalibrated}
+    how = {"compensated": recipe.compensate, "recalibrated": recalibrates(recipe)}
     with forwards(dense, recipe):
         if not recipe.fuse:
             recovery = recover(
                 evaluator, plan.removed, plan.rank, reporter, sources=plan.sources, window=plan.window,
-                prepared=found.scored if found else prepared, **how,
+                prepared={**(prepared or {}), **found.scored} if found else prepared, **how,
             )  # fmt: skip
             return replace(recovery, emulations=windows.as_served(recovery.emulations, found)) if found else recovery
         check_fusable(dense.family, plan.removed)

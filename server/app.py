@@ -8,7 +8,7 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from server.requests.tokens import TokenQueue, refuse_tokens, reserve
 from server.requests.validation import UNREADABLE, refuse_invalid, refuse_unreadable
 from server.routes import router
 from server.settings import Settings
+from server.starting import interruptible
 
 logger = logging.getLogger("shoal.app")
 
@@ -155,7 +156,9 @@ async def serve(
     cors = compat.take_cors(args)
     waiting_room = opening_app(lifecycle, compat.metrics_registry(), settings.retry_after_seconds)
     async with AsyncExitStack() as stack:
-        with opening(dress(waiting_room, cors, root), sockets, options):
+        alone = client_config is None  # else vLLM's parent of all API processes hears the signals
+        ends = interruptible() if alone else nullcontext()
+        with ends, opening(dress(waiting_room, cors, root), sockets, options):
             engine = await stack.enter_async_context(compat.open_engine(args, client_config))
             facts = compat.engine_facts(engine)
             inventory = take_inventory(directory, manifest, facts, draft)

@@ -64,7 +64,8 @@ def serve(
     logging = ["--logging-config.formatter", settings.log_format]
     args = parse_arguments([model, *logging, *engine], _defaults(directory, settings))
     _check_combination(args, settings)
-    _check_ranks(directory, args.tensor_parallel_size)
+    _check_ranks(model, args.tensor_parallel_size)
+    _check_eager(model, eager=args.enforce_eager)
     set_parsers(args, *_parsers(directory, args.chat_template, settings))
     return run(args, settings)
 
@@ -126,6 +127,15 @@ def _check_ranks(directory: str, ranks: int) -> None:
     config = Path(directory) / "config.json"
     if ranks > 1 and config.is_file():
         check_ranks(json.loads(config.read_text(encoding="utf-8")), ranks)
+
+
+def _check_eager(directory: str, *, eager: bool) -> None:
+    """Refuse a checkpoint whose steps differ in shape where they would be captured, before the engine starts."""
+    from server.engine.loader import check_eager
+
+    config = Path(directory) / "config.json"
+    if not eager and config.is_file():
+        check_eager(json.loads(config.read_text(encoding="utf-8")).get("block_configs") or (), eager=eager)
 
 
 def _parsers(directory: str, chat_template: str | None, settings: Settings) -> tuple[str | None, str | None]:

@@ -12,7 +12,7 @@ from pruning.plan import KINDS, Kind
 from pruning.variants import cache_of, state_of
 from server.engine.compat import EngineFacts
 
-State = Literal["kept", "limited", "narrowed", "removed", "emulated"]
+State = Literal["kept", "limited", "narrowed", "skipped", "removed", "emulated"]
 STATES: tuple[State, ...] = get_args(State)
 HeadState = Literal["full", "limited", "removed"]
 HEAD_STATES: tuple[HeadState, ...] = get_args(HeadState)

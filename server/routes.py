@@ -53,6 +53,7 @@ def summarise(manifest: Manifest | None, inventory: Inventory) -> dict[str, Any]
         "kv_heads": inventory.kv_heads(),
         "ffn_removed": gone["ffn"],
         "ffn_narrowed": [b for b, states in enumerate(inventory.blocks) if states["ffn"] == "narrowed"],
+        "ffn_skipped": [b for b, states in enumerate(inventory.blocks) if states["ffn"] == "skipped"],
         "emulated": inventory.count("attention", "emulated") + inventory.count("ffn", "emulated"),
         "kv_bytes_per_token": inventory.kv_bytes_per_token,
         "kv_bytes_per_token_dense": inventory.kv_bytes_per_token_dense,

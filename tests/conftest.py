@@ -36,7 +36,9 @@ from pruning.plan import KINDS, Plan, Sublayer
 from pruning.recovery.apply import apply_recovery
 from pruning.recovery.emulation import Recovery, fit_plan, recover
 from pruning.recovery.fuse import Fusion, fuse
-from pruning.variants import window_fit
+from pruning.search.skips import predicted
+from pruning.variants import skips, window_fit
+from pruning.variants.skip_fit import Share
 
 VOCABULARY = 320
 CACHE = tempfile.TemporaryDirectory()
@@ -169,6 +171,8 @@ NARROW_PLAN = Plan(
     BLOCKS, {**{Sublayer(block, "ffn"): "narrow" for block in UNITS}, Sublayer(2, "attention"): "bias"}, units=UNITS
 )
 
+SKIP_PLAN = Plan(BLOCKS, {**{Sublayer(block, "ffn"): "skip" for block in (1, 3, 4)}, Sublayer(2, "attention"): "bias"})
+
 SHARED_PLAN = Plan(BLOCKS, {Sublayer(b, kind): "shared" for b in (2, 4) for kind in KINDS}, rank=4)
 
 FUSIBLE_PLAN = Plan(BLOCKS, {**MIXED_PLAN.removed, Sublayer(2, "attention"): "low_rank"}, rank=4)
@@ -227,6 +231,12 @@ def export_pico(model: PreTrainedModel, model_type: str, plan: Plan, directory: 
         found = orders(evaluator, plan.units, 0, Reporter())
         kept = {sublayer: each.kept(plan.units[sublayer.block]) for sublayer, each in found.items()}
         recovery = recover(evaluator, plan.removed, plan.rank, Reporter(), compensated=False, prepared=kept)
+    elif any(map(skips, plan.removed.values())):
+        predictors = predicted(
+            evaluator, [s.block for s, kind in plan.removed.items() if skips(kind)], 4, 0, Reporter()
+        )
+        shares = {s: Share(each.weight, each.map, len(each.costs) // 2) for s, each in predictors.items()}
+        recovery = recover(evaluator, plan.removed, plan.rank, Reporter(), compensated=False, prepared=shares)
     else:
         emulations = fit_plan(evaluator, plan.removed, plan.rank, Reporter(), plan.sources, plan.window)
         recovery = Recovery(emulations, {})
@@ -306,7 +316,8 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
 
     `"llama fused"` is the same with its emulations fused; in `"llama kv-share"` two of them attend to block 1's cache;
     in `"llama shared"` blocks 2 and 4 have the weights of others and differences of rank 4; `"llama window"` has
-    limited attention layers; `"llama narrow"` has three FFNs of fewer units.
+    limited attention layers; `"llama narrow"` has three FFNs of fewer units; half of the tokens skip three FFNs of
+    `"llama skip"`.
     """
     pruning.register()
     made: dict[str, tuple[Path, PreTrainedModel]] = {}
@@ -318,7 +329,7 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
             directory = tmp_path_factory.mktemp(f"pruned-{name.replace(' ', '-')}")
             plans = {
                 "fused": FUSIBLE_PLAN, "kv-share": KV_SHARE_PLAN, "narrow": NARROW_PLAN, "shared": SHARED_PLAN,
-                "": MIXED_PLAN,
+                "skip": SKIP_PLAN, "": MIXED_PLAN,
             }  # fmt: skip
             plan = window_plan(model_type) if variant == "window" else plans[variant]
             made[name] = export_pico(model, model_type, plan, directory, fused=variant == "fused"), model

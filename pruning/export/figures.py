@@ -11,7 +11,8 @@ from pruning.variants import state_of
 
 INK = "#010203"  # stands for the page's own text colour in the SVG
 COLOURS = ("#3b7dd8", "#e07b39", "#3a9d5d", "#b0529e", "#8a8f3c", "#d14b4b")
-STATES = {"kept": "#3b7dd8", "limited": "#58a07c", "narrowed": "#8d6cc4", "emulated": "#e0a339", "removed": "#c9c9c9"}
+STATES = {"kept": "#3b7dd8", "limited": "#58a07c", "narrowed": "#8d6cc4", "skipped": "#5fb3b3", "emulated": "#e0a339",
+          "removed": "#c9c9c9"}  # fmt: skip
 MARKS = ("o", "s", "^", "D", "v", "P")
 
 

@@ -24,8 +24,8 @@ TASKS_NOTE = (
 
 
 def strip(manifest: Manifest, kind: str) -> str:
-    """One letter a block: K kept, L limited, N narrower, E emulated, - removed."""
-    letters = {"kept": "K", "limited": "L", "narrowed": "N", "emulated": "E", "removed": "-"}
+    """One letter a block: K kept, L limited, N narrower, S skipped by tokens, E emulated, - removed."""
+    letters = {"kept": "K", "limited": "L", "narrowed": "N", "skipped": "S", "emulated": "E", "removed": "-"}
     states = [state_of(manifest.removed.get(f"{kind}.{block}")) for block in range(manifest.num_blocks)]
     return "".join(letters[state] for state in states)
 
@@ -55,6 +55,7 @@ def _quality_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
          f"{sizes['weights'] / sizes['weights_dense']:.4f}"),
         *_kv_rows(sizes),
         *_code_rows(quality),
+        *_skip_rows(quality),
     ]  # fmt: skip
 
 
@@ -81,6 +82,14 @@ def _code_rows(quality: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return [(what, str(dense["found"]), str(pruned["found"]), ratio)]
 
 
+def _skip_rows(quality: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """FFN runs that tokens are spared."""
+    if "ffn_skipped" not in quality:
+        return []
+    share = quality["ffn_skipped"]["share"]
+    return [("FFN runs on held-out text", "100.0%", f"{1 - share:.1%}", f"{1 - share:.4f}")]
+
+
 def task_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     """What the plan costs every task, and what the plan that each task alone would choose costs them; head first."""
     plans: Mapping[str, Mapping[str, float]] = manifest.quality.get("tasks", {})
@@ -99,7 +108,8 @@ def _what_went(manifest: Manifest) -> str:
     but_for = f" (but for {full} of their KV heads)" if full else ""
     parts = [f"{states.count('limited')} limited to the last {window} tokens{but_for}"] if "limited" in states else []
     parts += [f"{states.count('narrowed')} narrowed"] if "narrowed" in states else []
-    gone = len(states) - states.count("limited") - states.count("narrowed")
+    parts += [f"{states.count('skipped')} skipped by some tokens"] if "skipped" in states else []
+    gone = states.count("emulated") + states.count("removed")
     parts += [f"{gone} removed"] if gone else []
     return f"{' and '.join(parts)}, of {2 * manifest.num_blocks} sublayers,"
 
@@ -130,6 +140,15 @@ def _units(manifest: Manifest) -> str:
     return f"Units that FFNs keep, by block: {', '.join(units)}.\n\n" if units else ""
 
 
+def _skipped(manifest: Manifest) -> str:
+    """How many tokens skip FFNs, in all and by block."""
+    found = manifest.quality.get("ffn_skipped")
+    if found is None:
+        return ""
+    blocks = ", ".join(f"{block}: {share:.1%}" for block, share in found["blocks"].items())
+    return f"On held-out text {found['share']:.1%} of all FFN runs are skipped; by block {blocks}.\n\n"
+
+
 def write_card(directory: Path, manifest: Manifest) -> None:
     """Write README.md, the model card."""
     table = "\n".join(f"| {' | '.join(row)} |" for row in _quality_rows(manifest))
@@ -142,9 +161,10 @@ def write_card(directory: Path, manifest: Manifest) -> None:
         "---\ntags: [shoal, depth-pruned]\nlibrary_name: transformers\n---\n\n"
         f"# {manifest.base['model']}, depth-pruned\n\n"
         f"{_what_went(manifest)} by Shoal {manifest.shoal_version}.\n\n"
-        "One letter a block: K kept, L limited to a window, N narrower, E emulated, - removed.\n\n"
+        "One letter a block: K kept, L limited to a window, N narrower, S skipped by some tokens, E emulated, - "
+        "removed.\n\n"
         f"    attention  {strip(manifest, 'attention')}\n    ffn        {strip(manifest, 'ffn')}\n\n"
-        f"{_sizes(manifest)}{_full_heads(manifest)}{_units(manifest)}"
+        f"{_sizes(manifest)}{_full_heads(manifest)}{_units(manifest)}{_skipped(manifest)}"
         f"| | dense | pruned | ratio |\n|---|---|---|---|\n{table}\n\n"
         f"Serve it: `{serving}`. Made by:\n\n    {command(manifest)}\n",
         encoding="utf-8",

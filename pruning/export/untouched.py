@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from pruning.errors import CheckpointError
-from pruning.export.formats import Untouched
+from pruning.export.formats import Copied, Untouched
 from pruning.models.checkpoint import Manifest, combined
 from pruning.models.loading import DenseModel
 from pruning.models.weight_files import ADDED, BASE, SINGLE, WeightFiles, placed, quantisation_of, weight_files
@@ -35,12 +35,17 @@ def untouched(dense: DenseModel, manifest: Manifest, dtype: str) -> Untouched | 
         manifest.base["quantisation"] = quantisation
     keeps = dtype == "auto" or {DTYPES.get(each) for each in base.dtypes} == {dtype}
     if keeps:
-        scale = BYTES[own] / BYTES[manifest.base["dtype"]]
-        manifest.base["dtype"] = own
-        for name in ("kv_per_token_dense", "kv_per_token", "kv_request_dense", "kv_request"):
-            manifest.sizes[name] = int(manifest.sizes[name] * scale)
+        in_dtype(manifest, own)
         manifest.sizes["weights_dense"] = manifest.sizes["weights"] = base.bytes
     return Untouched(base, dense.hashes, own, keeps, manifest)
+
+
+def in_dtype(manifest: Manifest, own: str) -> None:
+    """Let a manifest count the KV cache in the dtype that weights are stored in, not in that which was computed in."""
+    scale = BYTES[own] / BYTES[manifest.base["dtype"]]
+    manifest.base["dtype"] = own
+    for name in ("kv_per_token_dense", "kv_per_token", "kv_request_dense", "kv_request"):
+        manifest.sizes[name] = int(manifest.sizes[name] * scale)
 
 
 def untouched_in(directory: Path, manifest: Manifest) -> Untouched | None:
@@ -82,7 +87,7 @@ def stored_dtype(base: WeightFiles, named: str | None) -> str | None:
     return one if one in BYTES else None
 
 
-def known_hashes(found: Untouched | None, directory: Path) -> dict[str, str]:
+def known_hashes(found: Untouched | Copied | None, directory: Path) -> dict[str, str]:
     """SHA-256, by name, of the files in a directory that are the dense model's own by another name."""
     if found is None:
         return {}

@@ -138,6 +138,8 @@ class Blocks:
         if sublayer.kind == "attention":
             if emulation is not None:  # it took the place of the tapped module
                 tap.output = (after - hidden) / self.family.scale(self.model.config)
+            elif tap.output is not None:
+                tap.output = tap.output.expand_as(hidden)  # a stand-in's is a constant
             tap.entered = hidden if self.family.parallel else None
             taps[sublayer.block] = tap
         return after

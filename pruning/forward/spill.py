@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import IO, overload
 
 import torch
@@ -97,6 +97,34 @@ class Spilled(Sequence[Tensor]):
         except OSError as error:
             raise StorageError(f"cannot write to {self._directory}: {error.strerror or error}") from error
         return first, tensor.shape, tensor.dtype, tensor.device
+
+
+class SpilledNames(MutableMapping[str, Tensor]):
+    """Tensors by name in a temporary file; what is replaced or deleted keeps its room there."""
+
+    def __init__(self) -> None:
+        self._tensors: Spilled | None = None
+        self._numbers: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        number = self._numbers[name]
+        assert self._tensors is not None
+        return self._tensors[number]
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if self._tensors is None:
+            self._tensors = Spilled()
+        self._numbers[name] = len(self._tensors)
+        self._tensors.append(tensor)
+
+    def __delitem__(self, name: str) -> None:
+        del self._numbers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 Batches = list[Tensor] | Spilled

@@ -61,6 +61,7 @@ class Streamed(Residency):
         self._model, self._family, self._dtype, self._device = model, family, dtype, device
         self._checked: set[str] = set()
         self._places = {name: place for file in files for name, place in _places(file).items()}
+        self._changed: Mapping[str, Tensor] = {}
         outside = [name for name, _ in model.named_parameters() if not name.startswith(family.blocks + ".")]
         self._head = [name for name in outside if name.startswith((family.head + ".", family.norm + "."))]
         # The model's own forward, which prepares what blocks are given, ends with the final norm.
@@ -79,6 +80,8 @@ class Streamed(Residency):
                 f"the weights lack {absent[0]}; --stream reads checkpoints that name parameters as the model does, "
                 "which mixtures of experts do not"
             )
+        self._stored = self._places[self._embedding[0]].dtype
+        self.dtype = str(self._stored).removeprefix("torch.")
         self._reader = ThreadPoolExecutor(1, "blocks")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._last = -1
@@ -110,6 +113,10 @@ class Streamed(Residency):
         with self._held(self._head, {}):
             yield
 
+    def change(self, weights: Mapping[str, Tensor]) -> None:
+        """Let parameters be these tensors from now on, as they will be stored."""
+        self._changed = weights
+
     def _of_block(self, index: int) -> list[str]:
         prefix = f"{self._family.blocks}.{index}."
         return [name for name, _ in self._model.named_parameters() if name.startswith(prefix)]
@@ -130,6 +137,8 @@ class Streamed(Residency):
         try:
             for name in names:
                 stored = read.pop(name, None)
+                if name in self._changed:
+                    stored = self._changed[name].to(self._stored)
                 tensor = self._read(self._stored_as.get(name, name)) if stored is None else self._converted(stored)
                 del stored
                 if name not in self._checked:
@@ -140,7 +149,8 @@ class Streamed(Residency):
             yield
         finally:
             for name in names:
-                self._put(name, self._model.get_parameter(name).detach().to("meta"))
+                stand_in = self._model.get_parameter(name).detach().to("meta")
+                self._put(name, stand_in[:0] if name in self._stored_as else stand_in)  # tied weights count once
             _give_back()
 
     def _converted(self, stored: Tensor) -> Tensor:

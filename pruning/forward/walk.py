@@ -40,10 +40,11 @@ def enter(evaluator: Evaluator, copies: int = 2) -> tuple[Batches, list[Argument
     tokens = sum(batch.numel() for batch in evaluator.batches)
     width = evaluator.model.config.hidden_size * evaluator.model.dtype.itemsize
     streams, arguments = batches(tokens * width, copies), list[Arguments]()
-    for batch in evaluator.batches:
-        hidden, given = evaluator.embed(batch)
-        streams.append(hidden)
-        arguments.append(arguments[-1] if arguments and _same(given, arguments[-1]) else given)
+    with evaluator.residency.embedding():
+        for batch in evaluator.batches:
+            hidden, given = evaluator.embed(batch)
+            streams.append(hidden)
+            arguments.append(arguments[-1] if arguments and _same(given, arguments[-1]) else given)
     return streams, arguments
 
 

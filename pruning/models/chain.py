@@ -94,6 +94,9 @@ def earlier_of(directory: Path, fields: Mapping[str, Any]) -> Earlier:
                     f"{directory}: {found.title} of {sublayer} reads other layers, so nothing more can be taken out; "
                     "prune the dense model again"
                 )
+            if found is not None and found.final:
+                raise ModelError(f"{directory} holds {found.title} of {sublayer}, so nothing more can be taken out; "
+                                 "prune the dense model again")  # fmt: skip
             in_place = in_place and found is not None and found.in_place and not found.changes_weights
             limited = limited or (found is not None and found.positions(entry) is not None)
     gone = {name for name, kind in manifest.removed.items() if kind in (REMOVED, FUSED)}

@@ -125,11 +125,15 @@ def index_with(base: WeightFiles, added: Mapping[str, int]) -> bytes:
 def share(base: WeightFiles, directory: Path) -> None:
     """Hard-link the files of a base into a directory, or copy them where the file system does not link."""
     for name in base.names:
-        source, target = (base.directory / name).resolve(), directory / placed(name)
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, somebody else's file, or too many links
-            shutil.copyfile(source, target)
+        link(base.directory / name, directory / placed(name))
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system does not link."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, somebody else's file, or too many links
+        shutil.copyfile(source, target)
 
 
 def quantisation_of(fields: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 """Closed-form emulation: fit what a removed sublayer did, layer by layer, on the already-pruned prefix."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from pruning.console import Reporter
 from pruning.finite import check_tensors
 from pruning.forward.blocks import Arguments, Taps
 from pruning.forward.evaluator import Evaluator
-from pruning.forward.spill import Batches
+from pruning.forward.spill import Batches, SpilledNames
 from pruning.forward.walk import Seen, advance, enter, forget_taps, last_block
 from pruning.plan import KINDS, EmulationKind, Sublayer
 from pruning.recovery.compensation import compensate
@@ -26,11 +26,11 @@ class Recovery:
 
     Attributes:
         emulations: Sublayer -> module, None where nothing emulates it.
-        weights: Parameter name in the dense model -> compensated weight.
+        weights: Parameter name in the dense model -> compensated weight; in a file where blocks are read from disk.
     """
 
     emulations: dict[Sublayer, Emulation | None]
-    weights: dict[str, Tensor]
+    weights: MutableMapping[str, Tensor]
 
 
 @torch.no_grad()
@@ -73,7 +73,8 @@ def recover(
     if not (compensated or recalibrated or any(map(_walks, removed.values()))):
         return Recovery({sublayer: prepared.get(sublayer) for sublayer in sorted(removed)}, {})
     emulations: dict[Sublayer, Emulation | None] = {}
-    weights: dict[str, Tensor] = {}
+    residency = evaluator.residency
+    weights: MutableMapping[str, Tensor] = {} if residency.keeps_blocks else SpilledNames()
     dense, arguments = enter(evaluator)
     pruned = dense  # as long as nothing is gone
     taps: list[Taps] = [{} for _ in arguments]
@@ -81,7 +82,7 @@ def recover(
     runs = _runs(removed, len(evaluator.blocks)) if compensated else {}
     last = last_block(evaluator, removed, to_the_end=compensated or recalibrated)
     with reporter.progress("emulation", last + 1) as step:
-        for index in range(last + 1):
+        for index in residency.each(range(last + 1)):
             wanted = _wanted(removed, reads, index)
             # As long as the two streams are one, the dense one notes what attention puts out.
             noted: list[Taps] = taps if pruned is dense else [{} for _ in taps]
@@ -108,17 +109,18 @@ def recover(
                         advance(evaluator, sublayer, pruned, arguments, module, taps=taps, wanted=wanted)
                 elif run is not None:
                     goal = _ahead(evaluator, dense, arguments, range(index + 1, run + 1))
-                    weights |= compensate(evaluator, sublayer, pruned, goal, arguments, taps=taps, wanted=wanted)
+                    weights.update(compensate(evaluator, sublayer, pruned, goal, arguments, taps=taps, wanted=wanted))
                 elif pruned is dense:
                     continue
                 elif compensated:
-                    weights |= compensate(evaluator, sublayer, pruned, dense, arguments, taps=taps, wanted=wanted)
+                    weights.update(compensate(evaluator, sublayer, pruned, dense, arguments, taps=taps, wanted=wanted))
                 else:
                     advance(evaluator, sublayer, pruned, arguments, taps=taps, wanted=wanted)
             forget_taps(taps, wanted)
             step.advance()
     if recalibrated:
-        weights |= recalibrate(evaluator, dense, pruned, reporter)
+        with residency.head():
+            weights.update(recalibrate(evaluator, dense, pruned, reporter))
     return Recovery(emulations, weights)
 
 
@@ -139,6 +141,13 @@ def _ahead(
     evaluator: Evaluator, streams: Batches, arguments: Sequence[Arguments], blocks: Sequence[int]
 ) -> Iterator[Tensor]:
     """The dense streams after some more blocks, [b, T, D] each, one batch after the other."""
+    if not evaluator.residency.keeps_blocks:
+        goal = streams.copy()  # all batches go through a block while it is there
+        for block in evaluator.residency.each(blocks):
+            for number, every in enumerate(arguments):
+                goal[number] = evaluator.run_block(block, goal[number], every[block], {})
+        yield from goal
+        return
     for hidden, every in zip(streams, arguments, strict=True):
         for block in blocks:
             hidden = evaluator.run_block(block, hidden, every[block], {})
@@ -254,7 +263,7 @@ def fit_candidates(
     gone = dict.fromkeys(base, kind)
     last = last_block(evaluator, wanted, to_the_end=False)
     with reporter.progress("emulations of candidates", last + 1) as step:
-        for index in range(last + 1):
+        for index in evaluator.residency.each(range(last + 1)):
             kept = _kept_for(evaluator, gone, index, kind, sources)
             noted: list[Taps] = taps if pruned is dense else [{} for _ in taps]
             for sublayer in (Sublayer(index, kind_) for kind_ in KINDS):

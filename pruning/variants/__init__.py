@@ -24,6 +24,9 @@ REMOVED = "none"
 """The name in plans for a sublayer that nothing emulates."""
 
 
+SKIPPING = "skip"
+"""The name in plans for an FFN that some tokens skip."""
+
 FUSED = "fused"
 """The name in manifests for a sublayer whose emulation is part of ordinary weights."""
 
@@ -41,6 +44,9 @@ class Row:
         cache: What it keeps in the KV cache of each request: nothing, a window, or every token.
         unit: What it takes the place of: any sublayer, attention only, FFNs only, or whole blocks.
         fits: Whether it is fitted on calibration text.
+        part: What there is less of where an FFN stays in part: it has fewer units, or runs for fewer tokens.
+        streams: Whether one block in memory is enough to make it.
+        reads: Whether it reads kept attention layers, as many as --sources says.
     """
 
     target: str
@@ -50,25 +56,34 @@ class Row:
     cache: Literal["none", "window", "full"] = "none"
     unit: Literal["sublayer", "attention", "ffn", "block"] = "sublayer"
     fits: bool = True
+    part: Literal["units", "tokens"] | None = None
+    streams: bool = False
+    reads: bool = False
 
 
 VARIANTS: dict[str, Row] = {
     "window": Row(
         "pruning.variants.window:WINDOW", "attention to the last tokens only, with a planted sink",
         "arXiv 2309.17453; the planted sink is inferred", "window", cache="window", unit="attention",
+        streams=True,
     ),
-    "bias": Row("pruning.variants.bias:BIAS", "a constant, the mean update", "arXiv 2407.16286", "bias"),
+    "bias": Row(
+        "pruning.variants.bias:BIAS", "a constant, the mean update", "arXiv 2407.16286", "bias", streams=True
+    ),
     "self_only": Row(
         "pruning.variants.low_rank:SELF_ONLY", "attention of each token to itself alone; needs no text", "inferred",
-        "low_rank", unit="attention", fits=False,
+        "low_rank", unit="attention", fits=False, streams=True,
     ),
     "low_rank": Row(
-        "pruning.variants.low_rank:LOW_RANK", "an affine map of rank --rank", "arXiv 2407.16286", "low_rank"
+        "pruning.variants.low_rank:LOW_RANK", "an affine map of rank --rank", "arXiv 2407.16286", "low_rank",
+        streams=True,
     ),
-    "linear": Row("pruning.variants.low_rank:LINEAR", "an affine map of full rank", "arXiv 2505.02819", "low_rank"),
+    "linear": Row(
+        "pruning.variants.low_rank:LINEAR", "an affine map of full rank", "arXiv 2505.02819", "low_rank", streams=True
+    ),
     "context": Row(
         "pruning.variants.context:CONTEXT", "a low-rank map that also reads kept attention layers", "inferred",
-        "context",
+        "context", streams=True, reads=True,
     ),
     "kv_share": Row(
         "pruning.variants.kv_share:KV_SHARE", "attention over a kept layer's cache", "arXiv 2405.12981", "kv_share"
@@ -83,7 +98,11 @@ VARIANTS: dict[str, Row] = {
     ),
     "narrow": Row(
         "pruning.variants.narrow:NARROW", "an FFN of fewer units, as many as a weight budget lets each layer keep",
-        "arXiv 2502.03460, 2301.00774", None, unit="ffn",
+        "arXiv 2502.03460, 2301.00774", None, unit="ffn", part="units",
+    ),
+    "skip": Row(
+        "pruning.variants.skip:SKIP", "an FFN that runs for some tokens only, with --ffn-skip; no weight changes",
+        "arXiv 2404.03865; the predictor is inferred", "skip", unit="ffn", part="tokens",
     ),
 }  # fmt: skip
 
@@ -144,6 +163,16 @@ def changes_weights(kinds: Iterable[str]) -> bool:
     return any(kind in (REMOVED, FUSED) or variant(kind).changes_weights for kind in kinds)
 
 
+def streams(kind: str) -> bool:
+    """Whether one block in memory is enough to make a plan of a kind (as in a plan or as typed), or of "none"."""
+    return kind == REMOVED or row(kind).streams
+
+
+def reads(kind: str) -> bool:
+    """Whether a kind (as in a plan or as typed), or "none", reads kept attention layers, as many as --sources says."""
+    return kind != REMOVED and row(kind).reads
+
+
 def cache_of(kind: str | None) -> Literal["none", "window", "full"]:
     """What a sublayer of this kind (as in a plan or as typed) keeps in the KV cache; None: it is kept as it is."""
     if kind is None:
@@ -153,10 +182,15 @@ def cache_of(kind: str | None) -> Literal["none", "window", "full"]:
 
 def narrows(kind: str) -> bool:
     """Whether a kind (as in a plan or as typed) narrows FFNs: a budget then says how much of each goes."""
-    return kind not in (REMOVED, FUSED) and row(kind).unit == "ffn"
+    return kind not in (REMOVED, FUSED) and row(kind).part == "units"
 
 
-def state_of(kind: str | None) -> Literal["kept", "limited", "narrowed", "emulated", "removed"]:
+def skips(kind: str) -> bool:
+    """Whether a kind (as in a plan or as typed) lets tokens skip FFNs: a rate then says how many."""
+    return kind not in (REMOVED, FUSED) and row(kind).part == "tokens"
+
+
+def state_of(kind: str | None) -> Literal["kept", "limited", "narrowed", "skipped", "emulated", "removed"]:
     """What a sublayer of this kind is called; None: it is kept as it is."""
     if kind is None:
         return "kept"
@@ -164,6 +198,8 @@ def state_of(kind: str | None) -> Literal["kept", "limited", "narrowed", "emulat
         return "removed"
     if narrows(kind):
         return "narrowed"
+    if skips(kind):
+        return "skipped"
     return "limited" if cache_of(kind) == "window" else "emulated"
 
 
@@ -196,4 +232,5 @@ def full_heads_of(entry: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _own_entries() -> list[str]:
     """Keys of a sublayer's entry that are a variant's own."""
-    return [each.entry for each in VARIANTS.values() if each.cache == "window" and each.entry is not None]
+    inside = [each for each in VARIANTS.values() if each.cache == "window" or each.part is not None]
+    return [each.entry for each in inside if each.entry is not None]

@@ -146,6 +146,7 @@ class Variant:
         trains_norms: Whether healing trains the norms of the sublayer, which stay.
         changes_weights: Whether weights of the dense model go or change; if not, a plan file can hold it.
         walks: Whether its fit depends on what else is gone; if not, `prepare` gives the module itself.
+        final: Whether nothing more can be taken out of a checkpoint that holds it.
     """
 
     title: ClassVar[str] = "the adapter"
@@ -156,6 +157,7 @@ class Variant:
     trains_norms: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = True
     walks: ClassVar[bool] = True
+    final: ClassVar[bool] = False
 
     def check(self, family: Family, config: Any) -> None:
         """Refuse a family that cannot have it.

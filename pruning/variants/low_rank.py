@@ -144,8 +144,9 @@ def self_attention(evaluator: "Evaluator", sublayer: Sublayer) -> Affine:
     attention, norm = getattr(block, family.attention), getattr(block, before)
     size = evaluator.model.config.hidden_size
     token = evaluator.batches[0][:1, :1]
-    _, arguments = evaluator.embed(token)
-    place = {"dtype": evaluator.model.dtype, "device": evaluator.model.device}
+    with evaluator.residency.embedding():
+        _, arguments = evaluator.embed(token)
+    place = {"dtype": evaluator.model.dtype, "device": next(attention.parameters()).device}
     sign = torch.ones(size, **place)
     sign[1::2] = -1
     plus, minus = norm(sign[None])[0], norm(-sign[None])[0]

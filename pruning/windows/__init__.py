@@ -123,8 +123,9 @@ def as_before(dense: DenseModel, recipe: Recipe, rows: Tensor) -> Iterator[None]
 
 
 def as_served(scored: Mapping[Sublayer, Any], found: Limits) -> dict[Sublayer, Any]:
-    """Limits with windows for the context."""
-    return {sublayer: resized(window, found.served[sublayer].size) for sublayer, window in scored.items()}
+    """Limits with windows for the context; what is no limit stays as it is."""
+    served = found.served
+    return {each: resized(made, served[each].size) if each in served else made for each, made in scored.items()}
 
 
 def others(dense: DenseModel, recipe: Recipe, tokens: int, rows: Tensor, held_out: Tensor) -> Tensor:

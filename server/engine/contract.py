@@ -114,6 +114,7 @@ CONTRACT: tuple[Taken, ...] = (
     Taken("config.model:ModelConfig.hf_config"),
     Taken("config.model:ModelConfig.hf_text_config"),
     Taken("config.model:ModelConfig.max_model_len"),
+    Taken("config.model:ModelConfig.enforce_eager"),
     Taken("config.model:ModelConfig.use_mla"),
     Taken("config.model:ModelConfig.get_head_size", None, 0),
     Taken("config.model:ModelConfig.get_total_num_kv_heads", None, 0),

@@ -91,6 +91,21 @@ def check_units(units: int, ranks: int, block: object) -> None:
         raise CheckpointError(f"--tensor-parallel-size {ranks} does not divide the {units} FFN units of block {block}")
 
 
+def check_eager(block_configs: Sequence[Any], *, eager: bool) -> None:
+    """Check that steps are run as they come, where their shapes differ.
+
+    Raises:
+        CheckpointError: They would be captured or compiled.
+    """
+    changing = [b for b, each in enumerate(block_configs) for v, _ in variants.ffn_changes_of(each["ffn"]) if v.eager]
+    if changing and not eager:
+        raise CheckpointError(
+            f"FFNs of {len(changing)} blocks are skipped by some tokens, and neither CUDA graphs nor torch.compile can "
+            "hold steps whose shapes differ; serve it with --enforce-eager and without pipeline stages, or serve the "
+            "dense model"
+        )
+
+
 def check_ranks(fields: Mapping[str, Any], ranks: int) -> None:
     """Check, by the fields of a `config.json`, that tensor-parallel ranks can share each layer's full heads and units.
 

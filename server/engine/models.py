@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pruning.families import FAMILIES, Family
 from pruning.variants.shared import materialised
 from server.engine import variants
-from server.engine.loader import check_directory, check_stage, check_units, lacks_attention
+from server.engine.loader import check_directory, check_eager, check_stage, check_units, lacks_attention
 from server.engine.stand_ins import Absent, Place, build_emulation, connect_sources, install
 from server.engine.vllm import (
     attention_classes,
@@ -123,6 +123,9 @@ def _pruning_layers(
             place = family.attention if kind == "attention" else seam.ffn_place or family.ffn
             emulation = build_emulation(spec[kind]["emulation"], config.hidden_size, seam.fused)
             install(block, Place(place, before, after), emulation, fused=seam.fused, share=share)
+        ffn, attention = (getattr(block, name) for name in (seam.ffn_place or family.ffn, family.attention))
+        for variant, entry in variants.ffn_changes_of(spec["ffn"]):
+            variant.prepare(ffn, attention, entry, config.hidden_size, share)
         return block
 
     def make(count: int, layer: Callable[..., nn.Module], prefix: str) -> Any:
@@ -171,6 +174,7 @@ def _define(family: Family) -> type[nn.Module]:
     def init(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
         if is_first_worker():
             check_directory(vllm_config.model_config.model, str(vllm_config.load_config.load_format))
+        check_eager(vllm_config.model_config.hf_config.block_configs, eager=vllm_config.model_config.enforce_eager)
         make = _pruning_layers(stock(seam.layers).make_layers, family, seam, vllm_config)
         extra = {"layer_type": _llama_block()} if seam.attention == "llama:LlamaAttention" else {}
         with replaced({f"{seam.layers}:make_layers": make}):

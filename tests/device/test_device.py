@@ -11,8 +11,9 @@ from pruning.forward.streaming import open_streamed
 from pruning.importance import Sampling, metric
 from pruning.models.finding import find_model
 from pruning.models.loading import load_model
-from pruning.plan import Plan, Sublayer, Unit
+from pruning.plan import Sublayer, Unit
 from pruning.recovery.emulation import fit_plan
+from pruning.regression import NormalEquations
 from pruning.search import heads
 from pruning.search.selection import Judge
 from pruning.variants.window_fit import limits
@@ -60,11 +61,18 @@ def test_windows_and_scores_of_heads(both):
     torch.testing.assert_close(losses[1], losses[0], atol=CLOSE["abs"], rtol=CLOSE["rel"])
 
 
-def test_adapters(pico_directory):
-    source = find_model(str(pico_directory("llama")), Reporter())
-    plan, losses = Plan(6, {ATTENTION[3]: "low_rank"}, 4), []
-    for device in ("cpu", DEVICE):
-        dense = load_model(source, "float32", device)
-        evaluator = Evaluator(dense.model, dense.family, tokens(4, 64), 1)
-        losses.append(evaluator.loss(fit_plan(evaluator, plan.removed, 4, Reporter())))
-    torch.testing.assert_close(losses[1], losses[0], atol=CLOSE["abs"], rtol=CLOSE["rel"])
+def test_adapters(both):
+    here, there = (each.loss(fit_plan(each, {ATTENTION[3]: "low_rank"}, 4, Reporter())) for each in both)
+    torch.testing.assert_close(there, here, atol=CLOSE["abs"], rtol=CLOSE["rel"])
+
+
+def test_moments_stay_on_the_device_until_they_are_read():
+    x, y, weights = torch.randn(64, 6), torch.randn(64, 5), torch.rand(64)
+    here, there = NormalEquations.zeros(6, 5), NormalEquations.zeros(6, 5)
+    for _ in range(3):
+        here.add(x, y, weights)
+        there.add(x.to(DEVICE), y.to(DEVICE), weights.to(DEVICE))
+    assert {each.device.type for each in there._sums} == {torch.device(DEVICE).type}
+    torch.testing.assert_close(there.xx, here.xx, atol=CLOSE["abs"], rtol=CLOSE["rel"])
+    assert (there.weight, there.yy) == pytest.approx((here.weight, here.yy), rel=CLOSE["rel"])
+    assert there.xy.device.type == "cpu"

@@ -22,7 +22,7 @@ PROMPTS = [
 NEW_TOKENS = 16
 NEAR_TIE = 1e-3
 MODELS = [*FAMILIES, "llama fused", "qwen2 fused", "llama kv-share", "mistral kv-share", "llama window", "olmo2 window",
-          "llama narrow", "gemma2 narrow", "olmo2 narrow"]  # fmt: skip
+          "llama narrow", "gemma2 narrow", "olmo2 narrow", "llama skip", "cohere skip"]  # fmt: skip
 SHARED = [f"{name} shared" for name in ("llama", "qwen2", "phi3", "gemma2", "cohere", "olmo2")]
 FIRST_STAGE = [(0, "self_attn.o_proj"), (0, "mlp.down_proj"), (1, "mlp.down_proj"), (2, "self_attn.o_proj"),
                (2, "mlp.down_proj")]  # fmt: skip
@@ -45,7 +45,7 @@ def served(pico_checkpoint) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def served_by_two(pico_checkpoint) -> dict[str, dict]:
-    return serve_all(["llama", "qwen2 shared", "llama narrow"], pico_checkpoint, tensor_parallel_size=2)
+    return serve_all(["llama", "qwen2 shared", "llama narrow", "cohere skip"], pico_checkpoint, tensor_parallel_size=2)
 
 
 def serve_all(models: list[str], pico_checkpoint, **options) -> dict[str, dict]:
@@ -108,7 +108,7 @@ def test_shared_blocks_agree_with_transformers_as_ordinary_ones(name, served, pi
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["qwen2 shared", "llama narrow"])
+@pytest.mark.parametrize("name", ["qwen2 shared", "llama narrow", "cohere skip"])
 def test_two_tensor_parallel_workers_agree_on_other_variants(name, served_by_two, pico_checkpoint):
     assert_agreement(served_by_two[name], pico_checkpoint(name)[0])
 

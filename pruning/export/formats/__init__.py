@@ -45,6 +45,25 @@ class Untouched:
 
 
 @dataclass(frozen=True, slots=True)
+class Copied:
+    """A dense directory that most weights are taken from as they are, because they are in no memory.
+
+    Attributes:
+        base: Its weight files.
+        hashes: SHA-256 of files there, by name, as far as they are known.
+        names: Parameter name in the checkpoint -> name there.
+        added: Name -> tensor of what is new or changed, in `dtype`; may be read from disk when asked for.
+        dtype: Of all weights, as in `config.json`.
+    """
+
+    base: "WeightFiles"
+    hashes: Mapping[str, str]
+    names: Mapping[str, str]
+    added: "Mapping[str, Tensor]"
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class PrunedModel:
     """A pruned model as data: what every format is written from.
 
@@ -56,6 +75,7 @@ class PrunedModel:
             serve as they are.
         companions: Directory with the tokenizer's files.
         untouched: The dense model, where none of its weights changes.
+        copied: Where the other tensors are, where `tensors` are only the new and changed ones.
     """
 
     family: Family
@@ -64,16 +84,21 @@ class PrunedModel:
     tensors: "Mapping[str, Tensor]"
     companions: Path
     untouched: Untouched | None = None
+    copied: Copied | None = None
 
     @classmethod
     def of(
-        cls, model: "PreTrainedModel", family: Family, companions: Path, untouched: Untouched | None = None
-    ) -> "PrunedModel":
+        cls, model: "PreTrainedModel", family: Family, companions: Path, untouched: Untouched | None = None,
+        copied: Copied | None = None,
+    ) -> "PrunedModel":  # fmt: skip
         """A model that `apply_plan` has cut."""
         from pruning.export.writing import fields_of, state_dict
         from pruning.models.modeling import added_tensors, block_configs_of
 
-        fields = fields_of(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
+        dtype = str(model.dtype).removeprefix("torch.") if copied is None else copied.dtype
+        fields = fields_of(model.config) | {"dtype": dtype}
+        if copied is not None:
+            return cls(family, fields, block_configs_of(model, family), copied.added, companions, None, copied)
         shared = untouched is not None and untouched.keeps_dtype
         tensors = added_tensors(model, family) if shared else state_dict(model)
         return cls(family, fields, block_configs_of(model, family), tensors, companions, untouched)
@@ -107,12 +132,14 @@ class Format:
         help: Who reads it and what it can hold.
         adapters: Whether it can hold emulation adapters.
         weights: Whether it holds weights of the dense model, so that they may be changed ones.
+        copies: Whether it can take weights from the dense model's files that are in no memory.
     """
 
     module: str
     help: str
     adapters: bool = False
     weights: bool = True
+    copies: bool = False
 
     def refusal(self, pruned: PrunedModel) -> str | None:
         """Why the format cannot hold this model; None where it can."""
@@ -136,7 +163,8 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "shoal": Format(
-        "pruning.export.formats.shoal", "prune-serve, and vLLM or transformers with this package", adapters=True
+        "pruning.export.formats.shoal", "prune-serve, and vLLM or transformers with this package", adapters=True,
+        copies=True,
     ),
     "plan": Format(
         "pruning.export.formats.plan", "prune-serve DENSE --plan, for plans that change no weight: no weights in it",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from pruning.export.copying import write_copied
 from pruning.export.formats import PrunedModel, Untouched
 from pruning.export.writing import write_weights
 from pruning.models.configuration import config_class
@@ -25,6 +26,8 @@ def write(pruned: PrunedModel, directory: Path) -> int:
     config = config_class(pruned.family)(**fields, block_configs=pruned.block_configs)
     config.architectures = [pruned.family.architecture]
     config.save_pretrained(directory)
+    if pruned.copied is not None:
+        return write_copied(pruned.copied, directory)
     if untouched is None:
         return write_weights(pruned.tensors, directory)
     return _share_weights(pruned, untouched, directory)

@@ -1,8 +1,9 @@
 """The vLLM twin of each kind of variant, one file a kind.
 
 A checkpoint names kinds in `block_configs`: what takes the place of a removed sublayer by `emulation.kind`, what
-changes one that stays by a key of its entry (`window`). A new kind is a file with a `VARIANT` and a line in a table
-here; somebody else's is a call of `add` in a plugin of vLLM. Targets are loaded when a checkpoint first names them.
+changes one that stays by a key of its entry (`window` of attention, `skip` of an FFN). A new kind is a file with a
+`VARIANT` and a line in a table here; somebody else's is a call of `add` in a plugin of vLLM. Targets are loaded when a
+checkpoint first names them.
 """
 
 import importlib
@@ -18,6 +19,7 @@ STAND_INS: dict[str, str] = {
     "kv_share": "server.engine.variants.kv_share:VARIANT",
 }
 CHANGES: dict[str, str] = {"window": "server.engine.variants.window:VARIANT"}
+FFN_CHANGES: dict[str, str] = {"skip": "server.engine.variants.skip:VARIANT"}
 
 
 def add(kind: str, target: str, *, changes: bool = False) -> None:
@@ -52,6 +54,13 @@ def changes_of(entry: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Each `ChangeVariant` that a kept sublayer's entry of `block_configs` names, with what the entry says of it."""
     for kind, target in CHANGES.items():
         if not entry["no_op"] and entry.get(kind) is not None:
+            yield _load(target), entry[kind]
+
+
+def ffn_changes_of(entry: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Each `FFNChangeVariant` that a kept FFN's entry of `block_configs` names, with what the entry says of it."""
+    for kind, target in FFN_CHANGES.items():
+        if entry.get(kind) is not None and not entry["no_op"]:
             yield _load(target), entry[kind]
 
 

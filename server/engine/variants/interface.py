@@ -51,6 +51,29 @@ class ChangeVariant(Protocol):
         """Complete the attention module, which holds that `Attention` as `attn`, once it is built."""
 
 
+class FFNChangeVariant(Protocol):
+    """A kind that changes an FFN which keeps its weights.
+
+    Attributes:
+        eager: Whether its shapes differ from step to step, which neither CUDA graphs nor torch.compile can hold.
+    """
+
+    eager: bool
+
+    def prepare(
+        self, ffn: nn.Module, attention: nn.Module, spec: Mapping[str, Any], hidden_size: int, share: float
+    ) -> None:
+        """Complete an FFN once its block is built.
+
+        Args:
+            ffn: It.
+            attention: What its block holds as attention, which is given `positions`.
+            spec: What the checkpoint's entry says.
+            hidden_size: D.
+            share: Of a constant that this rank adds, where the block sums over ranks.
+        """
+
+
 class Source:
     """What one kept attention layer hands on in the forward under way; a forward hook on that layer.
 

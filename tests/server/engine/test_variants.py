@@ -26,6 +26,9 @@ def test_every_row_of_the_tables_is_there():
     entry = {"no_op": False, "emulation": None, **{key: {"size": 4, "sink": False} for key in variants.CHANGES}}
     assert len(list(variants.changes_of(entry))) == len(variants.CHANGES)
     assert variants.unchanged(entry) == KEPT
+    ffn = {**KEPT, **{key: {"threshold": 0.0, "rank": 2, "first": 4} for key in variants.FFN_CHANGES}}
+    assert len(list(variants.ffn_changes_of(ffn))) == len(variants.FFN_CHANGES)
+    assert not list(variants.ffn_changes_of(KEPT))
 
 
 def test_a_removed_layer_and_one_without_a_window_are_not_changed():
