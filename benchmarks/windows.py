@@ -35,7 +35,7 @@ from pruning.recipe import Recipe
 from pruning.recovery.distillation import cut_copy
 from pruning.search import heads
 from pruning.search.selection import Judge
-from pruning.stages import calibrate, choose, journal_of, judges_of, plan_of, recovered
+from pruning.stages import calibrate, choose, judges_of, plan_of, recovered
 from pruning.texts.calibration import read_text
 from pruning.texts.long_context import code_prompts
 from pruning.windows.plans import Choice, exchanged
@@ -104,7 +104,7 @@ def plans(dense: DenseModel, options: argparse.Namespace, reporter: Reporter) ->
     start = time.process_time()
     rows, _ = calibrate(dense, recipe, reporter)
     found = windows.limited(dense, recipe, rows, reporter)
-    judges = windows.judges(dense, recipe, rows, found, journal_of(None, dense, recipe), reporter)
+    judges = windows.judges(dense, recipe, rows, found, Journal(None, ""), reporter)
     several = recipe.model_copy(update={"window_sizes": "several"})
     of_sizes = several if "several" in options.choosers else recipe
     least = min(parse_share(budget, "budgets") for budget in options.budgets)
