@@ -67,9 +67,9 @@ class Source:
 
                 return base_config_class(self.family).from_dict(dict(self.fields))
             if self.earlier is not None:
-                from pruning.models.configuration import register_configs
+                from pruning.models.configuration import config_class
 
-                register_configs()
+                return config_class(self.family).from_pretrained(self.directory, local_files_only=True)
             return AutoConfig.from_pretrained(self.directory, local_files_only=True)
         except Exception as error:
             raise ModelError(f"cannot read the configuration of {self.name}: {_short(error)}") from error

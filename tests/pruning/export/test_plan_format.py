@@ -187,8 +187,8 @@ def test_the_default_emulation_is_refused_with_its_name(dense, tmp_path, text):
         export_windows(dense, tmp_path / "out", text, format="plan", emulation="low-rank", window=None)
 
 
-def test_only_windows_leave_weights_alone():
-    assert [name for name in VARIANTS if not variant(name).changes_weights] == ["window"]
+def test_only_windows_and_skipped_ffns_leave_weights_alone():
+    assert [name for name in VARIANTS if not variant(name).changes_weights] == ["window", "skip"]
 
 
 def test_an_export_of_windows_shares_the_dense_files(dense, checkpoint):

@@ -91,14 +91,14 @@ def test_a_smaller_budget_limits_more_heads_of_those_that_were_full(prune, pico_
 
 
 def test_a_smaller_budget_keeps_the_windows_of_several_sizes_that_there_were(prune, pico_directory):
-    first = prune(pico_directory(), "--kv-budget", "60%", *HEADS)
-    second = prune(first, "--kv-budget", "40%", *HEADS)
+    first = prune(pico_directory(), "--kv-budget", "45%", *HEADS)
+    second = prune(first, "--kv-budget", "25%", *HEADS)
     before, after = windows(first), windows(second)
     assert len(set(before.values())) > 1
     assert before.items() <= after.items()
     assert full_heads(second) < full_heads(first)
     sizes = verify(second).sizes
-    assert sizes["kv_request"] <= 0.4 * sizes["kv_request_dense"]
+    assert sizes["kv_request"] <= 0.25 * sizes["kv_request_dense"]
     own = {int(block): size for block, size in verify(second).quality["windows"].items()}
     usual = verify(second).recipe["window"]
     assert own == {block: size for block, size in after.items() if size != usual}
