@@ -168,7 +168,7 @@ def window_orders(results: Results) -> str:
     found: Any = results.document("window_orders").get("rows") or {}
     rows = [
         [row["kind"], f"{row['kv_ratio']:.1%}", _interval(row["perplexity"], 4), _found(row["codes"]),
-         f"{row['choice_cpu_seconds']:.0f}"]
+         f"{row['choice_cpu_seconds']:.0f}" if "choice_cpu_seconds" in row else ""]
         for row in sorted(found.values(), key=lambda row: row.get("perplexity", {}).get("value", 0))
         if "kind" in row
     ]  # fmt: skip
