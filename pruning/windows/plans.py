@@ -20,7 +20,7 @@ from pruning.windows import Limits, Measured
 WHOLE_LAYERS_MAY_LOSE = 1.1  # of what single heads lose
 BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried where a loss is allowed
 LIKELY_BUDGET = 0.3  # tried first
-LOSS_INCREASE = 0.008  # nats per token, allowed where nothing else is asked for: one percent, less one row's standard error
+LOSS_INCREASE = 0.008  # nats per token where nothing else is asked for: one percent, less a row's standard error
 
 
 @dataclass(frozen=True, slots=True)
