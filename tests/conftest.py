@@ -81,6 +81,7 @@ QUICK_FAMILIES = ("llama", "cohere")
 """Of what is repeated for every family, the runs that are not marked `slow`: the usual block, and a parallel one."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as `slow` what another family's run stands for; keep together what shares a server of the embedded model."""
     for item in items:
