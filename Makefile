@@ -32,9 +32,9 @@ $(DIR)/pruning.json:
 quick: lint ## Lint, types, and the tests that need neither the engine nor the embedded model (under 90 s on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not engine and not embedded and not slow"
 
-test: setup ## Run the tests, on real models and the real engine, two side by side
+test: setup ## Run the tests, on real models and the real engine: those without an engine side by side, then the others
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not engine and not embedded"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "engine or embedded"
+	$(BIN)/python -m pytest -q -m "engine or embedded"
 
 test-device: setup ## Compare results on DEVICE (cpu) with the CPU's, same tolerances
 	SHOAL_DEVICE=$(DEVICE) $(BIN)/python -m pytest -q tests/device

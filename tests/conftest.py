@@ -81,13 +81,9 @@ QUICK_FAMILIES = ("llama", "cohere")
 """Of what is repeated for every family, the runs that are not marked `slow`: the usual block, and a parallel one."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `slow` what another family's run stands for; keep together what shares a server of the embedded model."""
+    """Mark as `slow` what another family's run stands for."""
     for item in items:
-        shared = {"live_server", "smollm2_checkpoint"} & set(getattr(item, "fixturenames", ()))
-        together = "embedded" if shared or item.get_closest_marker("embedded") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(together))  # for --dist loadgroup
         parameters = getattr(item, "callspec", None)
         values = [] if parameters is None else [str(value).split()[0:1] for value in parameters.params.values()]
         families = {first for value in values for first in value} & FAMILIES.keys()
