@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ _LAST = Sublayer(2**31, "ffn")
 
 Visitor = Callable[[int, Sublayer, Tensor, Tensor], None]
 """Called with the batch's number, a sublayer, and the residual stream before and after it, [b, T, D] each."""
+
+
+Given = Sequence[Mapping[str, Any]]
+"""What the model gives to one block, for each batch."""
+
+Found = TypeVar("Found")
 
 
 class Evaluator(Blocks):
@@ -224,6 +230,37 @@ class Evaluator(Blocks):
                                 visit(number, sublayer, hidden, after)
                             hidden = after
                         streams[number] = hidden, kwargs
+
+    def each_ffn(
+        self, blocks: Collection[int], visit: Callable[[Sublayer, list[Tensor], Given, Sequence[Taps]], Found],
+        advance: Callable[[], None],
+    ) -> dict[Sublayer, Found]:  # fmt: skip
+        """Look at some FFNs of the dense model, one after another, on its own streams.
+
+        Args:
+            blocks: Whose FFN is looked at.
+            visit: (FFN, streams before it, what is given, taps) -> what is found. It takes the streams through the FFN,
+                in place.
+            advance: Called after every block up to the last of these.
+        """
+        found: dict[Sublayer, Found] = {}
+        embedded = [self.embed(batch) for batch in self.batches]
+        streams, arguments = [hidden for hidden, _ in embedded], [each for _, each in embedded]
+        taps: list[Taps] = [{} for _ in streams]
+        for index in range(max(blocks, default=-1) + 1):
+            given = [each[index] for each in arguments]
+            with self.residency.block(index):
+                for kind in KINDS:
+                    sublayer = Sublayer(index, kind)
+                    if kind == "ffn" and index in blocks:
+                        found[sublayer] = visit(sublayer, streams, given, taps)
+                        continue
+                    for number, hidden in enumerate(streams):
+                        streams[number] = self.run_and_tap(sublayer, hidden, given[number], None, taps[number])
+            for of_batch in taps:
+                of_batch.clear()
+            advance()
+        return found
 
     def rounds(self, numbers: list[int] | None = None) -> list[list[int]]:
         """Batches that go through the blocks together: one at a time, or all when blocks come from disk.

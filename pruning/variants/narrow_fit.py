@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pruning.plan import KINDS, Sublayer
+from pruning.plan import Sublayer
 from pruning.regression import HeldOutMoments, token_weights
 from pruning.variants.base import Job
 from pruning.variants.narrow import Narrow, multiple_of, narrowed
 
 if TYPE_CHECKING:
     from pruning.console import Reporter
-    from pruning.forward.blocks import Arguments, Taps
-    from pruning.forward.evaluator import Evaluator
+    from pruning.forward.blocks import Taps
+    from pruning.forward.evaluator import Evaluator, Given
 
 RIDGE = 0.3  # of the Gram matrix, by the units' own scales: without, what units have in common is overrated
 GRADIENT_TOKENS = 8192  # that the sensitivities are measured on
@@ -126,30 +126,16 @@ def narrowings(evaluator: "Evaluator", felt: Mapping[int, Tensor], reporter: "Re
         felt: Block whose FFN may be narrowed -> S of that FFN's output, [D, D] float64, from `sensitivities`.
         reporter: For progress.
     """
-    found: dict[Sublayer, Elimination] = {}
-    embedded = [evaluator.embed(batch) for batch in evaluator.batches]
-    streams, arguments = [hidden for hidden, _ in embedded], [given for _, given in embedded]
-    taps: list[Taps] = [{} for _ in streams]
-    last = max(felt, default=-1)
-    with reporter.progress("units", last + 1) as step:
-        for index in range(last + 1):
-            with evaluator.residency.block(index):
-                for kind in KINDS:
-                    sublayer = Sublayer(index, kind)
-                    if kind == "ffn" and index in felt:
-                        found[sublayer] = _order(evaluator, sublayer, streams, arguments, taps, felt[index])
-                        continue
-                    for number, hidden in enumerate(streams):
-                        given = arguments[number][index]
-                        streams[number] = evaluator.run_and_tap(sublayer, hidden, given, None, taps[number])
-            for each in taps:
-                each.clear()
-            step.advance()
-    return found
+
+    def visit(sublayer: Sublayer, streams: list[Tensor], given: "Given", taps: Sequence["Taps"]) -> Elimination:
+        return _order(evaluator, sublayer, streams, given, taps, felt[sublayer.block])
+
+    with reporter.progress("units", max(felt, default=-1) + 1) as step:
+        return evaluator.each_ffn(felt, visit, step.advance)
 
 
 def _order(
-    evaluator: "Evaluator", sublayer: Sublayer, streams: list[Tensor], arguments: Sequence["Arguments"],
+    evaluator: "Evaluator", sublayer: Sublayer, streams: list[Tensor], given: "Given",
     taps: Sequence["Taps"], felt: Tensor,
 ) -> Elimination:  # fmt: skip
     """The order of one FFN's units; takes the streams through it, in place."""
@@ -158,7 +144,7 @@ def _order(
     gram = torch.zeros(size, size, dtype=torch.float64)
     for number, hidden in enumerate(streams):
         with _entering(projection) as seen:
-            after = evaluator.run_and_tap(sublayer, hidden, arguments[number][sublayer.block], None, taps[number])
+            after = evaluator.run_and_tap(sublayer, hidden, given[number], None, taps[number])
         streams[number] = after
         rows = seen[0].flatten(0, -2).float() * token_weights(after).to(after.device, torch.float32).sqrt()[:, None]
         count += len(rows)

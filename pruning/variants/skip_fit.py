@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pruning.plan import FIRST_TOKENS, KINDS, Sublayer
+from pruning.plan import FIRST_TOKENS, Sublayer
 from pruning.regression import Affine, HeldOutMoments, token_weights
 from pruning.variants.base import Job
 from pruning.variants.skip import Skip, instead, scores
 
 if TYPE_CHECKING:
     from pruning.console import Reporter
-    from pruning.forward.blocks import Arguments, Taps
-    from pruning.forward.evaluator import Evaluator
+    from pruning.forward.blocks import Taps
+    from pruning.forward.evaluator import Evaluator, Given
 
 GRADIENT_TOKENS = 4096  # that the sensitivities are measured on
 
@@ -80,29 +80,16 @@ def predictors(
         rank: r of what tokens get instead.
         reporter: For progress.
     """
-    found: dict[Sublayer, Predictor] = {}
-    embedded = [evaluator.embed(batch) for batch in evaluator.batches]
-    streams, arguments = [hidden for hidden, _ in embedded], [given for _, given in embedded]
-    taps: list[Taps] = [{} for _ in streams]
-    last = max(felt, default=-1)
-    with reporter.progress("predictors", last + 1) as step:
-        for index in range(last + 1):
-            for kind in KINDS:
-                sublayer = Sublayer(index, kind)
-                if kind == "ffn" and index in felt:
-                    found[sublayer] = _predictor(evaluator, sublayer, streams, arguments, taps, felt[index], rank)
-                    continue
-                for number, hidden in enumerate(streams):
-                    given = arguments[number][index]
-                    streams[number] = evaluator.run_and_tap(sublayer, hidden, given, None, taps[number])
-            for each in taps:
-                each.clear()
-            step.advance()
-    return found
+
+    def visit(sublayer: Sublayer, streams: list[Tensor], given: "Given", taps: Sequence["Taps"]) -> Predictor:
+        return _predictor(evaluator, sublayer, streams, given, taps, felt[sublayer.block], rank)
+
+    with reporter.progress("predictors", max(felt, default=-1) + 1) as step:
+        return evaluator.each_ffn(felt, visit, step.advance)
 
 
 def _predictor(
-    evaluator: "Evaluator", sublayer: Sublayer, streams: list[Tensor], arguments: Sequence["Arguments"],
+    evaluator: "Evaluator", sublayer: Sublayer, streams: list[Tensor], given: "Given",
     taps: Sequence["Taps"], felt: Tensor, rank: int,
 ) -> Predictor:  # fmt: skip
     """The predictor of one FFN; takes the streams through it, in place."""
@@ -117,8 +104,7 @@ def _predictor(
     handle = ffn.register_forward_hook(note)
     try:
         for number, hidden in enumerate(streams):
-            given = arguments[number][sublayer.block]
-            streams[number] = evaluator.run_and_tap(sublayer, hidden, given, None, taps[number])
+            streams[number] = evaluator.run_and_tap(sublayer, hidden, given[number], None, taps[number])
     finally:
         handle.remove()
     weights = [token_weights(after).view(after.shape[:-1]).to(after.device) for after in streams]
