@@ -17,6 +17,7 @@ from tests.conftest import pico_model, pico_tokenizer
 from tests.conftest import run_prune_export as run
 
 QUICK = ["--calibration-tokens", 256, "--score-tokens", 64, "--sequence-length", 32, "--rank", 4]
+ADAPTERS = ["--importance", "cosine", "--emulation", "low-rank"]
 
 
 def weights(directory):
@@ -67,18 +68,7 @@ def test_streamed_removal_is_that_of_the_whole_model(monkeypatch, pico_directory
 
 def test_weights_are_copied_in_their_own_dtype_and_untouched_files_linked(monkeypatch, text, tmp_path):
     dense = saved(tmp_path / "dense", dtype=torch.bfloat16)
-    words = [
-        dense,
-        "--calibration",
-        text,
-        *QUICK,
-        "--attention",
-        1,
-        "--importance",
-        "cosine",
-        "--emulation",
-        "low-rank",
-    ]
+    words = [dense, "--calibration", text, *QUICK, *ADAPTERS, "--attention", 1]
     assert run(monkeypatch, *words, "--output", tmp_path / "out", "--stream") == 0
     before, after = weights(dense), weights(tmp_path / "out")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
@@ -146,18 +136,7 @@ def test_the_memory_of_a_fit_counts_its_statistics(monkeypatch, text, tmp_path, 
     assert fit.streamed < fit.whole - 2**20
     assert needs(sources=1).streamed - fit.streamed > 8 * 8 * (512**2 - 256**2)
     assert needs(compensated=True).streamed - fit.streamed > 8 * 8 * (2048**2 - 256**2)
-    words = [
-        dense,
-        "--calibration",
-        text,
-        *QUICK,
-        "--attention",
-        2,
-        "--importance",
-        "cosine",
-        "--emulation",
-        "low-rank",
-    ]
+    words = [dense, "--calibration", text, *QUICK, *ADAPTERS, "--attention", 2]
     between = f"{(fit.streamed + fit.whole) / 2 / 2**20:.0f}MiB"
     assert run(monkeypatch, *words, "--output", tmp_path / "out", "--memory", between) == 0
     assert "blocks are read from disk one at a time" in capsys.readouterr().err

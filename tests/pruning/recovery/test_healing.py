@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -32,6 +31,7 @@ from pruning.recovery.spam import SPAM, rewarmed
 from pruning.recovery.training import Judge, batch_of, schedule
 from tests.conftest import run_prune_export as run_cli
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).with_name("healing_run.py")
 _spec = importlib.util.spec_from_file_location("healing_run", SCRIPT)
 healing_run = importlib.util.module_from_spec(_spec)
@@ -49,15 +49,6 @@ DROPS = Plan(
     },
     rank=4,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

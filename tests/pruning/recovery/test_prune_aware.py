@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from pruning import narrowing, pipeline, windows
@@ -44,15 +43,6 @@ SETTINGS = Settings(
 FFNS = range(BLOCKS)
 BUDGET = (5 + 7 / 8) / 12
 """Of a context of eight windows: five full heads of twelve."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +288,7 @@ def long_text(tmp_path_factory):
     return path
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ["--calibration-tokens", "512", "--heal", "prune-aware", "--heal-steps", "10", "--heal-batch-tokens", "256",
        "--heal-lora-rank", "2"]  # fmt: skip
 
